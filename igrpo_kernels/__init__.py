@@ -1,0 +1,63 @@
+"""Kernels for group-relative RL: tensors in, tensors out.
+
+Log-probs of sampled tokens from logits or straight from hidden states, and the policy losses on top
+of them, as plain torch for CPU tensors and as Triton kernels for CUDA tensors. Depends on torch
+alone (and on triton where there is one), imports nothing else of this project, and works under
+another name when the folder is copied into another package.
+"""
+
+from .aggregates import Aggregate, FixedLength, SequenceMean, Sum, TokenMean
+from .clipped_policy_loss import clipped_policy_loss
+from .kl import K1, K2, K3, KlEstimator, RatioWeighted, ScoreWeighted
+from .policy_loss import PolicyLoss, policy_loss
+from .sequences import Sequences
+from .surrogates import (
+    Cispo,
+    Clip,
+    ClipCov,
+    DppoKl,
+    DppoTv,
+    Gmpo,
+    KlCov,
+    Reinforce,
+    Sapo,
+    SequenceClip,
+    SequenceTokenClip,
+    Surrogate,
+    TokenLosses,
+    Tokens,
+    Vespo,
+)
+
+__all__ = [
+    "K1",
+    "K2",
+    "K3",
+    "Aggregate",
+    "Cispo",
+    "Clip",
+    "ClipCov",
+    "DppoKl",
+    "DppoTv",
+    "FixedLength",
+    "Gmpo",
+    "KlCov",
+    "KlEstimator",
+    "PolicyLoss",
+    "RatioWeighted",
+    "Reinforce",
+    "Sapo",
+    "ScoreWeighted",
+    "SequenceClip",
+    "SequenceMean",
+    "SequenceTokenClip",
+    "Sequences",
+    "Sum",
+    "Surrogate",
+    "TokenLosses",
+    "TokenMean",
+    "Tokens",
+    "Vespo",
+    "clipped_policy_loss",
+    "policy_loss",
+]

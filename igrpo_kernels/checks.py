@@ -1,0 +1,88 @@
+"""Checks at the public door: an error names the argument, what was wanted and what came.
+
+Public functions call these once on entry; helpers that receive checked values do not check again.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    """Name a value in a few words: a tensor by dtype and shape, anything else by its type."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    """Return `value` if it is a tensor; raise TypeError otherwise."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}")
+    return value
+
+
+def check_floating(name: str, value: object) -> Tensor:
+    """Return `value` if it is a floating-point tensor; raise TypeError otherwise."""
+    tensor = check_tensor(name, value)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {describe(tensor)}")
+    return tensor
+
+
+def check_integral(name: str, value: object) -> Tensor:
+    """Return `value` if it is a tensor of integers (bool is none); raise TypeError otherwise."""
+    tensor = check_tensor(name, value)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {describe(tensor)}")
+    return tensor
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int], legend: str) -> Tensor:
+    """Return `tensor` if it has `shape`, which `legend` spells in axis letters ("[P, N]")."""
+    if list(tensor.shape) != list(shape):
+        raise ValueError(
+            f"{name} must have shape {legend} = {list(shape)}, got {list(tensor.shape)}"
+        )
+    return tensor
+
+
+def check_rank(name: str, tensor: Tensor, ranks: int | tuple[int, ...], legend: str) -> Tensor:
+    """Return `tensor` if its number of axes is one of `ranks`."""
+    wanted = (ranks,) if isinstance(ranks, int) else ranks
+    if tensor.dim() not in wanted:
+        raise ValueError(f"{name} must have shape {legend}, got {list(tensor.shape)}")
+    return tensor
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> float:
+    """Return `value` as a float if it is a finite number within the bounds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    bounds = [
+        (f">= {at_least}", at_least is None or value >= at_least),
+        (f"> {above}", above is None or value > above),
+        (f"<= {at_most}", at_most is None or value <= at_most),
+    ]
+    broken = [text for text, holds in bounds if not holds]
+    if broken or not math.isfinite(value):
+        raise ValueError(f"{name} must be {' and '.join(broken) or 'finite'}, got {value!r}")
+    return float(value)
+
+
+def check_count(name: str, value: object, *, at_least: int = 1) -> int:
+    """Return `value` if it is an int (bool is none) of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if value < at_least:
+        raise ValueError(f"{name} must be >= {at_least}, got {value}")
+    return value

@@ -1,0 +1,113 @@
+"""One view of the two layouts: padded [B, T], and packed [L] with `cu_seqlens` [B + 1].
+
+Losses are written once against `Sequences`, which knows which tokens count, which sequence each
+belongs to, and how to move between one value per token and one value per sequence. Masked slots
+are selected away before any arithmetic, so they may hold anything, NaN and inf included.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import check_integral, check_rank, check_shape, check_tensor, describe
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which tokens count, and which sequence each belongs to.
+
+    Attributes:
+        mask: True where a token counts. Shape [B, T], or [L] when packed.
+        count: B, the number of sequences; those without a counted token are among them.
+        owner: Packed only: index of the sequence that each token belongs to. Shape [L].
+    """
+
+    mask: Tensor
+    count: int
+    owner: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, values: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> "Sequences":
+        """Read the layout off a tensor of one value per token.
+
+        Args:
+            values: One value per token. Shape [B, T], or [L] with `cu_seqlens`.
+            mask: 1 (or True) where a token counts; None counts every token. Shape of `values`.
+            cu_seqlens: Packed only: offsets 0 = c[0] <= c[1] <= ... <= c[B] = L. Shape [B + 1].
+
+        Raises:
+            TypeError: `mask` is no tensor, or `cu_seqlens` is not of integers.
+            ValueError: The shapes do not fit each other, or `cu_seqlens` does not rise from 0 to
+                L (looked at on the CPU alone: on a GPU it would cost a synchronisation).
+        """
+        if mask is None:
+            mask = torch.ones_like(values, dtype=torch.bool)
+        else:
+            mask = check_shape("mask", check_tensor("mask", mask), values.shape, "of logprobs")
+            mask = mask.to(values.device) != 0
+        if cu_seqlens is None:
+            if values.dim() != 2:
+                raise ValueError(
+                    f"logprobs must have shape [B, T], or [L] with cu_seqlens, "
+                    f"got {describe(values)}"
+                )
+            return cls(mask, values.shape[0])
+        check_rank("logprobs", values, 1, "[L] where cu_seqlens is given")
+        check_rank("cu_seqlens", check_integral("cu_seqlens", cu_seqlens), 1, "[B + 1]")
+        if cu_seqlens.numel() == 0:
+            raise ValueError("cu_seqlens must have shape [B + 1], got [0]")
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_offsets(cu_seqlens, values.numel())
+        count = cu_seqlens.numel() - 1
+        owner = torch.repeat_interleave(
+            torch.arange(count, device=values.device),
+            cu_seqlens.to(values.device).diff(),
+            output_size=values.numel(),
+        )
+        return cls(mask, count, owner)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Counted tokens of each sequence. Shape [B], in int64."""
+        return self.sum(torch.ones_like(self.mask, dtype=torch.int64))
+
+    def select(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Replace what stands in masked slots by `fill`; its gradient is exactly zero."""
+        return torch.where(self.mask, values, fill)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum the counted tokens of each sequence. Shape [B]."""
+        values = torch.where(self.mask, values, torch.zeros_like(values))
+        if self.owner is None:
+            return values.sum(-1)
+        return values.new_zeros(self.count).index_add(0, self.owner, values)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average the counted tokens of each sequence; zero where there are none. Shape [B]."""
+        return self.sum(values) / self.lengths.clamp(min=1)
+
+    def spread(self, per_sequence: Tensor) -> Tensor:
+        """Give each token its sequence's value. Shape [B] to [B, 1] (broadcasts), or [L]."""
+        return per_sequence[:, None] if self.owner is None else per_sequence[self.owner]
+
+    def per_token(self, name: str, values: Tensor) -> Tensor:
+        """Bring one value per token, or one per sequence ([B] or [B, 1]), to the token layout."""
+        if values.shape == self.mask.shape and not (self.owner is None and values.dim() == 1):
+            return self.select(values)
+        if values.shape in ((self.count,), (self.count, 1)):
+            return self.select(self.spread(values.reshape(self.count)))
+        layout = "[B, T]" if self.owner is None else "[L]"
+        raise ValueError(
+            f"{name} must have shape {layout} = {list(self.mask.shape)} or [B] = [{self.count}], "
+            f"got {list(values.shape)}"
+        )
+
+
+def _check_offsets(cu_seqlens: Tensor, length: int) -> None:
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != length or offsets != sorted(offsets):
+        shown = offsets if len(offsets) <= 8 else [*offsets[:4], "...", *offsets[-3:]]
+        raise ValueError(f"cu_seqlens must rise from 0 to L = {length}, got {shown}")

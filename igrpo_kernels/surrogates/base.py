@@ -1,0 +1,108 @@
+"""What a surrogate is: a value that turns tokens into losses, one per token.
+
+A surrogate is a frozen dataclass of its hyper-parameters. Called with `Tokens` it returns
+`TokenLosses`; how these are averaged is the aggregate's business, and KL, entropy and the
+correction for the sampler are added by `policy_loss`. Its class attributes say what a fused kernel
+needs to know: `per_token` is True where the loss of a token depends on nothing but that token.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..sequences import Sequences
+
+MAX_LOG_RATIO = 20.0
+"""Ratios are exp(min(log-ratio, 20)): 5e8 at most, so that no product with zero becomes NaN."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a surrogate sees. One value per token: shape [B, T] or [L]; 0 in masked slots.
+
+    Attributes:
+        logprobs: Log-probs under the policy that is trained. The gradient flows through these.
+        old_logprobs: Log-probs under the policy that was frozen for the ratio. Detached.
+        advantages: Advantages, broadcast to the tokens. Detached.
+        sequences: Which tokens count, and which sequence each belongs to.
+        importance_weights: Correction for the sampler, or None. Detached.
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    sequences: Sequences
+    importance_weights: Tensor | None = None
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """Log-ratio of each token: log pi - log pi_old."""
+        return self.logprobs - self.old_logprobs
+
+    @property
+    def ratio(self) -> Tensor:
+        """Ratio of each token: pi / pi_old."""
+        return exp_ratio(self.log_ratio)
+
+
+class TokenLosses(NamedTuple):
+    """The loss of each token, and where the surrogate is on its flat side.
+
+    Attributes:
+        losses: Shape of the tokens, or one that broadcasts to it.
+        clipped_low: True where a negative advantage met the lower bound; None without one.
+        clipped_high: True where a positive advantage met the upper bound; None without one.
+    """
+
+    losses: Tensor
+    clipped_low: Tensor | None = None
+    clipped_high: Tensor | None = None
+
+
+class Surrogate(Protocol):
+    """Maps tokens to their losses."""
+
+    per_token: ClassVar[bool]
+    folds_importance_weights: ClassVar[bool]
+
+    def __call__(self, tokens: Tokens) -> TokenLosses:
+        """Return the loss of each token."""
+        ...
+
+
+def exp_ratio(log_ratio: Tensor) -> Tensor:
+    """Turn a log-ratio into a ratio that stays finite: exp(min(log_ratio, 20))."""
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+
+
+def either(condition: Tensor, yes: float, no: float, *, like: Tensor) -> Tensor:
+    """Choose one of two numbers by a condition, in the dtype of `like` (where() knows float32)."""
+    return torch.where(condition, like.new_full((), yes), like.new_full((), no))
+
+
+class Clamped(NamedTuple):
+    """A clamped quantity and where its bounds were met."""
+
+    values: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def clamp_where_it_pays(
+    values: Tensor, advantages: Tensor, low: float, high: float, cap: float | None = None
+) -> Clamped:
+    """Clamp on the side on which moving further would still be paid: PPO's min, as a clamp.
+
+    min(x A, clamp(x, low, high) A)  =  A * min(x, high)  where A > 0,
+                                        A * max(x, low)   where A < 0,
+    and for A < 0 also at most `cap`, the dual clip (Ye et al. 2020, arXiv:1912.09729).
+    """
+    pays = advantages > 0
+    infinity = float("inf")
+    clamped = values.clamp(
+        either(pays, -infinity, low, like=values),
+        either(pays, high, infinity if cap is None else cap, like=values),
+    )
+    return Clamped(clamped, (advantages < 0) & (values < low), pays & (values > high))

@@ -1,0 +1,599 @@
+"""The loss family against loops in plain Python floats that were written from the papers.
+
+An oracle takes one sequence (log-probs, old log-probs, advantages, the weight of each token) and
+returns its weighted loss and the derivative by each log-prob, in closed form.
+"""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from igrpo_kernels import (
+    K1,
+    K2,
+    K3,
+    Cispo,
+    Clip,
+    DppoKl,
+    DppoTv,
+    FixedLength,
+    Gmpo,
+    RatioWeighted,
+    Reinforce,
+    Sapo,
+    ScoreWeighted,
+    SequenceClip,
+    SequenceMean,
+    SequenceTokenClip,
+    Sum,
+    TokenMean,
+    Vespo,
+    clipped_policy_loss,
+    policy_loss,
+)
+
+# float64 on both sides: what is left is the order of a few dozen additions.
+EXACT = {"rtol": 1e-11, "atol": 1e-12}
+
+
+def clip_oracle(low, high, dual=None):
+    def oracle(lp, old, adv, weight):
+        value, grads = 0.0, []
+        for x, y, a, w in zip(lp, old, adv, weight, strict=True):
+            r = math.exp(x - y)
+            candidates = [(r * a, r * a), (min(max(r, 1 - low), 1 + high) * a, None)]
+            objective, slope = min(candidates, key=lambda c: c[0])
+            if slope is None:
+                slope = r * a if 1 - low <= r <= 1 + high else 0.0
+            if dual is not None and a < 0 and dual * a > objective:
+                objective, slope = dual * a, 0.0
+            value -= w * objective
+            grads.append(-w * slope)
+        return value, grads
+
+    return oracle
+
+
+def gspo_oracle(low, high):
+    def oracle(lp, old, adv, weight):
+        n = len(lp)
+        s = math.exp(sum(x - y for x, y in zip(lp, old, strict=True)) / n)
+        value, total_slope = 0.0, 0.0
+        for a, w in zip(adv, weight, strict=True):
+            clipped = min(max(s, 1 - low), 1 + high)
+            value -= w * min(s * a, clipped * a)
+            if s * a < clipped * a or s == clipped:
+                total_slope -= w * a * s
+        return value, [total_slope / n] * n
+
+    return oracle
+
+
+def gspo_token_oracle(low, high):
+    def oracle(lp, old, adv, weight):
+        s = math.exp(sum(x - y for x, y in zip(lp, old, strict=True)) / len(lp))
+        clipped = min(max(s, 1 - low), 1 + high)
+        value = -sum(w * min(s * a, clipped * a) for a, w in zip(adv, weight, strict=True))
+        inside = [s * a < clipped * a or s == clipped for a in adv]
+        return value, [-w * a * s * k for a, w, k in zip(adv, weight, inside, strict=True)]
+
+    return oracle
+
+
+def gmpo_oracle(low, high):
+    def oracle(lp, old, adv, weight):
+        n, logs, moves = len(lp), [], []
+        for x, y, a in zip(lp, old, adv, strict=True):
+            d = x - y
+            c = min(d, high) if a > 0 else max(d, -low) if a < 0 else d
+            logs.append(c)
+            moves.append(c == d)
+        s = math.exp(sum(logs) / n)
+        slope = -sum(w * a for w, a in zip(weight, adv, strict=True)) * s / n
+        value = -sum(w * a * s for w, a in zip(weight, adv, strict=True))
+        return value, [slope * m for m in moves]
+
+    return oracle
+
+
+def weighted_oracle(coefficient):
+    """-w c(r, A, log pi, log pi_old) A log pi, with c a constant under the derivative."""
+
+    def oracle(lp, old, adv, weight):
+        value, grads = 0.0, []
+        for x, y, a, w in zip(lp, old, adv, weight, strict=True):
+            c = coefficient(math.exp(x - y), a, x, y)
+            value -= w * c * a * x
+            grads.append(-w * c * a)
+        return value, grads
+
+    return oracle
+
+
+def sapo_oracle(tau_positive, tau_negative):
+    def oracle(lp, old, adv, weight):
+        value, grads = 0.0, []
+        for x, y, a, w in zip(lp, old, adv, weight, strict=True):
+            tau = tau_positive if a > 0 else tau_negative
+            r = math.exp(x - y)
+            gate = 1 / (1 + math.exp(-tau * (r - 1)))
+            value -= w * a * gate * 4 / tau
+            grads.append(-w * a * 4 * gate * (1 - gate) * r)
+        return value, grads
+
+    return oracle
+
+
+def vespo_oracle(k_positive=2.0, rate_positive=3.0, k_negative=3.0, rate_negative=2.0):
+    def oracle(lp, old, adv, weight):
+        total = math.exp(sum(x - y for x, y in zip(lp, old, strict=True)))
+        value, grads = 0.0, []
+        for x, a, w in zip(lp, adv, weight, strict=True):
+            k, rate = (k_positive, rate_positive) if a >= 0 else (k_negative, rate_negative)
+            phi = math.exp(rate) * total**k * math.exp(-rate * total)
+            value -= w * phi * a * x
+            grads.append(-w * phi * a)
+        return value, grads
+
+    return oracle
+
+
+def dppo_tv(low, high, cap):
+    def coefficient(r, a, x, y):
+        rise = math.exp(x) - math.exp(y)
+        outside = rise > high if a > 0 else -rise > low
+        return 0.0 if outside else min(r, cap)
+
+    return coefficient
+
+
+def dppo_kl(low, high, cap):
+    def coefficient(r, a, x, y):
+        p, q = math.exp(x), math.exp(y)
+        kl = q * math.log(q / p) + (1 - q) * math.log((1 - q + 1e-8) / (1 - p + 1e-8))
+        outside = (kl > high and p > q) if a > 0 else (kl > low and p < q)
+        return 0.0 if outside else min(r, cap)
+
+    return coefficient
+
+
+SURROGATES = {
+    "clip": (Clip(0.2, 0.2), clip_oracle(0.2, 0.2)),
+    "clip-higher": (Clip(0.1, 0.3), clip_oracle(0.1, 0.3)),
+    "dual-clip": (Clip(0.2, 0.2, dual=1.5), clip_oracle(0.2, 0.2, dual=1.5)),
+    "gspo": (SequenceClip(0.05, 0.08), gspo_oracle(0.05, 0.08)),
+    "gspo-token": (SequenceTokenClip(0.05, 0.08), gspo_token_oracle(0.05, 0.08)),
+    "gmpo": (Gmpo(0.2, 0.3), gmpo_oracle(0.2, 0.3)),
+    "reinforce": (Reinforce(), weighted_oracle(lambda r, a, x, y: 1.0)),
+    "cispo": (Cispo(1.3), weighted_oracle(lambda r, a, x, y: min(r, 1.3))),
+    "cispo-relative": (
+        Cispo.relative(0.2, 0.3),
+        weighted_oracle(lambda r, a, x, y: min(max(r, 0.8), 1.3)),
+    ),
+    "sapo": (Sapo(1.0, 1.05), sapo_oracle(1.0, 1.05)),
+    "sapo-other": (Sapo(0.7, 1.9), sapo_oracle(0.7, 1.9)),
+    "vespo": (Vespo(), vespo_oracle()),
+    "vespo-other": (Vespo(1.5, 2.5, 2.0, 1.0), vespo_oracle(1.5, 2.5, 2.0, 1.0)),
+    "dppo-tv": (DppoTv(0.03, 0.05, 1.6), weighted_oracle(dppo_tv(0.03, 0.05, 1.6))),
+    "dppo-kl": (DppoKl(0.004, 0.006, 1.6), weighted_oracle(dppo_kl(0.004, 0.006, 1.6))),
+}
+
+AGGREGATES = {
+    "sequence-mean": (SequenceMean(), lambda lengths, i: 1 / (len(lengths) * lengths[i])),
+    "token-mean": (TokenMean(), lambda lengths, i: 1 / sum(lengths)),
+    "fixed-length": (FixedLength(11), lambda lengths, i: 1 / (11 * len(lengths))),
+    "sum": (Sum(), lambda lengths, i: 1.0),
+    "sequence-mean-of-9": (SequenceMean(9), lambda lengths, i: 1 / (9 * lengths[i])),
+    "token-mean-of-40": (TokenMean(torch.tensor(40)), lambda lengths, i: 1 / 40),
+    "fixed-length-of-7": (FixedLength(11, 7.0), lambda lengths, i: 1 / 77),
+    "sum-of-3": (Sum(torch.tensor(3.0)), lambda lengths, i: 1 / 3),
+}
+
+LENGTHS = [5, 1, 3, 7]
+
+
+def make_batch(seed=0, lengths=LENGTHS, spread=0.5, dtype=torch.float64):
+    """Draw a padded batch whose padding holds junk; advantages of both signs and a zero."""
+    g = torch.Generator().manual_seed(seed)
+    size = (len(lengths), max(lengths))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    logprobs = -2.0 * torch.rand(size, generator=g, dtype=dtype) - 0.05
+    old = (logprobs + spread * torch.randn(size, generator=g, dtype=dtype)).clamp(max=-0.01)
+    ref = logprobs + spread * torch.randn(size, generator=g, dtype=dtype)
+    advantages = torch.randn(len(lengths), generator=g, dtype=dtype)
+    advantages[-1] = 0.0 if seed % 3 == 2 else advantages[-1]
+    junk = torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=dtype)
+    filler = junk[torch.randint(3, size, generator=g)]
+    return {
+        "logprobs": torch.where(mask, logprobs, filler),
+        "advantages": advantages,
+        "mask": mask,
+        "old_logprobs": torch.where(mask, old, filler.flip(0)),
+        "ref_logprobs": torch.where(mask, ref, filler.flip(1)),
+    }
+
+
+def pack(batch):
+    """Turn a padded batch into its packed form."""
+    mask = batch["mask"]
+    packed = {k: v[mask] for k, v in batch.items() if k not in ("mask", "advantages")}
+    offsets = torch.nn.functional.pad(mask.sum(-1).cumsum(0), (1, 0))
+    return packed | {"advantages": batch["advantages"], "cu_seqlens": offsets}
+
+
+def run(batch, **options):
+    """Compute loss, gradient and metrics."""
+    logprobs = batch["logprobs"].clone().requires_grad_()
+    rest = {k: v for k, v in batch.items() if k not in ("logprobs", "advantages")}
+    out = policy_loss(logprobs, batch["advantages"], **rest, **options)
+    (grad,) = torch.autograd.grad(out.loss, logprobs)
+    return out.loss.detach(), grad, out.metrics
+
+
+def without_ref(batch):
+    return {k: v for k, v in batch.items() if k != "ref_logprobs"}
+
+
+def oracle_of_batch(batch, oracle, weight):
+    """Apply an oracle sequence by sequence."""
+    total, rows = 0.0, torch.zeros_like(batch["logprobs"])
+    lengths = batch["mask"].sum(-1).tolist()
+    for i, n in enumerate(lengths):
+        lp, old = batch["logprobs"][i, :n].tolist(), batch["old_logprobs"][i, :n].tolist()
+        adv = [batch["advantages"][i].item()] * n
+        value, grads = oracle(lp, old, adv, [weight(lengths, i)] * n)
+        total += value
+        rows[i, :n] = torch.tensor(grads, dtype=rows.dtype)
+    return torch.tensor(total, dtype=rows.dtype), rows
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_loss_and_gradient_equal_the_formula_in_plain_floats(surrogate, aggregate, seed):
+    batch = without_ref(make_batch(seed))
+    value, oracle = SURROGATES[surrogate]
+    weights, weight = AGGREGATES[aggregate]
+    expected = oracle_of_batch(batch, oracle, weight)
+    loss, grad, _ = run(batch, surrogate=value, aggregate=weights)
+    torch.testing.assert_close(loss, expected[0], **EXACT)
+    torch.testing.assert_close(grad, expected[1], **EXACT)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_packed_equals_padded(surrogate):
+    batch = make_batch(3)
+    options = {
+        "surrogate": SURROGATES[surrogate][0],
+        "kl_coef": 0.1,
+        "importance_weights": torch.tensor([0.5, 1.0, 2.0, 0.0], dtype=torch.float64),
+    }
+    for aggregate, _ in AGGREGATES.values():
+        padded = run(batch, aggregate=aggregate, **options)
+        packed = run(pack(batch), aggregate=aggregate, **options)
+        torch.testing.assert_close(packed[0], padded[0], **EXACT)
+        torch.testing.assert_close(packed[1], padded[1][batch["mask"]], **EXACT)
+        assert packed[2].keys() == padded[2].keys()
+        for name in packed[2]:
+            torch.testing.assert_close(packed[2][name], padded[2][name], **EXACT)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_masked_junk_gets_a_gradient_of_exactly_zero(surrogate):
+    batch = make_batch(4)
+    _, grad, _ = run(batch, surrogate=SURROGATES[surrogate][0], aggregate=TokenMean(), kl_coef=0.2)
+    assert (grad[~batch["mask"]] == 0).all()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["sequence-mean", "token-mean", "fixed-length", "sum"])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_micro_batches_add_up_to_one_batch(surrogate, name):
+    batch = without_ref(make_batch(5))
+    tokens, sequences = batch["mask"].sum(), len(LENGTHS)
+    whole = {
+        "sequence-mean": SequenceMean(),
+        "token-mean": TokenMean(),
+        "fixed-length": FixedLength(9),
+        "sum": Sum(),
+    }[name]
+    part = {
+        "sequence-mean": SequenceMean(sequences),
+        "token-mean": TokenMean(tokens),
+        "fixed-length": FixedLength(9, torch.tensor(sequences)),
+        "sum": Sum(),
+    }[name]
+    surrogate = SURROGATES[surrogate][0]
+    loss, grad, _ = run(batch, surrogate=surrogate, aggregate=whole)
+    pieces = [
+        run({k: v[i:j] for k, v in batch.items()}, surrogate=surrogate, aggregate=part)
+        for i, j in pairwise((0, 1, 3, 4))
+    ]
+    torch.testing.assert_close(sum(p[0] for p in pieces), loss, **EXACT)
+    torch.testing.assert_close(torch.cat([p[1] for p in pieces]), grad, **EXACT)
+
+
+GRADCHECKED = ["clip", "dual-clip", "gspo", "gmpo", "reinforce", "sapo"]
+
+
+@pytest.mark.parametrize("kl", [K1(), K2(), K3(), RatioWeighted(K3()), RatioWeighted(K1())])
+@pytest.mark.parametrize("surrogate", GRADCHECKED)
+def test_gradcheck(surrogate, kl):
+    """Surrogates without a stopped gradient are what their derivative says."""
+    batch = make_batch(6, lengths=[3, 2])
+    advantages, mask = batch.pop("advantages"), batch.pop("mask")
+    logprobs = torch.where(mask, batch.pop("logprobs"), 0.0).requires_grad_()
+
+    def loss(lp):
+        return policy_loss(
+            lp,
+            advantages,
+            mask,
+            surrogate=SURROGATES[surrogate][0],
+            aggregate=SequenceMean(),
+            kl_coef=0.3,
+            kl=kl,
+            **batch,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, (logprobs,))
+
+
+def kl_oracle(estimate):
+    """Value and derivative of each estimator at x = log pi, given log pi_old and log pi_ref."""
+    return {
+        "k1": lambda x, y, z: (x - z, 1.0),
+        "k2": lambda x, y, z: ((x - z) ** 2 / 2, x - z),
+        "k3": lambda x, y, z: (math.exp(z - x) - (z - x) - 1, 1 - math.exp(z - x)),
+    }[estimate]
+
+
+@pytest.mark.parametrize("weighting", ["plain", "ratio", "score"])
+@pytest.mark.parametrize("estimate", ["k1", "k2", "k3"])
+def test_kl_estimators_in_their_weightings(estimate, weighting):
+    batch = make_batch(7)
+    batch["advantages"] = torch.zeros(len(LENGTHS), dtype=torch.float64)
+    value = {"k1": K1(), "k2": K2(), "k3": K3()}[estimate]
+    value = {"plain": value, "ratio": RatioWeighted(value), "score": ScoreWeighted(value)}[
+        weighting
+    ]
+    loss, grad, metrics = run(batch, surrogate=Clip(), aggregate=Sum(), kl_coef=0.25, kl=value)
+    total, expected = 0.0, torch.zeros_like(grad)
+    for i, j in batch["mask"].nonzero().tolist():
+        x, y, z = (batch[k][i, j].item() for k in ("logprobs", "old_logprobs", "ref_logprobs"))
+        kl, slope = kl_oracle(estimate)(x, y, z)
+        ratio = math.exp(x - y)
+        if weighting == "ratio":
+            kl, slope = ratio * kl, ratio * (kl + slope)
+        elif weighting == "score":
+            slope = kl + slope
+        total += kl
+        expected[i, j] = 0.25 * slope
+    torch.testing.assert_close(loss, torch.tensor(0.25 * total, dtype=loss.dtype), **EXACT)
+    torch.testing.assert_close(grad, expected, **EXACT)
+    mean = torch.tensor(total / sum(LENGTHS), dtype=loss.dtype)
+    torch.testing.assert_close(metrics["kl"], mean, **EXACT)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_importance_weights_scale_the_surrogate_alone(surrogate):
+    """Vespo folds them into its sequence weight; every other surrogate is multiplied."""
+    batch = make_batch(8)
+    value = SURROGATES[surrogate][0]
+    options = {"surrogate": value, "aggregate": Sum(), "kl_coef": 0.2}
+    weights = torch.rand(batch["mask"].shape, dtype=torch.float64) + 0.5
+    kl = run(batch | {"advantages": torch.zeros(4, dtype=torch.float64)}, **options)
+    plain = run(batch, **options)
+    ones = run(batch, importance_weights=torch.ones(4, dtype=torch.float64), **options)
+    weighted = run(batch, importance_weights=weights, **options)
+    torch.testing.assert_close(ones[1], plain[1], **EXACT)
+    surrogate_grad = plain[1] - kl[1]
+    if surrogate in ("vespo", "vespo-other"):
+        folded = oracle_of_batch(
+            batch | {"old_logprobs": batch["old_logprobs"] - weights.log()},
+            SURROGATES[surrogate][1],
+            lambda lengths, i: 1.0,
+        )
+        torch.testing.assert_close(weighted[1] - kl[1], folded[1], rtol=1e-9, atol=1e-11)
+    elif surrogate in ("gspo", "gmpo"):
+        scale = torch.where(batch["mask"], weights, 0.0).sum(-1, keepdim=True)
+        scale = scale / batch["mask"].sum(-1, keepdim=True)
+        torch.testing.assert_close(weighted[1] - kl[1], surrogate_grad * scale, **EXACT)
+    else:
+        scale = torch.where(batch["mask"], weights, 0.0)
+        torch.testing.assert_close(weighted[1] - kl[1], surrogate_grad * scale, **EXACT)
+
+
+def test_entropy_bonus_is_subtracted_and_differentiable():
+    batch = without_ref(make_batch(9))
+    entropy = torch.rand(batch["mask"].shape, dtype=torch.float64, requires_grad=True)
+    options = {"surrogate": Clip(), "aggregate": TokenMean()}
+    plain, _, _ = run(batch, **options)
+    out = policy_loss(**batch, entropy=entropy, entropy_coef=0.3, **options)
+    mean = entropy.detach()[batch["mask"]].mean()
+    torch.testing.assert_close(out.loss.detach(), plain - 0.3 * mean, **EXACT)
+    torch.testing.assert_close(out.metrics["entropy"], mean, **EXACT)
+    (grad,) = torch.autograd.grad(out.loss, entropy)
+    expected = batch["mask"].to(grad.dtype) * (-0.3 / sum(LENGTHS))
+    torch.testing.assert_close(grad, expected, **EXACT)
+
+
+def test_clip_fractions_and_ratio_by_hand():
+    ratio = torch.tensor([[0.7, 0.7, 1.5, 1.5, 1.0, 9.0]], dtype=torch.float64)
+    advantages = torch.tensor([[-1.0, 1.0, -1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
+    out = policy_loss(
+        ratio.log(),
+        advantages,
+        mask,
+        surrogate=Clip(0.2, 0.2),
+        aggregate=TokenMean(),
+        old_logprobs=torch.zeros_like(ratio),
+    )
+    # losses: 0.8, -0.7, 1.5, -1.2, -1.0
+    torch.testing.assert_close(out.loss, torch.tensor(-0.6 / 5, dtype=torch.float64), **EXACT)
+    metrics = {k: v.item() for k, v in out.metrics.items()}
+    assert metrics == pytest.approx(
+        {"ratio": 5.4 / 5, "clip_fraction_low": 0.2, "clip_fraction_high": 0.2}
+    )
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_on_policy_gradient_is_minus_the_advantage(surrogate):
+    """At ratio 1 every surrogate is REINFORCE: rewarded tokens go up, punished ones down."""
+    value = SURROGATES[surrogate][0]
+    batch = without_ref(make_batch(10))
+    del batch["old_logprobs"]
+    _, grad, metrics = run(batch, surrogate=value, aggregate=Sum())
+    expected = torch.where(batch["mask"], -batch["advantages"][:, None], 0.0)
+    torch.testing.assert_close(grad, expected, **EXACT)
+    assert metrics["ratio"].item() == 1.0
+
+
+def test_luspo_is_the_sequence_clip_summed_over_tokens():
+    batch = without_ref(make_batch(11))
+    oracle = gspo_oracle(2e-3, 2.5e-3)
+    expected = oracle_of_batch(batch, oracle, lambda lengths, i: 1 / len(lengths))
+    loss, grad, _ = run(batch, surrogate=SequenceClip(2e-3, 2.5e-3), aggregate=FixedLength(1))
+    torch.testing.assert_close(loss, expected[0], **EXACT)
+    torch.testing.assert_close(grad, expected[1], **EXACT)
+
+
+def test_clipped_policy_loss_is_the_clip_before_the_average():
+    batch = without_ref(make_batch(12))
+    losses = clipped_policy_loss(**batch, clip_low=0.1, clip_high=0.3, dual_clip=2.0)
+    assert (losses[~batch["mask"]] == 0).all()
+    whole, _, _ = run(batch, surrogate=Clip(0.1, 0.3, 2.0), aggregate=Sum())
+    torch.testing.assert_close(losses.sum(), whole, **EXACT)
+    expected = oracle_of_batch(batch, clip_oracle(0.1, 0.3, 2.0), lambda lengths, i: 1.0)
+    torch.testing.assert_close(losses.sum(), expected[0], **EXACT)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_extreme_log_ratios_stay_finite(surrogate):
+    """A ratio of e^200 against a positive advantage is clipped, not 0 * inf."""
+    logprobs = torch.tensor([[-0.1, -300.0, -0.1]], requires_grad=True)
+    old = torch.tensor([[-200.0, -0.1, -0.1]])
+    for advantage in (1.0, -1.0, 0.0):
+        out = policy_loss(
+            logprobs,
+            torch.tensor([advantage]),
+            surrogate=SURROGATES[surrogate][0],
+            aggregate=TokenMean(),
+            old_logprobs=old,
+            ref_logprobs=old,
+            kl_coef=0.1,
+        )
+        (grad,) = torch.autograd.grad(out.loss, logprobs)
+        assert out.loss.isfinite()
+        assert grad.isfinite().all()
+
+
+def test_nothing_counts_gives_zero_on_the_graph():
+    for shape in [(2, 3), (0, 3), (2, 0)]:
+        logprobs = torch.full(shape, float("nan"), requires_grad=True)
+        for aggregate, _ in AGGREGATES.values():
+            out = policy_loss(
+                logprobs,
+                torch.ones(shape[0]),
+                torch.zeros(shape),
+                surrogate=Clip(),
+                aggregate=aggregate,
+            )
+            (grad,) = torch.autograd.grad(out.loss, logprobs)
+            assert out.loss.item() == 0.0
+            assert torch.equal(grad, torch.zeros(shape))
+
+
+def test_denominator_of_zero_gives_zero():
+    logprobs = torch.tensor([[-1.0]], requires_grad=True)
+    for aggregate in (SequenceMean(0), TokenMean(torch.tensor(0)), FixedLength(3, 0), Sum(0.0)):
+        out = policy_loss(logprobs, torch.ones(1), surrogate=Clip(), aggregate=aggregate)
+        (grad,) = torch.autograd.grad(out.loss, logprobs)
+        assert (out.loss.item(), grad.item()) == (0.0, 0.0)
+
+
+def test_half_precision_is_computed_in_float32():
+    batch = without_ref(make_batch(13, dtype=torch.float32))
+    half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
+    upcast = {k: v.float() if v.is_floating_point() else v for k, v in half.items()}
+    options = {"surrogate": Clip(), "aggregate": SequenceMean()}
+    loss, grad, _ = run(half, **options)
+    expected, expected_grad, _ = run(upcast, **options)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+    assert torch.equal(grad, expected_grad.bfloat16())
+
+
+@given(st.permutations(range(4)), st.sampled_from(list(SURROGATES)), st.integers(0, 5))
+def test_order_of_sequences_does_not_matter(order, surrogate, seed):
+    batch = without_ref(make_batch(seed))
+    options = {"surrogate": SURROGATES[surrogate][0], "aggregate": SequenceMean()}
+    loss, grad, _ = run(batch, **options)
+    shuffled_loss, shuffled, _ = run({k: v[list(order)] for k, v in batch.items()}, **options)
+    torch.testing.assert_close(shuffled_loss, loss, **EXACT)
+    torch.testing.assert_close(shuffled, grad[list(order)], **EXACT)
+
+
+def test_advantages_per_token_per_sequence_and_as_a_column():
+    batch = without_ref(make_batch(14))
+    options = {"surrogate": Clip(), "aggregate": SequenceMean()}
+    expected = run(batch, **options)
+    column = run(batch | {"advantages": batch["advantages"][:, None]}, **options)
+    per_token = batch["advantages"][:, None].expand(batch["mask"].shape).clone()
+    per_token[~batch["mask"]] = float("nan")
+    tokens = run(batch | {"advantages": per_token}, **options)
+    for other in (column, tokens):
+        torch.testing.assert_close(other[0], expected[0], **EXACT)
+        torch.testing.assert_close(other[1], expected[1], **EXACT)
+
+
+def test_no_gradient_flows_to_anything_but_logprobs_and_entropy():
+    batch = make_batch(15)
+    constants = {
+        k: torch.where(batch["mask"], v, 0.0).requires_grad_()
+        if v.dim() == 2
+        else v.requires_grad_()
+        for k, v in batch.items()
+        if k != "mask"
+    }
+    out = policy_loss(
+        **constants,
+        mask=batch["mask"],
+        surrogate=Clip(),
+        aggregate=Sum(),
+        kl_coef=0.1,
+        importance_weights=torch.ones(4, dtype=torch.float64, requires_grad=True),
+    )
+    out.loss.backward()
+    assert constants["logprobs"].grad is not None
+    assert all(v.grad is None for k, v in constants.items() if k != "logprobs")
+    assert not any(v.requires_grad for v in out.metrics.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_under_torch_compile_without_graph_breaks():
+    batch = make_batch(16, dtype=torch.float32)
+
+    def loss(lp, old):
+        return policy_loss(
+            lp,
+            batch["advantages"],
+            batch["mask"],
+            surrogate=Clip(),
+            aggregate=SequenceMean(),
+            old_logprobs=old,
+        ).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    logprobs = torch.where(batch["mask"], batch["logprobs"], 0.0).requires_grad_()
+    old = torch.where(batch["mask"], batch["old_logprobs"], 0.0)
+    expected, actual = loss(logprobs, old), compiled(logprobs, old)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    (grad,) = torch.autograd.grad(actual, logprobs)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, logprobs)[0], rtol=0, atol=0)
