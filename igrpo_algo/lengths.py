@@ -37,7 +37,7 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor
     if check_count("buffer", buffer, at_least=0) > max_length:
         raise ValueError(f"buffer must be <= max_length = {max_length}, got {buffer}")
     ramp = (max_length - buffer - lengths).float() / max(buffer, 1)
-    return torch.where(lengths > max_length, -1.0, ramp.clamp(-1.0, 0.0))
+    return ramp.clamp(-1.0, 0.0)
 
 
 def drop_truncated(mask: Tensor, truncated: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from igrpo_kernels import (
     SequenceMean,
     SequenceTokenClip,
     Sum,
+    TokenLosses,
     TokenMean,
     Vespo,
     clipped_policy_loss,
@@ -288,6 +289,26 @@ def test_masked_junk_gets_a_gradient_of_exactly_zero(surrogate):
     _, grad, _ = run(batch, surrogate=SURROGATES[surrogate][0], aggregate=TokenMean(), kl_coef=0.2)
     assert (grad[~batch["mask"]] == 0).all()
     assert grad.isfinite().all()
+
+
+class Probability:
+    """A surrogate of a user's own, which is 1 and not 0 in masked slots."""
+
+    per_token = True
+    folds_importance_weights = False
+
+    def __call__(self, tokens):
+        return TokenLosses(tokens.logprobs.exp())
+
+
+def test_masked_slots_do_not_count_whatever_a_surrogate_returns():
+    batch = without_ref(make_batch(4))
+    loss, grad, metrics = run(batch, surrogate=Probability(), aggregate=Sum())
+    expected = batch["logprobs"][batch["mask"]].exp()
+    torch.testing.assert_close(loss, expected.sum(), **EXACT)
+    torch.testing.assert_close(grad[batch["mask"]], expected, **EXACT)
+    assert (grad[~batch["mask"]] == 0).all()
+    assert metrics.keys() == {"ratio"}
 
 
 @pytest.mark.parametrize("name", ["sequence-mean", "token-mean", "fixed-length", "sum"])
