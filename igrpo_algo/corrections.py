@@ -79,7 +79,13 @@ def sequence_importance_weights(
     w = exp(sum_t log pi_old - log pi_sampler)
 
     The exact correction of a sequence-level expectation, of a variance that grows with length.
-    Arguments and conventions as `token_importance_weights`.
+    A NaN of the sampler adds 0 to the sum.
+
+    Args:
+        old_logprobs: Log-probs under the trainer's policy at sampling time. Shape [B, T] or [L].
+        sampler_logprobs: Log-probs under the distribution that drew the tokens. Same shape.
+        mask: 1 (or True) where a token counts. Same shape.
+        cu_seqlens: Packed only: offsets of the sequences. Shape [B + 1].
 
     Returns:
         Weights, shape [B], detached.
@@ -109,7 +115,13 @@ def geometric_importance_weights(
     w = exp(mean_t (log pi_old - log pi_sampler))
 
     Comparable over lengths, biased; NeMo-RL's and OpenRLHF's sequence statistic. The mean is over
-    counted tokens, 1 without any. Arguments and conventions as `token_importance_weights`.
+    counted tokens, and the weight 1 without any; a NaN of the sampler adds 0 to the sum.
+
+    Args:
+        old_logprobs: Log-probs under the trainer's policy at sampling time. Shape [B, T] or [L].
+        sampler_logprobs: Log-probs under the distribution that drew the tokens. Same shape.
+        mask: 1 (or True) where a token counts. Same shape.
+        cu_seqlens: Packed only: offsets of the sequences. Shape [B + 1].
 
     Returns:
         Weights, shape [B], detached.

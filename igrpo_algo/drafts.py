@@ -128,6 +128,11 @@ def select_random_draft(rewards: Tensor, *, generator: torch.Generator) -> BestD
     Raises:
         TypeError: `rewards` is not floating point.
         ValueError: The shape is not [P, N], or N is 0.
+
+    Example:
+        >>> rewards = torch.tensor([[0.0, torch.nan], [torch.nan, 1.0]])
+        >>> select_random_draft(rewards, generator=torch.Generator().manual_seed(0)).index
+        tensor([0, 1])
     """
     rewards = _check_rewards(rewards)
     equal = torch.where(rewards.isnan(), rewards, 0.0)
@@ -138,12 +143,42 @@ def select_random_draft(rewards: Tensor, *, generator: torch.Generator) -> BestD
 
 
 def shortest_first(lengths: Tensor) -> Tensor:
-    """Make tie scores that prefer the shorter draft: -lengths, int64. Shape [P, N] in and out."""
+    """Make tie scores that prefer the shorter draft: -lengths.
+
+    Args:
+        lengths: Tokens of each draft, integers. Shape [P, N].
+
+    Returns:
+        Tie scores for `select_best_draft` in int64. Shape [P, N].
+
+    Raises:
+        TypeError: `lengths` is not an integer tensor.
+
+    Example:
+        >>> lengths = torch.tensor([[30, 20, 20]])
+        >>> select_best_draft(torch.ones(1, 3), tie_scores=shortest_first(lengths)).index
+        tensor([1])
+    """
     return -check_integral("lengths", lengths).to(torch.int64)
 
 
 def random_ties(shape: Sequence[int], *, generator: torch.Generator) -> Tensor:
-    """Make tie scores that prefer none: uniform in [0, 1), fp32, on the generator's device."""
+    """Make tie scores that prefer none: uniform in [0, 1).
+
+    Args:
+        shape: Of the rewards, [P, N].
+        generator: The source of randomness.
+
+    Returns:
+        Tie scores for `select_best_draft` in float32, on the generator's device. Shape [P, N].
+
+    Raises:
+        TypeError: `generator` is no torch.Generator.
+
+    Example:
+        >>> random_ties((1, 3), generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([1, 3])
+    """
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {describe(generator)}")
     return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)

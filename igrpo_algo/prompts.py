@@ -22,7 +22,7 @@ Prompt = TypeVar("Prompt", str, list[dict[str, Any]])
 
 @dataclass(frozen=True)
 class DraftTemplate:
-    """The words between the question and the draft, and those after the draft.
+    r"""The words between the question and the draft, and those after the draft.
 
     q' = q + before + draft + after
 
@@ -37,6 +37,11 @@ class DraftTemplate:
     Raises:
         TypeError: A part is no string, or `delimiters` is no tuple of strings.
         ValueError: A delimiter is empty, or occurs in neither part and would have no effect.
+
+    Example:
+        >>> template = DraftTemplate("\n\nEarlier attempt: [", "]\nImprove it.", ("[", "]"))
+        >>> splice_prompt("1 + 1?", "it is 3", template=template)
+        '1 + 1?\n\nEarlier attempt: [it is 3]\nImprove it.'
     """
 
     before: str

@@ -21,6 +21,11 @@ class Sequences:
         mask: True where a token counts. Shape [B, T], or [L] when packed.
         count: B, the number of sequences; those without a counted token are among them.
         owner: Packed only: index of the sequence that each token belongs to. Shape [L].
+
+    Example:
+        >>> sequences = Sequences.of(torch.zeros(2, 3), torch.tensor([[1, 1, 0], [1, 0, 0]]))
+        >>> sequences.mean(torch.tensor([[1.0, 3.0, 9.0], [5.0, 9.0, 9.0]]))
+        tensor([2., 5.])
     """
 
     mask: Tensor

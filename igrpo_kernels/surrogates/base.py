@@ -28,6 +28,11 @@ class Tokens:
         advantages: Advantages, broadcast to the tokens. Detached.
         sequences: Which tokens count, and which sequence each belongs to.
         importance_weights: Correction for the sampler, or None. Detached.
+
+    Example:
+        >>> new, old = torch.tensor([[-1.0, -0.5]]), torch.tensor([[-1.0, -1.5]])
+        >>> Tokens(new, old, torch.ones(1, 2), Sequences.of(new)).ratio
+        tensor([[1.0000, 2.7183]])
     """
 
     logprobs: Tensor
