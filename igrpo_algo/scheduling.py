@@ -1,0 +1,57 @@
+"""Slots of an engine, given to the request of the earliest stage that waits: drafts first.
+
+With a barrier between the stages, the slots idle while the longest draft ends; a queue that prefers
+refinements leaves the longest drafts for last. Drafts first keeps the slots full to the end.
+"""
+
+import asyncio
+import heapq
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import count
+
+from igrpo_kernels.checks import check_count
+
+
+class Slots:
+    """Lends at most `capacity` slots at a time; of those who wait, the lowest rank goes first.
+
+    Equal ranks go in the order of their asking. Whoever is first in line waits until enough slots
+    are free for it, and nobody overtakes. A request for more than `capacity` waits for all slots.
+
+    Args:
+        capacity: Slots to lend, at least 1.
+
+    Raises:
+        ValueError: `capacity` is below 1.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = self.free = check_count("capacity", capacity)
+        self._waiting: list[tuple[int, int, int, asyncio.Future[None]]] = []
+        self._tickets = count()
+
+    @asynccontextmanager
+    async def take(self, wanted: int, *, rank: int) -> AsyncIterator[None]:
+        """Hold `wanted` slots for the length of the block."""
+        wanted = min(wanted, self.capacity)
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (rank, next(self._tickets), wanted, granted))
+        self._grant()
+        try:
+            await granted
+            yield
+        finally:
+            if granted.done() and not granted.cancelled():
+                self.free += wanted
+            self._grant()
+
+    def _grant(self) -> None:
+        while self._waiting:
+            _, _, wanted, granted = self._waiting[0]
+            if not granted.cancelled():
+                if wanted > self.free:
+                    return
+                self.free -= wanted
+                granted.set_result(None)
+            heapq.heappop(self._waiting)

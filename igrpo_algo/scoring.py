@@ -1,0 +1,116 @@
+"""Calling a reward function: TRL's convention in, one float per completion out.
+
+reward(prompts=[...], completions=[...], **columns) -> list of float or None
+
+The three kinds of list are of equal length, one entry per completion. As in TRL, a completion is
+a string, or, where its prompt is a list of chat messages, a list of one assistant message.
+The function may be a coroutine function. None and NaN both say "could not be scored".
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from igrpo_kernels.checks import describe
+
+from .completions import Completion
+from .sampling import Prompt
+
+Reward = Callable[..., Any]
+
+
+class RewardError(RuntimeError):
+    """A reward function raised; the message names the prompt, and the cause is chained."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward function with the columns that belong to the prompts.
+
+    The function always sees the original prompt, whatever the completions were drawn from, and is
+    called once per prompt and stage, so that an error names its prompt.
+
+    Attributes:
+        reward: The reward function.
+        prompts: The P original prompts.
+        columns: What else the function is given by name: P values each, repeated per completion.
+        name: What errors call the function.
+
+    Raises:
+        TypeError: `reward` cannot be called, or a column is no list.
+        ValueError: A column does not hold P values, or has a name that is taken.
+    """
+
+    reward: Reward
+    prompts: Sequence[Prompt]
+    columns: Mapping[str, Sequence[Any]]
+    name: str = "reward"
+
+    def __post_init__(self) -> None:
+        if not callable(self.reward):
+            raise TypeError(f"{self.name} must be callable, got {describe(self.reward)}")
+        for column, values in self.columns.items():
+            if column in ("prompts", "completions"):
+                raise ValueError(f"columns must not be named {column!r}: the name is taken")
+            if isinstance(values, str) or not isinstance(values, Sequence):
+                raise TypeError(f"columns[{column!r}] must be a list, got {describe(values)}")
+            if len(values) != len(self.prompts):
+                raise ValueError(
+                    f"columns[{column!r}] must hold one value per prompt: {len(values)} values "
+                    f"for {len(self.prompts)} prompts"
+                )
+
+    async def __call__(self, index: int, completions: Sequence[Completion]) -> list[float]:
+        """Score completions of one prompt; NaN where there is no score.
+
+        Raises:
+            RewardError: The function raised.
+            TypeError: A value is no number.
+            ValueError: The function returned another number of values, or an infinite one.
+        """
+        if not completions:
+            return []
+        n, prompt = len(completions), self.prompts[index]
+        columns = {name: [values[index]] * n for name, values in self.columns.items()}
+        answers = [_as_in_trl(prompt, completion.text) for completion in completions]
+        try:
+            values = self.reward(prompts=[prompt] * n, completions=answers, **columns)
+            if inspect.isawaitable(values):
+                values = await values
+            values = list(values)
+        except Exception as error:
+            raise RewardError(f"{self.name} failed on {self._where(index)}: {error!r}") from error
+        if len(values) != n:
+            raise ValueError(
+                f"{self.name} must return one value per completion: {len(values)} values for "
+                f"{n} completions of {self._where(index)}"
+            )
+        return [self._number(index, value) for value in values]
+
+    def _number(self, index: int, value: Any) -> float:
+        if value is None:
+            return math.nan
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{self.name} must return numbers or None, got {describe(value)} "
+                f"on {self._where(index)}"
+            ) from error
+        if math.isinf(number):
+            raise ValueError(
+                f"{self.name} must be finite, or None or NaN for what cannot be scored, "
+                f"got {number} on {self._where(index)}"
+            )
+        return math.nan if math.isnan(number) else number
+
+    def _where(self, index: int) -> str:
+        text = str(self.prompts[index])
+        return f"prompt {index} ({text[:60]!r}{'...' if len(text) > 60 else ''})"
+
+
+def _as_in_trl(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
+    is_chat = not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
+    return [{"role": "assistant", "content": text}] if is_chat else text
