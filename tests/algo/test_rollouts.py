@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from igrpo_algo.completions import Completion
-from igrpo_algo.journal import Journal, check_journal, load_journal
 from igrpo_algo.rollouts import Choice, Group, Rollouts, Stage
+from igrpo_algo.two_stage.journal import Journal, check_journal, load_journal
 
 NAN = math.nan
 CHAT = [{"role": "user", "content": "große Frage\n"}]

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from igrpo_algo.scheduling import Slots
+from igrpo_algo.two_stage.scheduling import Slots
 
 
 async def settle():

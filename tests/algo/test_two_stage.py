@@ -14,16 +14,16 @@ from contextlib import aclosing
 import pytest
 import torch
 
-from igrpo_algo.choosing import Fallback
 from igrpo_algo.completions import Completion
-from igrpo_algo.courses import StageFinished, StageStarted
 from igrpo_algo.drafts import select_random_draft, select_worst_draft
-from igrpo_algo.journal import load_journal
 from igrpo_algo.prompts import DraftTemplate
 from igrpo_algo.rollouts import Rollouts
 from igrpo_algo.scoring import RewardError
 from igrpo_algo.splicing import TextSplice, TokenSplice
 from igrpo_algo.two_stage import stream_two_stage_rollout, two_stage_rollout
+from igrpo_algo.two_stage.choosing import Fallback
+from igrpo_algo.two_stage.courses import StageFinished, StageStarted
+from igrpo_algo.two_stage.journal import load_journal
 
 ARROW = TextSplice(DraftTemplate(" -> ", ""))
 PROMPTS = [f"q{i}" for i in range(5)]

@@ -16,11 +16,11 @@ import torch
 
 from igrpo_kernels.checks import check_number, describe
 
-from .completions import Completion
-from .drafts import BestDraft
-from .rollouts import Choice
-from .sampling import Prompt, derive_seed
-from .splicing import Splice
+from ..completions import Completion
+from ..drafts import BestDraft
+from ..rollouts import Choice
+from ..sampling import Prompt, derive_seed
+from ..splicing import Splice
 
 _DROPOUT, _SELECT = range(2)
 

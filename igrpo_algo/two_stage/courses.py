@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..completions import Completion
+from ..rollouts import Choice, Group, Stage
+from ..sampling import AnySampler, Prompt, derive_seed
+from ..scoring import Scorer
 from .choosing import Choosing
-from .completions import Completion
-from .rollouts import Choice, Group, Stage
-from .sampling import AnySampler, Prompt, derive_seed
-from .scoring import Scorer
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,17 @@ from typing import Any
 
 from igrpo_kernels.checks import check_count, check_number, describe
 
+from ..completions import Completion
+from ..drafts import select_best_draft
+from ..rollouts import Group, Rollouts
+from ..sampling import AnySampler, Prompt, check_prompts, check_sampler, run_blocking
+from ..scoring import Reward, Scorer
+from ..splicing import DEFAULT_SPLICE, Splice
 from .choosing import Choosing, Fallback, Select, TieScores
-from .completions import Completion
 from .courses import OnProgress, Plan
-from .drafts import select_best_draft
 from .drivers import located, run_in_step, run_stream
 from .journal import check_journal, load_journal
-from .rollouts import Group, Rollouts
-from .sampling import AnySampler, Prompt, check_prompts, check_sampler, run_blocking
 from .scheduling import Slots
-from .scoring import Reward, Scorer
-from .splicing import DEFAULT_SPLICE, Splice
 
 
 def two_stage_rollout(

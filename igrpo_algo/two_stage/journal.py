@@ -9,8 +9,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .rollouts import Group
-from .sampling import Prompt
+from ..rollouts import Group
+from ..sampling import Prompt
 
 
 def load_journal(path: str | os.PathLike[str]) -> list[Group]:

@@ -7,11 +7,11 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from .completions import Completion
+from ..completions import Completion
+from ..rollouts import Group
+from ..sampling import Prompt, derive_seed, sample_batch, sample_one
 from .courses import Course, Plan
 from .journal import Journal
-from .rollouts import Group
-from .sampling import Prompt, derive_seed, sample_batch, sample_one
 from .scheduling import Slots
 
 CANCELLED = Completion([], "", None, "cancelled")

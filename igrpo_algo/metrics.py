@@ -1,0 +1,261 @@
+"""What to watch in a two-stage run.
+
+All are pure functions of rewards, with NaN for an unscored one, or of token ids. The tensor ones
+return detached tensors on the rewards' device and never wait for it.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from igrpo_kernels.checks import check_count, check_number, check_rank
+
+from .groups import Groups, to_scores
+
+
+def zero_variance_share(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
+    """Share of groups whose rewards are all equal, and which therefore teach nothing.
+
+    share = #{groups with std(r) = 0} / #groups
+
+    A group with a single scored reward is among them; a group with none is left out of both counts.
+    NaN where no reward is scored.
+
+    Args:
+        rewards: Reward of each sample, NaN where unscored. Shape [P, G], or [B] with `groups`.
+        groups: For [B] only: G, or the group id of each reward, shape [B].
+
+    Returns:
+        Share, a scalar in float32 or float64, detached.
+
+    Raises:
+        TypeError: `rewards` is no tensor of real numbers, or `groups` neither int nor integers.
+        ValueError: `rewards` and `groups` do not fit each other.
+
+    Example:
+        >>> zero_variance_share(torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, float("nan")]]))
+        tensor(0.6667)
+    """
+    grouped = Groups.of(rewards, groups)
+    equal = grouped.max(grouped.rewards) == -grouped.max(-grouped.rewards)
+    # Each scored reward weighs one over its group's count, so that each group weighs one.
+    weight = grouped.restore(1 / grouped.count)
+    return grouped.restore(equal / grouped.count).sum() / weight.sum()
+
+
+def draft_success_share(draft_rewards: Tensor, *, threshold: float = 1.0) -> Tensor:
+    """Share of prompts with a draft that succeeded: what Stage 2 is given to start from.
+
+    share = #{p : max_n r_pn >= threshold} / #prompts
+
+    Prompts without a scored draft are left out of both counts. NaN where none is left. With binary
+    rewards this estimates 1 - (1 - V)^N of iGRPO's Proposition 3.1, arXiv:2602.09000.
+
+    Args:
+        draft_rewards: Reward of each draft, NaN where unscored. Shape [P, N].
+        threshold: Least reward of a success.
+
+    Returns:
+        Share, a scalar in float32 or float64, detached.
+
+    Raises:
+        TypeError: `draft_rewards` is no tensor of real numbers, or `threshold` no number.
+        ValueError: `draft_rewards` are not [P, N], or `threshold` is not finite.
+
+    Example:
+        >>> draft_success_share(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+        tensor(0.5000)
+    """
+    check_number("threshold", threshold)
+    scores = _rows("draft_rewards", draft_rewards, "[P, N]")
+    succeeded = (scores >= threshold).any(-1).to(scores.dtype)
+    return succeeded.where(~scores.isnan().all(-1), torch.nan).nanmean()
+
+
+def stage_uplift(draft_rewards: Tensor, refinement_rewards: Tensor) -> Tensor:
+    """How much better refinements score than drafts, on the same prompts.
+
+    uplift = mean_p ( mean_g r_pg - mean_n r_pn )
+
+    Each prompt weighs the same, whatever the numbers of its scored samples; prompts that lack a
+    scored sample in either stage are left out. NaN where none is left.
+
+    Args:
+        draft_rewards: Stage 1, NaN where unscored. Shape [P, N].
+        refinement_rewards: Stage 2, NaN where unscored. Shape [P, G].
+
+    Returns:
+        Mean Stage-2 less mean Stage-1 reward, a scalar in float32 or float64, detached.
+
+    Raises:
+        TypeError: An argument is no tensor of real numbers.
+        ValueError: An argument has no two axes, or the numbers of prompts differ.
+
+    Example:
+        >>> stage_uplift(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 1.0, 0.0, 1.0]]))
+        tensor(0.2500)
+    """
+    drafts = _rows("draft_rewards", draft_rewards, "[P, N]")
+    refinements = _rows("refinement_rewards", refinement_rewards, "[P, G]")
+    if len(drafts) != len(refinements):
+        raise ValueError(
+            f"refinement_rewards must have shape [P, G] with P = {len(drafts)}, "
+            f"got {list(refinements.shape)}"
+        )
+    return (refinements.nanmean(-1) - drafts.nanmean(-1)).nanmean()
+
+
+def pass_at_k(rewards: Tensor, k: int, *, threshold: float = 1.0) -> Tensor:
+    """Estimate, without bias, how likely at least one of k samples succeeds, prompt by prompt.
+
+    pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{j < k} (n - c - j) / (n - j)
+
+    n counts the prompt's scored samples and c those among them that reach the threshold. NaN for
+    prompts with n < k. Chen et al. 2021, arXiv:2107.03374, equation 1.
+
+    Args:
+        rewards: Reward of each sample, NaN where unscored. Shape [P, N].
+        k: Number of tries, from 1 to N.
+        threshold: Least reward of a success.
+
+    Returns:
+        pass@k of each prompt, shape [P], float32 or float64, detached. `.nanmean()` is the score.
+
+    Raises:
+        TypeError: `rewards` is no tensor of real numbers, `k` no int, or `threshold` no number.
+        ValueError: `rewards` are not [P, N], `k` is not in 1..N, or `threshold` is not finite.
+
+    Example:
+        >>> pass_at_k(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]), 2)
+        tensor([0.5000, 1.0000])
+    """
+    check_number("threshold", threshold)
+    scores = _rows("rewards", rewards, "[P, N]")
+    if check_count("k", k) > scores.shape[1]:
+        raise ValueError(f"k must be at most N = {scores.shape[1]}, got {k}")
+    tries = torch.arange(k, device=scores.device)
+    scored = (~scores.isnan()).sum(-1, keepdim=True)
+    failed = (scores < threshold).sum(-1, keepdim=True)
+    # Fewer than k failures: one ratio is 0, for no k samples can all have failed. Fewer than k
+    # samples: that 0, or 0 itself, meets a denominator of 0, and the product is NaN.
+    ratios = (failed - tries).to(scores.dtype) / (scored - tries)
+    return 1 - ratios.prod(-1)
+
+
+def copied_share(
+    draft_ids: Sequence[Sequence[int] | None], refinement_ids: Sequence[Sequence[Sequence[int]]]
+) -> float:
+    """Share of refinements that repeat their draft token for token.
+
+    share = #{(p, j) : o_pj = d_p} / #refinements
+
+    Prompts without a draft (None) are left out. NaN where no refinement is left.
+
+    Args:
+        draft_ids: Token ids of the draft that each prompt was given, or None. P of them.
+        refinement_ids: Token ids of each refinement, by prompt. P lists of any number.
+
+    Returns:
+        Share, from 0 to 1.
+
+    Raises:
+        ValueError: The two do not have one entry per prompt.
+
+    Example:
+        >>> copied_share([[5, 6], None], [[[5, 6], [5, 7]], [[1, 2]]])
+        0.5
+    """
+    pairs = _pairs(draft_ids, refinement_ids)
+    return _share([list(draft) == list(refinement) for draft, refinement in pairs])
+
+
+def near_copied_share(
+    draft_ids: Sequence[Sequence[int] | None],
+    refinement_ids: Sequence[Sequence[Sequence[int]]],
+    *,
+    threshold: float = 0.8,
+    ngram: int = 4,
+) -> float:
+    """Share of refinements that overlap their draft to a threshold or more.
+
+    share = #{(p, j) : ngram_overlap(d_p, o_pj) >= threshold} / #refinements
+
+    Prompts without a draft (None) are left out. NaN where no refinement is left.
+
+    Args:
+        draft_ids: Token ids of the draft that each prompt was given, or None. P of them.
+        refinement_ids: Token ids of each refinement, by prompt. P lists of any number.
+        threshold: Least overlap of a copy, above 0 and at most 1.
+        ngram: Length of the runs of tokens that are compared.
+
+    Returns:
+        Share, from 0 to 1.
+
+    Raises:
+        TypeError: `threshold` is no number, or `ngram` no int.
+        ValueError: The two do not have one entry per prompt, or an option is out of its range.
+
+    Example:
+        >>> refinements = [[[1, 2, 3, 9], [7, 8, 9, 4]]]
+        >>> near_copied_share([[1, 2, 3, 4]], refinements, threshold=0.6, ngram=2)
+        0.5
+    """
+    check_number("threshold", threshold, above=0, at_most=1)
+    pairs = _pairs(draft_ids, refinement_ids)
+    return _share([ngram_overlap(*pair, ngram=ngram) >= threshold for pair in pairs])
+
+
+def ngram_overlap(draft_ids: Sequence[int], refinement_ids: Sequence[int], *, ngram: int) -> float:
+    """Share of a refinement's n-grams that stand in its draft.
+
+    overlap = sum_x min(#x in refinement, #x in draft) / sum_x #x in refinement
+
+    An n-gram counts as often as the draft holds it, as in BLEU's precision (Papineni et al. 2002).
+    A refinement shorter than n is compared whole: 1 if the draft is the same, otherwise 0.
+
+    Args:
+        draft_ids: Token ids of the draft.
+        refinement_ids: Token ids of the refinement.
+        ngram: n, the length of the runs of tokens that are compared.
+
+    Returns:
+        Overlap, from 0 to 1.
+
+    Raises:
+        TypeError: `ngram` is no int.
+        ValueError: `ngram` is less than 1.
+
+    Example:
+        >>> ngram_overlap([1, 2, 3, 4], [1, 2, 3, 9, 1, 2], ngram=2)
+        0.4
+    """
+    check_count("ngram", ngram)
+    if len(refinement_ids) < ngram:
+        return float(list(refinement_ids) == list(draft_ids))
+    held, wanted = (
+        Counter(tuple(ids[i : i + ngram]) for i in range(len(ids) - ngram + 1))
+        for ids in (draft_ids, refinement_ids)
+    )
+    return (held & wanted).total() / wanted.total()
+
+
+def _rows(name: str, values: Tensor, legend: str) -> Tensor:
+    return check_rank(name, to_scores(name, values), 2, legend)
+
+
+def _pairs(
+    draft_ids: Sequence[Sequence[int] | None], refinement_ids: Sequence[Sequence[Sequence[int]]]
+) -> list[tuple[Sequence[int], Sequence[int]]]:
+    if len(draft_ids) != len(refinement_ids):
+        raise ValueError(
+            f"refinement_ids must have P = {len(draft_ids)} entries, one per draft, "
+            f"got {len(refinement_ids)}"
+        )
+    prompts = zip(draft_ids, refinement_ids, strict=True)
+    return [(draft, each) for draft, group in prompts if draft is not None for each in group]
+
+
+def _share(held: list[bool]) -> float:
+    return sum(held) / len(held) if held else float("nan")

@@ -1,0 +1,178 @@
+"""Metrics against counts by hand and loops over plain Python numbers."""
+
+import itertools
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from igrpo_algo.advantages import standardize_by_group
+from igrpo_algo.metrics import (
+    copied_share,
+    draft_success_share,
+    near_copied_share,
+    ngram_overlap,
+    pass_at_k,
+    stage_uplift,
+    zero_variance_share,
+)
+
+NAN = float("nan")
+# float64 throughout: what is left is the order of the additions.
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+scores = st.sampled_from([0.0, 0.1, 1.0, NAN])
+
+
+def double(values: object) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(scores, st.integers(-1, 3)), min_size=1, max_size=14))
+def test_zero_variance_share_matches_a_loop(samples: list[tuple[float, int]]) -> None:
+    groups = {
+        group: {r for r, each in samples if each == group and not math.isnan(r)}
+        for _, group in samples
+    }
+    distinct = [len(rewards) for rewards in groups.values() if rewards]
+    wanted = statistics.fmean(n == 1 for n in distinct) if distinct else NAN
+    rewards, ids = zip(*samples, strict=True)
+    actual = zero_variance_share(torch.tensor(rewards), torch.tensor(ids))
+    torch.testing.assert_close(
+        actual, torch.tensor(wanted), rtol=1e-6, atol=0, equal_nan=True, check_dtype=False
+    )
+
+
+def test_zero_variance_groups_are_those_without_advantages() -> None:
+    rewards = torch.randint(0, 2, (200, 3)).float() / 10
+    silent = (standardize_by_group(rewards) == 0).all(-1).double().mean()
+    assert 0.1 < silent < 0.5
+    # float32 sums of 200 shares.
+    torch.testing.assert_close(zero_variance_share(rewards).double(), silent, rtol=1e-5, atol=0)
+    flat = zero_variance_share(rewards.flatten(), 3)
+    torch.testing.assert_close(flat, zero_variance_share(rewards), rtol=0, atol=0)
+
+
+def test_draft_success_needs_one_draft_that_reaches_the_threshold() -> None:
+    rewards = double([[0.0, 0.5], [0.5, 1.0], [NAN, 1.0], [NAN, NAN], [0.4, 0.2]])
+    torch.testing.assert_close(draft_success_share(rewards), double(2 / 4), **CLOSE)
+    torch.testing.assert_close(draft_success_share(rewards, threshold=0.5), double(3 / 4), **CLOSE)
+    assert draft_success_share(torch.full((2, 3), NAN)).isnan()
+
+
+def test_uplift_is_the_mean_difference_by_prompt() -> None:
+    drafts = double([[0.0, 1.0], [0.0, NAN], [NAN, NAN], [1.0, 1.0]])
+    refinements = double([[1.0, 1.0, 0.0, 1.0], [1.0, NAN, NAN, NAN], [1.0] * 4, [NAN] * 4])
+    wanted = statistics.fmean([0.75 - 0.5, 1.0 - 0.0])
+    torch.testing.assert_close(stage_uplift(drafts, refinements), double(wanted), **CLOSE)
+    assert stage_uplift(drafts[2:3], refinements[2:3]).isnan()
+
+
+def test_uplift_without_gaps_is_the_difference_of_means() -> None:
+    drafts, refinements = torch.rand(7, 4).double(), torch.rand(7, 3).double()
+    wanted = refinements.mean() - drafts.mean()
+    torch.testing.assert_close(stage_uplift(drafts, refinements), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("n", [1, 4, 7])
+def test_pass_at_k_counts_the_subsets_with_a_success(n: int) -> None:
+    for successes, k in itertools.product(range(n + 1), range(1, n + 1)):
+        row = [1.0] * successes + [0.0] * (n - successes)
+        subsets = list(itertools.combinations(row, k))
+        wanted = sum(max(subset) for subset in subsets) / len(subsets)
+        torch.testing.assert_close(pass_at_k(double([row]), k), double([wanted]), **CLOSE)
+
+
+def test_pass_at_k_leaves_out_the_unscored() -> None:
+    rewards = double([[1.0, 0.0, NAN, 0.0], [NAN, NAN, NAN, 1.0]])
+    actual = pass_at_k(rewards, 2)
+    torch.testing.assert_close(actual, double([2 / 3, NAN]), **CLOSE, equal_nan=True)
+    shorter = pass_at_k(double([[1.0, 1.0, NAN], [0.0, NAN, NAN], [NAN, NAN, NAN]]), 3)
+    assert shorter.isnan().all()
+    torch.testing.assert_close(pass_at_k(rewards, 1, threshold=0.0), double([1.0, 1.0]), **CLOSE)
+
+
+def test_pass_at_k_survives_large_counts() -> None:
+    # C(1000, 500) overflows what a float32 can hold; the product of ratios does not.
+    rewards = torch.zeros(1, 1000)
+    rewards[0, 0] = 1.0
+    actual = pass_at_k(rewards, 500)
+    torch.testing.assert_close(actual, torch.tensor([0.5]), rtol=1e-4, atol=0)
+
+
+def test_copied_share_counts_token_for_token() -> None:
+    drafts = [[5, 6], None, [7], []]
+    refinements = [[[5, 6], (5, 6, 7), [6, 5]], [[5, 6]], [[8], [7], (7,)], [[]]]
+    assert copied_share(drafts, refinements) == pytest.approx(4 / 7)
+    assert math.isnan(copied_share([None], [[[1]]]))
+    assert math.isnan(copied_share([], []))
+
+
+def test_overlap_counts_each_ngram_as_often_as_the_draft_holds_it() -> None:
+    assert ngram_overlap([1, 2, 1, 2], [1, 2, 1, 2, 1, 2], ngram=2) == pytest.approx(3 / 5)
+    assert ngram_overlap([1, 2, 3], [1, 2, 3], ngram=3) == 1.0
+    assert ngram_overlap([1, 2, 3], [3, 2, 1], ngram=1) == 1.0
+    assert ngram_overlap([1, 2, 3], [3, 2, 1], ngram=2) == 0.0
+    assert ngram_overlap([1], [1, 2, 3], ngram=2) == 0.0
+
+
+def test_overlap_of_what_is_shorter_than_an_ngram_is_all_or_nothing() -> None:
+    assert ngram_overlap([1, 2], [1, 2], ngram=3) == 1.0
+    assert ngram_overlap([1, 2, 3, 4], [1, 2], ngram=3) == 0.0
+    assert ngram_overlap([], [], ngram=1) == 1.0
+
+
+def test_near_copies_reach_the_threshold() -> None:
+    drafts = [[1, 2, 3, 4, 5], None]
+    refinements = [[[1, 2, 3, 4, 5], [1, 2, 3, 4, 9], [1, 2, 9, 9, 9]], [[1, 2, 3, 4, 5]]]
+    for threshold, wanted in [(1.0, 1 / 3), (0.75, 2 / 3), (0.76, 1 / 3), (0.25, 1.0)]:
+        share = near_copied_share(drafts, refinements, threshold=threshold, ngram=2)
+        assert share == pytest.approx(wanted)
+    assert near_copied_share([[1, 2, 3]], [[[1, 2, 9]]], threshold=0.5, ngram=2) == 1.0
+    assert near_copied_share([[1, 2, 3]], [[[1, 2, 9]]]) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
+def test_tensor_metrics_are_wide_and_detached(dtype: torch.dtype) -> None:
+    rewards = torch.tensor([[1, 0, 0], [1, 1, 1]], dtype=dtype)
+    if dtype.is_floating_point:
+        rewards.requires_grad_()
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    for value in (
+        zero_variance_share(rewards),
+        draft_success_share(rewards),
+        stage_uplift(rewards, rewards),
+        pass_at_k(rewards, 2),
+    ):
+        assert value.dtype == wanted
+        assert not value.requires_grad
+
+
+def test_bad_input_is_named() -> None:
+    row = torch.ones(1, 4)
+    with pytest.raises(ValueError, match=r"draft_rewards must have shape \[P, N\], got \[4\]"):
+        draft_success_share(row[0])
+    with pytest.raises(ValueError, match="threshold must be finite"):
+        draft_success_share(row, threshold=NAN)
+    with pytest.raises(ValueError, match=r"refinement_rewards must have shape .* P = 1, got"):
+        stage_uplift(row, torch.ones(2, 4))
+    with pytest.raises(TypeError, match=r"refinement_rewards must be a torch\.Tensor"):
+        stage_uplift(row, [[1.0]])
+    with pytest.raises(ValueError, match="k must be at most N = 4, got 5"):
+        pass_at_k(row, 5)
+    with pytest.raises(ValueError, match="k must be >= 1, got 0"):
+        pass_at_k(row, 0)
+    with pytest.raises(TypeError, match="threshold must be a number"):
+        pass_at_k(row, 1, threshold="high")
+    with pytest.raises(ValueError, match="groups must be G or ids"):
+        zero_variance_share(row[0])
+    with pytest.raises(ValueError, match=r"refinement_ids must have P = 2 entries"):
+        copied_share([[1], [2]], [[[1]]])
+    with pytest.raises(ValueError, match="threshold must be > 0"):
+        near_copied_share([[1]], [[[1]]], threshold=0)
+    with pytest.raises(ValueError, match="ngram must be >= 1, got 0"):
+        ngram_overlap([1], [1], ngram=0)
