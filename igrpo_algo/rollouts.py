@@ -111,6 +111,16 @@ class Rollouts:
 
     Raises:
         ValueError: The groups differ in the number of drafts, of rounds or of refinements.
+
+    Example:
+        >>> from igrpo_algo import Completion, two_stage_rollout
+        >>> def sampler(prompts, n, seed):
+        ...     return [[Completion([i], str(i)) for i in range(n)] for _ in prompts]
+        >>> def reward(prompts, completions):
+        ...     return [float(c) for c in completions]
+        >>> rollouts = two_stage_rollout(["q"], sampler, reward, num_drafts=3, num_refinements=2)
+        >>> rollouts.draft_rewards, rollouts.refinement_rewards
+        (tensor([[0., 1., 2.]]), tensor([[0., 1.]]))
     """
 
     groups: list[Group]

@@ -63,6 +63,11 @@ class Samples:
     Attributes:
         prompts: The P prompts.
         completions: Their completions: P lists, of n each where nothing was skipped.
+
+    Example:
+        >>> samples = Samples(["1 + 1?"], [[Completion([7, 1], "2"), Completion([8], "3")]])
+        >>> samples.texts, samples.packed().cu_seqlens
+        ([['2', '3']], tensor([0, 2, 3], dtype=torch.int32))
     """
 
     prompts: list[Prompt]

@@ -191,6 +191,20 @@ def stream_two_stage_rollout(
         ValueError: As there; the journal belongs to other prompts or sizes; a reward exceeds
             `reward_max`; early selection meets another rule of choice.
         RewardError: The reward raised; the message names the prompt.
+
+    Example:
+        >>> import asyncio
+        >>> async def sampler(prompts, n, seed):
+        ...     return [[Completion([i], str(i)) for i in range(n)] for _ in prompts]
+        >>> def reward(prompts, completions, answer):
+        ...     return [float(c == a) for c, a in zip(completions, answer)]
+        >>> async def collect():
+        ...     stream = stream_two_stage_rollout(
+        ...         ["1 + 1?", "1 + 2?"], sampler, reward, columns={"answer": ["2", "3"]}
+        ...     )
+        ...     return Rollouts.of([group async for group in stream])
+        >>> asyncio.run(collect()).chosen
+        tensor([2, 3])
     """
     plan = _plan(
         prompts, sampler, reward, num_drafts, num_refinements, rounds, columns, selection_score,
