@@ -80,7 +80,8 @@ from .prompts import CONCATENATION, DEFAULT_TEMPLATE, DraftTemplate, splice_prom
 from .rollouts import Rollouts
 from .sampling import Sampler, Samples, sample_group
 from .single_flight import SingleFlight
-from .two_stage import stream_two_stage_rollout, two_stage_rollout
+from .splicing import TextSplice, TokenSplice
+from .two_stage import Fallback, stream_two_stage_rollout, two_stage_rollout
 
 __all__ = [
     "CONCATENATION",
@@ -96,6 +97,7 @@ __all__ = [
     "DppoKl",
     "DppoTv",
     "DraftTemplate",
+    "Fallback",
     "FixedLength",
     "Gmpo",
     "KlCov",
@@ -112,7 +114,9 @@ __all__ = [
     "SequenceTokenClip",
     "SingleFlight",
     "Sum",
+    "TextSplice",
     "TokenMean",
+    "TokenSplice",
     "Vespo",
     "best_over_runner_up",
     "center_and_divide_by_mean",

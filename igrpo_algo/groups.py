@@ -9,6 +9,7 @@ many groups there are, so nothing waits for it.
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from igrpo_kernels.checks import (
@@ -89,7 +90,7 @@ class Groups:
             size = check_count("groups", groups)
             if scores.numel() % size:
                 raise ValueError(f"groups = {size} must divide B = {scores.numel()}")
-            rows = scores.reshape(-1, size)
+            rows = rearrange(scores, "(p g) -> p g", g=size)
         return cls(rows, ~rows.isnan(), scores.shape, owner)
 
     def sum(self, values: Tensor) -> Tensor:

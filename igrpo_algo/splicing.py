@@ -199,4 +199,5 @@ def _cut(text: str, budget: TokenBudget) -> tuple[str, int]:
     if budget.max_draft_tokens is None or len(ids) <= budget.max_draft_tokens:
         return text, 0
     kept = truncate_draft(ids, budget.max_draft_tokens, keep=budget.keep)
-    return budget.decode(kept), len(ids) - len(kept)
+    # A cut may fall inside a character of several tokens, which decodes to a replacement mark.
+    return budget.decode(kept).strip("\ufffd"), len(ids) - len(kept)

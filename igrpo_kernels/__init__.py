@@ -9,6 +9,8 @@ another name when the folder is copied into another package.
 from .aggregates import Aggregate, FixedLength, SequenceMean, Sum, TokenMean
 from .clipped_policy_loss import clipped_policy_loss
 from .kl import K1, K2, K3, KlEstimator, RatioWeighted, ScoreWeighted
+from .linear_policy_loss import linear_policy_loss
+from .linear_token_logprobs import linear_token_logprobs
 from .policy_loss import PolicyLoss, policy_loss
 from .sequences import Sequences
 from .surrogates import (
@@ -28,6 +30,7 @@ from .surrogates import (
     Tokens,
     Vespo,
 )
+from .token_logprobs import token_logprobs
 
 __all__ = [
     "K1",
@@ -59,5 +62,8 @@ __all__ = [
     "Tokens",
     "Vespo",
     "clipped_policy_loss",
+    "linear_policy_loss",
+    "linear_token_logprobs",
     "policy_loss",
+    "token_logprobs",
 ]

@@ -29,7 +29,12 @@ TieScores = Callable[[Sequence[Completion]], Sequence[float]]
 
 
 class Fallback(Enum):
-    """What a prompt's Stage 2 sees where no draft is good enough."""
+    """What a prompt's Stage 2 sees where no draft is good enough.
+
+    Example:
+        >>> [rule.name for rule in Fallback]
+        ['BEST_FAILURE', 'PLAIN_PROMPT', 'SKIP']
+    """
 
     BEST_FAILURE = "the chosen draft all the same"
     PLAIN_PROMPT = "the plain prompt"

@@ -1,0 +1,287 @@
+"""The row kernels: log-prob and entropy of rows of logits, and the gradient, in place or not.
+
+One program per row, on axis 0 of the grid alone (the others end at 65,535). Logits may be fp32,
+bf16 or fp16 and are cast to fp32 right after the load; scalars are run-time arguments.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..checks import describe
+from ..softmax_rows import LogitTransform
+from .online_softmax import FLOOR, LEAST, cap, fold, merge, row_start, transform
+
+BLOCK_V = 4096
+NUM_WARPS = 8
+
+
+@triton.jit
+def softmax_rows_fwd_kernel(
+    logprobs_ptr, entropy_ptr, maximum_ptr, normalizer_ptr,  # outputs [N]
+    products_ptr, targets_ptr, mask_ptr, temperature_ptr,  # inputs [N, V], [N], [N], [N] or [1]
+    logit_scale, softcap,  # scalars
+    vocabulary, inner_size,  # sizes
+    outer_stride, inner_stride, temperature_stride,  # strides
+    HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    inverse_temperature = 1.0 / tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
+    target = tl.load(targets_ptr + row)
+    readable = vocabulary
+    if HAS_MASK:  # a row left out is not read; its target may be anything
+        counts = tl.load(mask_ptr + row) != 0
+        target = tl.where(counts, target, 0)
+        readable = tl.where(counts, vocabulary, 0)
+    products_ptr += row_start(row, inner_size, outer_stride, inner_stride)
+    maximum = tl.full((BLOCK_V,), FLOOR, tl.float32)
+    normalizer = tl.zeros((BLOCK_V,), tl.float32)
+    moment = tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(0, vocabulary, BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        products = tl.load(products_ptr + columns, mask=columns < readable, other=0.0)
+        logits = transform(
+            products.to(tl.float32), logit_scale, softcap, inverse_temperature, HAS_SOFTCAP
+        )
+        logits = tl.where(columns < vocabulary, logits, -float("inf"))
+        maximum, normalizer, moment = fold(maximum, normalizer, moment, logits, HAS_ENTROPY)
+    maximum, normalizer, moment = merge(maximum, normalizer, moment, HAS_ENTROPY)
+
+    product = tl.load(products_ptr + target).to(tl.float32)
+    logit = transform(product, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP)
+    logprob = (logit - maximum) - tl.log(normalizer)
+    entropy = tl.log(normalizer) - moment / normalizer
+    if HAS_MASK:
+        logprob = tl.where(counts, logprob, 0.0)
+        entropy = tl.where(counts, entropy, 0.0)
+    tl.store(logprobs_ptr + row, logprob)
+    tl.store(maximum_ptr + row, maximum)
+    tl.store(normalizer_ptr + row, normalizer)
+    if HAS_ENTROPY:
+        tl.store(entropy_ptr + row, entropy)
+
+
+@triton.jit
+def softmax_rows_bwd_kernel(
+    grad_ptr,  # output [N, V]; may be products_ptr
+    products_ptr, targets_ptr, mask_ptr, temperature_ptr,  # inputs, as in the forward
+    maximum_ptr, normalizer_ptr, entropy_ptr,  # what the forward left, [N]
+    grad_logprobs_ptr, grad_entropy_ptr,  # upstream gradients, [N]
+    logit_scale, softcap,  # scalars
+    vocabulary, inner_size,  # sizes
+    grad_outer_stride, grad_inner_stride, outer_stride, inner_stride, temperature_stride,
+    HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    grad_logprob = tl.load(grad_logprobs_ptr + row)
+    # A row of no upstream gradient is not read, and gets exact zeros
+    active = grad_logprob != 0
+    if HAS_ENTROPY:
+        grad_entropy = tl.load(grad_entropy_ptr + row)
+        entropy = tl.load(entropy_ptr + row)
+        active |= grad_entropy != 0
+    if HAS_MASK:
+        active &= tl.load(mask_ptr + row) != 0
+    inverse_temperature = 1.0 / tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
+    maximum = tl.load(maximum_ptr + row)
+    normalizer = tl.load(normalizer_ptr + row)
+    target = tl.load(targets_ptr + row)
+    readable = tl.where(active, vocabulary, 0)
+    products_ptr += row_start(row, inner_size, outer_stride, inner_stride)
+    grad_ptr += row_start(row, inner_size, grad_outer_stride, grad_inner_stride)
+    for start in range(0, vocabulary, BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        products = tl.load(products_ptr + columns, mask=columns < readable, other=0.0)
+        products = products.to(tl.float32)
+        logits = transform(products, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP)
+        probs = tl.exp(logits - maximum) / normalizer
+        grad = grad_logprob * (tl.where(columns == target, 1.0, 0.0) - probs)
+        if HAS_ENTROPY:
+            log_probs = tl.maximum(logits - maximum, LEAST) - tl.log(normalizer)
+            grad -= grad_entropy * probs * (log_probs + entropy)
+        grad *= inverse_temperature * logit_scale
+        if HAS_SOFTCAP:
+            slope = cap(products * logit_scale, softcap)
+            grad *= 1 - slope * slope
+        grad = tl.where(active, grad, 0.0).to(grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + columns, grad, mask=columns < vocabulary)
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How the rows of a tensor of shape [..., V] lie in memory: as [outer, inner, V]."""
+
+    rows: int
+    inner_size: int
+    outer_stride: int
+    inner_stride: int
+
+    @classmethod
+    def of(cls, values: Tensor) -> "RowLayout":
+        """Read it off a tensor of at most two leading axes, with neighbors in the vocabulary."""
+        if values.dim() == 2:
+            return cls(values.shape[0], max(1, values.shape[0]), 0, values.stride(0))
+        outer, inner, _ = values.shape
+        return cls(outer * inner, max(1, inner), values.stride(0), values.stride(1))
+
+
+def with_row_layout(values: Tensor) -> Tensor:
+    """Return `values` itself where its rows can be walked, as those of logits[:, :-1] can."""
+    if values.dim() not in (2, 3):
+        values = values.reshape(-1, values.shape[-1])
+    return values if values.stride(-1) == 1 else values.contiguous()
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """What the forward kernel leaves of each row. Shape [N], in fp32."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    maximum: Tensor
+    normalizer: Tensor
+
+
+def _check_dtype(products: Tensor) -> None:
+    if products.dtype == torch.float64:
+        raise TypeError(
+            "float64 has no kernel: cast to float32, or move the tensors to the CPU, got "
+            f"{describe(products)}"
+        )
+
+
+def softmax_rows_forward(
+    products: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    transform: LogitTransform,
+    *,
+    entropy: bool,
+) -> RowStatistics:
+    """Launch the forward over the rows of `products`, which it leaves as they are."""
+    _check_dtype(products)
+    layout = RowLayout.of(products)
+    statistics = [targets.new_empty(layout.rows, dtype=torch.float32) for _ in range(4)]
+    if layout.rows:
+        softmax_rows_fwd_kernel[(layout.rows,)](
+            *statistics,
+            products,
+            targets,
+            mask,
+            transform.temperature,
+            float(transform.logit_scale),
+            float(transform.softcap or 1.0),
+            products.shape[-1],
+            layout.inner_size,
+            layout.outer_stride,
+            layout.inner_stride,
+            0 if transform.temperature.numel() == 1 else 1,
+            HAS_MASK=mask is not None,
+            HAS_ENTROPY=entropy,
+            HAS_SOFTCAP=transform.softcap is not None,
+            BLOCK_V=BLOCK_V,
+            num_warps=NUM_WARPS,
+        )
+    logprobs, entropies, maximum, normalizer = statistics
+    return RowStatistics(logprobs, entropies if entropy else None, maximum, normalizer)
+
+
+def softmax_rows_backward(
+    grad: Tensor,
+    products: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    transform: LogitTransform,
+    statistics: RowStatistics,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """Launch the backward: write the products' gradient to `grad`, which may be `products`."""
+    layout, grad_layout = RowLayout.of(products), RowLayout.of(grad)
+    if grad_logprobs is None:
+        grad_logprobs = torch.zeros_like(statistics.logprobs)
+    if layout.rows:
+        softmax_rows_bwd_kernel[(layout.rows,)](
+            grad,
+            products,
+            targets,
+            mask,
+            transform.temperature,
+            statistics.maximum,
+            statistics.normalizer,
+            statistics.entropy,
+            grad_logprobs.contiguous(),
+            None if grad_entropy is None else grad_entropy.contiguous(),
+            float(transform.logit_scale),
+            float(transform.softcap or 1.0),
+            products.shape[-1],
+            layout.inner_size,
+            grad_layout.outer_stride,
+            grad_layout.inner_stride,
+            layout.outer_stride,
+            layout.inner_stride,
+            0 if transform.temperature.numel() == 1 else 1,
+            HAS_MASK=mask is not None,
+            HAS_ENTROPY=grad_entropy is not None,
+            HAS_SOFTCAP=transform.softcap is not None,
+            BLOCK_V=BLOCK_V,
+            num_warps=NUM_WARPS,
+        )
+    return grad
+
+
+@dataclass(frozen=True)
+class TritonSoftmaxRows:
+    """A chunk of rows after the forward kernel: `SoftmaxRows`, with the products left in place."""
+
+    products: Tensor
+    targets: Tensor
+    transform: LogitTransform
+    statistics: RowStatistics
+
+    @property
+    def logprobs(self) -> Tensor:
+        """Log softmax(logits)[target]. Shape [N]."""
+        return self.statistics.logprobs
+
+    @property
+    def entropy(self) -> Tensor | None:
+        """Entropy of each row, where it was asked for. Shape [N]."""
+        return self.statistics.entropy
+
+    def keep_(self, rows: Tensor) -> "TritonSoftmaxRows":
+        """Keep some rows; these are copied."""
+        old = self.statistics
+        entropy = None if old.entropy is None else old.entropy[rows]
+        return TritonSoftmaxRows(
+            self.products[rows],
+            self.targets[rows],
+            self.transform.take(rows),
+            RowStatistics(old.logprobs[rows], entropy, old.maximum[rows], old.normalizer[rows]),
+        )
+
+    def gradient_(self, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None) -> Tensor:
+        """Overwrite the products by their gradient; to be called once. Shape [N, V]."""
+        return softmax_rows_backward(
+            self.products,
+            self.products,
+            self.targets,
+            None,
+            self.transform,
+            self.statistics,
+            grad_logprobs,
+            grad_entropy,
+        )
+
+
+def softmax_rows_(
+    products: Tensor, targets: Tensor, transform: LogitTransform, *, entropy: bool = False
+) -> TritonSoftmaxRows:
+    """Take log-probs (and entropy) of a chunk of rows. See the twin in `..softmax_rows`."""
+    statistics = softmax_rows_forward(products, targets, None, transform, entropy=entropy)
+    return TritonSoftmaxRows(products, targets, transform, statistics)

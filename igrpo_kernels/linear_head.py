@@ -1,0 +1,154 @@
+"""The last linear layer over chunks of rows: its products, and the gradients they leave behind.
+
+Products of bf16 inputs accumulate and stay in fp32; nothing of shape [rows, V] outlives its chunk.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import check_floating, check_number, check_rank, check_shape, describe
+from .row_chunks import rows_per_chunk, working_dtype
+from .softmax_rows import LogitTransform
+
+# Elements of the weight that a CPU holds in fp32 at a time, where the weight is in half precision
+CAST_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """logits = cap(logit_scale * (x @ W.T + b)) / temperature.
+
+    Attributes:
+        weight: Shape [V, H].
+        bias: Shape [V], or None.
+        transform: Scale, cap and temperature of every row.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    transform: LogitTransform
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of logits of a row."""
+        return self.weight.shape[0]
+
+    def new_buffer(self, rows: int) -> Tensor:
+        """Memory for the products of a chunk of a batch of `rows` rows."""
+        size = min(rows, rows_per_chunk(self.vocabulary, self.weight.device))
+        dtype = working_dtype(self.weight.dtype)
+        return self.weight.new_empty((size, self.vocabulary), dtype=dtype)
+
+    def products_(self, buffer: Tensor, hidden: Tensor) -> Tensor:
+        """Write x @ W.T + b of a chunk of rows to the buffer. Shape [N, V], in fp32 or fp64."""
+        products = buffer[: len(hidden)]
+        if hidden.dtype == products.dtype:
+            torch.mm(hidden, self.weight.t(), out=products)
+        elif hidden.is_cuda:
+            torch.mm(hidden, self.weight.t(), out_dtype=products.dtype, out=products)
+        else:
+            hidden = hidden.to(products.dtype)
+            width = max(1, CAST_ELEMENTS // max(1, hidden.shape[1]))
+            for start in range(0, self.vocabulary, width):
+                columns = slice(start, start + width)
+                weight = self.weight[columns].to(products.dtype)
+                torch.mm(hidden, weight.t(), out=products[:, columns])
+        return products if self.bias is None else products.add_(self.bias)
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The inputs' dtype, but fp32 for fp16: no loss scale has lifted the gradients to its range."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class HeadGradients:
+    """Gradients of hidden states, weight and bias, summed over chunks of rows.
+
+    The weight's and the bias's are summed in fp32 (fp64 for fp64), and rounded once at the end.
+    Rows that no chunk holds get zero. One that is not needed is None and costs nothing.
+    """
+
+    def __init__(self, head: LinearHead, hidden: Tensor, needed: list[bool], rows: int) -> None:
+        """Prepare for chunks of `rows` rows in all; `needed` says of hidden, weight and bias."""
+        needs_hidden, needs_weight, needs_bias = needed
+        self.head = head
+        self.one_chunk = rows <= rows_per_chunk(head.vocabulary, hidden.device)
+        dtype = gradient_dtype(hidden.dtype)
+        self.hidden = torch.zeros_like(hidden, dtype=dtype) if needs_hidden else None
+        self.weight = torch.zeros_like(head.weight, dtype=dtype) if needs_weight else None
+        bias = head.bias if needs_bias else None
+        self.bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
+
+    def add(self, rows: Tensor, hidden: Tensor, grad: Tensor) -> None:
+        """Add the share of a chunk.
+
+        Args:
+            rows: Where the rows stand in the batch. Shape [N].
+            hidden: Their hidden states. Shape [N, H].
+            grad: The gradient of their products. Shape [N, V].
+        """
+        operand = grad.to(gradient_dtype(hidden.dtype))
+        if self.hidden is not None:
+            product = torch.mm(operand, self.head.weight.to(operand.dtype))
+            self.hidden[rows] = product.to(self.hidden.dtype)
+        if self.weight is not None:
+            self.weight = self._weight_plus(self.weight, hidden, grad, operand)
+        if self.bias is not None:
+            self.bias = self.bias.to(grad.dtype) + grad.sum(0)
+
+    def _weight_plus(self, sum_: Tensor, hidden: Tensor, grad: Tensor, operand: Tensor) -> Tensor:
+        if self.one_chunk:  # its product is the sum, and rounded once
+            return torch.mm(operand.t(), hidden.to(operand.dtype))
+        sum_ = sum_.to(grad.dtype)
+        if grad.is_cuda and operand.dtype != grad.dtype:
+            return torch.addmm(sum_, operand.t(), hidden, out_dtype=grad.dtype, out=sum_)
+        return sum_.addmm_(grad.t(), hidden.to(grad.dtype))
+
+    def finish(self) -> list[Tensor]:
+        """Return those that were needed, in `gradient_dtype`."""
+        dtype = gradient_dtype(self.head.weight.dtype)
+        gradients = (self.hidden, self.weight, self.bias)
+        return [gradient.to(dtype) for gradient in gradients if gradient is not None]
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> None:
+    """Check what the ops over hidden states have in common.
+
+    Raises:
+        TypeError: A tensor is not floating point, or the dtypes differ.
+        ValueError: The shapes do not fit, or `softcap` or `logit_scale` is out of range.
+    """
+    check_floating("hidden", hidden)
+    check_rank("weight", check_floating("weight", weight), 2, "[V, H]")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must have shape [V, H] with V >= 1, got {list(weight.shape)}")
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must have shape [..., H] with H = {weight.shape[1]} as in weight, "
+            f"got {list(hidden.shape)}"
+        )
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"hidden and weight must have one dtype, got {describe(hidden)} and "
+            f"{describe(weight)}; cast one of them, or run under torch.autocast"
+        )
+    if bias is not None:
+        check_shape("bias", check_floating("bias", bias), weight.shape[:1], "[V]")
+        if bias.dtype != weight.dtype:
+            raise TypeError(f"bias must have weight's dtype, {weight.dtype}, got {describe(bias)}")
+    if softcap is not None:
+        check_number("softcap", softcap, above=0)
+    check_number("logit_scale", logit_scale)
+
+
+def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast as a linear layer would under torch.autocast; leave as they are elsewhere."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)

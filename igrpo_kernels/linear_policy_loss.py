@@ -1,0 +1,233 @@
+"""From hidden states to the policy loss and its gradients in one pass over chunks of rows.
+
+The gradients are taken in the forward, while a chunk's logits are at hand: three matrix products
+per row (6 TVH operations) where recomputing the logits in the backward takes four.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .aggregates import Aggregate
+from .checks import check_floating, check_number, check_shape, check_tensor
+from .kl import K3, KlEstimator
+from .linear_head import cast_for_autocast, check_head
+from .linear_policy_pass import LinearPolicyFunction, LinearPolicyPass, RowLosses
+from .linear_token_logprobs import linear_token_logprobs
+from .policy_loss import PolicyLoss, policy_loss, prepare_tokens
+from .row_chunks import check_rows, check_targets, counted_rows, row_temperature, working_dtype
+from .sequences import Sequences
+from .softmax_rows import LogitTransform
+from .surrogates.base import Surrogate
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    surrogate: Surrogate,
+    aggregate: Aggregate,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: KlEstimator = K3(),
+    entropy_coef: float = 0.0,
+    importance_weights: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    with_entropy: bool = False,
+    all_metrics: bool = False,
+) -> PolicyLoss:
+    """Compute the policy loss from hidden states, with its gradients in the same pass.
+
+    policy_loss(linear_token_logprobs(hidden, weight, targets, ...), advantages, mask, ...)
+
+    is the definition, in value and gradient. Where the surrogate is `per_token` the logits are
+    computed once: a chunk of rows goes from products to log-probs, loss, gradient of the logits (in
+    the same memory) and on to the gradients of hidden, weight and bias, which the backward only
+    multiplies by the upstream scalar. Other surrogates, and torch.compile, take the definition's
+    two passes.
+
+    Rows that cannot matter cost nothing: masked ones; those of zero advantage or zero importance
+    weight, where neither KL nor entropy has a coefficient (a `per_token` surrogate must vanish with
+    its advantage, as all of this library do); and, after their logits, those whose gradient is
+    exactly zero, such as clipped ones. Half-precision inputs: logits and all sums are in fp32, and
+    every gradient is rounded once for the input's dtype. Masked slots may hold anything, NaN and
+    inf included. Without a counted token the loss is zero and still on the graph. The same call
+    gives the same bits. Once differentiable. On CUDA not yet measured.
+
+    Args:
+        hidden: Last hidden state of the position that predicts each target. Shape [B, T, H], or
+            [L, H] packed.
+        weight: The head's weight; where it needs no gradient, none is computed. Shape [V, H].
+        targets: Index of each sampled token. Shape [B, T], or [L] packed.
+        advantages: One per sequence, [B] or [B, 1], or one per token. Treated as constants.
+        mask: 1 (or True) where a token counts; None counts every token. Shape of `targets`.
+        surrogate: What a token's loss is, such as `Clip(0.2, 0.28)`.
+        aggregate: How tokens are averaged, such as `SequenceMean()`.
+        old_logprobs: Log-probs under the policy frozen for the ratio. None: the policy is the one
+            that sampled, so the ratio is 1 and its gradient intact. Shape of `targets`.
+        ref_logprobs: Log-probs under the reference of the KL term. Shape of `targets`. Given with
+            `kl_coef=0` it enters the metrics only.
+        kl_coef: Weight of the KL term, beta in the papers.
+        kl: The estimator and its weighting, such as `RatioWeighted(K3())`.
+        entropy_coef: Weight of the entropy bonus.
+        importance_weights: Correction for the sampler, one per token or per sequence. Constants.
+        temperature: Divides the logits: a number, or one per token. Treated as a constant.
+        bias: The head's bias. Shape [V].
+        softcap: Bound on the logits before the temperature (Gemma 2).
+        logit_scale: Factor on the products before the cap (Cohere, Granite).
+        cu_seqlens: Packed only: offsets of the sequences. Shape [B + 1].
+        with_entropy: Put the entropy into the metrics also where `entropy_coef` is zero.
+        all_metrics: Average the metrics over all counted tokens, at the price of a forward of those
+            that cannot matter; otherwise over those computed.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64 inputs), a scalar whose gradient flows to hidden, weight and
+        bias; and the metrics of `policy_loss`.
+
+    Raises:
+        TypeError: A dtype is wrong, or hidden, weight and bias differ in it.
+        ValueError: Shapes do not fit, a number is out of range, `kl_coef` is set without
+            `ref_logprobs`, or a target is outside the vocabulary on a row that counts (a device
+            assertion for CUDA tensors).
+
+    Example:
+        >>> from igrpo_kernels import Clip, SequenceMean
+        >>> hidden = torch.eye(3).view(1, 3, 3).requires_grad_()
+        >>> targets = torch.tensor([[0, 1, 1]])
+        >>> mask = torch.tensor([[1, 1, 0]])
+        >>> out = linear_policy_loss(
+        ...     hidden, torch.eye(2, 3), targets, torch.tensor([1.0]), mask,
+        ...     surrogate=Clip(), aggregate=SequenceMean(),
+        ... )
+        >>> out.loss.backward()
+        >>> hidden.grad
+        tensor([[[-0.1345,  0.1345,  0.0000],
+                 [ 0.1345, -0.1345,  0.0000],
+                 [ 0.0000,  0.0000,  0.0000]]])
+    """
+    if not surrogate.per_token or torch.compiler.is_compiling():
+        score = partial(
+            linear_token_logprobs,
+            hidden,
+            weight,
+            targets,
+            mask=mask,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+        )
+        wants_entropy = with_entropy or entropy_coef != 0
+        logprobs, entropy = score(return_entropy=True) if wants_entropy else (score(), None)
+        return policy_loss(
+            logprobs,
+            advantages,
+            mask,
+            surrogate=surrogate,
+            aggregate=aggregate,
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl=kl,
+            importance_weights=importance_weights,
+            entropy=entropy,
+            entropy_coef=entropy_coef,
+            cu_seqlens=cu_seqlens,
+        )
+    inputs = [check_tensor("hidden", hidden), check_tensor("weight", weight), bias]
+    head_hidden, head_weight, head_bias = cast_for_autocast(*inputs)
+    assert head_hidden is not None
+    assert head_weight is not None
+    check_head(head_hidden, head_weight, head_bias, softcap, logit_scale)
+    flat, counted = check_targets(targets, mask, hidden.shape[:-1])
+    dtype = working_dtype(head_weight.dtype)
+    heat = row_temperature(temperature, targets, dtype)
+    losses = _row_losses(
+        torch.zeros_like(targets, dtype=dtype),
+        advantages,
+        mask,
+        surrogate=surrogate,
+        aggregate=aggregate,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        kl_coef=kl_coef,
+        kl=kl,
+        entropy_coef=entropy_coef,
+        importance_weights=importance_weights,
+        cu_seqlens=cu_seqlens,
+    )
+    check_rows(flat, counted, heat, head_weight.shape[0])
+    rows = counted_rows(flat, counted)
+    matter = losses.matter()[rows]
+    pass_ = LinearPolicyPass(
+        losses=losses,
+        targets=flat,
+        transform=LogitTransform(heat, softcap, logit_scale),
+        rows=rows[matter],
+        others=rows[~matter] if all_metrics else rows[:0],
+        with_entropy=with_entropy or entropy_coef != 0,
+        with_gradients=torch.is_grad_enabled(),
+    )
+    loss, logprobs, entropy = LinearPolicyFunction.apply(
+        head_hidden.reshape(-1, hidden.shape[-1]), head_weight, head_bias, pass_
+    )
+    computed = rows if all_metrics else pass_.rows
+    entropy = None if entropy is None else entropy[computed]
+    with torch.no_grad():
+        return PolicyLoss(loss, losses.metrics(computed, logprobs[computed], entropy))
+
+
+def _row_losses(
+    placeholder: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    surrogate: Surrogate,
+    aggregate: Aggregate,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    kl_coef: float,
+    kl: KlEstimator,
+    entropy_coef: float,
+    importance_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> RowLosses:
+    """Check what the loss depends on besides log-probs, and bring it to one value per row."""
+    check_number("kl_coef", kl_coef)
+    check_number("entropy_coef", entropy_coef)
+    if kl_coef != 0.0 and ref_logprobs is None:
+        raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, got None")
+    sequences = Sequences.of(placeholder, mask, cu_seqlens)
+    tokens = prepare_tokens(
+        placeholder,
+        advantages,
+        sequences,
+        old_logprobs=old_logprobs,
+        importance_weights=importance_weights,
+    )
+    if ref_logprobs is not None:
+        check_floating("ref_logprobs", ref_logprobs)
+        check_shape("ref_logprobs", ref_logprobs, placeholder.shape, "of targets")
+        ref_logprobs = sequences.select(ref_logprobs.detach().to(placeholder.dtype)).reshape(-1)
+    weights = aggregate.weights(sequences, placeholder.dtype).expand(placeholder.shape)
+    correction = tokens.importance_weights
+    return RowLosses(
+        advantages=tokens.advantages.reshape(-1),
+        weights=weights.reshape(-1),
+        old_logprobs=None if old_logprobs is None else tokens.old_logprobs.reshape(-1),
+        ref_logprobs=ref_logprobs,
+        importance_weights=None if correction is None else correction.reshape(-1),
+        surrogate=surrogate,
+        kl=kl,
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+    )

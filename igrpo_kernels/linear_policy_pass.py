@@ -1,0 +1,207 @@
+"""The pass behind `linear_policy_loss`: a chunk of rows from products to gradients, once."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .kl import KlEstimator
+from .linear_head import HeadGradients, LinearHead
+from .policy_loss import _metrics, token_losses
+from .row_chunks import active_rows, row_chunks, take
+from .sequences import Sequences
+from .softmax_rows import LogitTransform, RowSoftmax, softmax_rows_
+from .surrogates.base import Surrogate, TokenLosses, Tokens
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """What the loss of a row depends on besides its log-prob and entropy. Rows: shape [N].
+
+    Attributes:
+        advantages: Advantage of each row.
+        weights: The aggregate's weight of each row.
+        old_logprobs: None: the log-probs themselves, detached.
+        ref_logprobs: None without a reference.
+        importance_weights: None without a correction.
+        surrogate: One whose `per_token` is True.
+        kl: The KL estimator.
+        kl_coef: Its weight.
+        entropy_coef: The entropy's weight.
+    """
+
+    advantages: Tensor
+    weights: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    importance_weights: Tensor | None
+    surrogate: Surrogate
+    kl: KlEstimator
+    kl_coef: float
+    entropy_coef: float
+
+    def matter(self) -> Tensor:
+        """Mark the rows whose loss is not zero whatever their log-prob is."""
+        if self.kl_coef != 0 or self.entropy_coef != 0:
+            return torch.ones_like(self.advantages, dtype=torch.bool)
+        matter = self.advantages != 0
+        if self.importance_weights is None:
+            return matter
+        return matter & (self.importance_weights != 0)
+
+    def tokens(self, rows: Tensor, logprobs: Tensor) -> Tokens:
+        """View some rows as the tokens of one packed sequence."""
+        old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs[rows]
+        mask = torch.ones_like(rows, dtype=torch.bool)
+        return Tokens(
+            logprobs,
+            old,
+            self.advantages[rows],
+            Sequences(mask, 1, torch.zeros_like(rows)),
+            take(self.importance_weights, rows),
+        )
+
+    def per_token(self, rows: Tensor, logprobs: Tensor, entropy: Tensor | None) -> TokenLosses:
+        """Return the loss of each of some rows."""
+        return token_losses(
+            self.tokens(rows, logprobs),
+            surrogate=self.surrogate,
+            ref_logprobs=take(self.ref_logprobs, rows),
+            kl_coef=self.kl_coef,
+            kl=self.kl,
+            entropy=entropy,
+            entropy_coef=self.entropy_coef,
+        )
+
+    def loss(self, rows: Tensor, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
+        """Return the share of some rows in the loss."""
+        return (self.weights[rows] * self.per_token(rows, logprobs, entropy).losses).sum()
+
+    def differentiate(
+        self, rows: Tensor, logprobs: Tensor, entropy: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the share of some rows, and its gradients by log-prob and by entropy."""
+        with torch.enable_grad():
+            logprobs = logprobs.detach().requires_grad_()
+            if self.entropy_coef == 0 or entropy is None:
+                loss = self.loss(rows, logprobs, None)
+                (by_logprob,) = torch.autograd.grad(loss, logprobs)
+                return loss.detach(), by_logprob, None
+            entropy = entropy.detach().requires_grad_()
+            loss = self.loss(rows, logprobs, entropy)
+            by_logprob, by_entropy = torch.autograd.grad(loss, (logprobs, entropy))
+            return loss.detach(), by_logprob, by_entropy
+
+    def metrics(self, rows: Tensor, logprobs: Tensor, entropy: Tensor | None) -> dict[str, Tensor]:
+        """Average over some rows what a trainer logs."""
+        losses = self.per_token(rows, logprobs, entropy)
+        ref_logprobs = take(self.ref_logprobs, rows)
+        return _metrics(self.tokens(rows, logprobs), losses, ref_logprobs, self.kl, entropy)
+
+
+class RowScores:
+    """Log-probs, and entropies where they are wanted, of the rows of a batch as they come in."""
+
+    def __init__(self, like: Tensor, *, entropy: bool) -> None:
+        """Start with zeros, in the shape and dtype of `like`."""
+        self.logprobs = torch.zeros_like(like)
+        self.entropy = torch.zeros_like(like) if entropy else None
+
+    def record(self, rows: Tensor, softmax: RowSoftmax) -> None:
+        """Keep what a chunk has found."""
+        self.logprobs[rows] = softmax.logprobs
+        if self.entropy is not None and softmax.entropy is not None:
+            self.entropy[rows] = softmax.entropy
+
+
+@dataclass(frozen=True)
+class LinearPolicyPass:
+    """One pass over the rows of a batch.
+
+    Attributes:
+        losses: What the rows' losses depend on.
+        targets: Target of each row. Shape [N].
+        transform: From products to logits.
+        rows: Index of the rows that count and matter.
+        others: Index of further rows whose log-probs the metrics want.
+        with_entropy: Whether to take the entropy too.
+        with_gradients: Whether to take the gradients.
+    """
+
+    losses: RowLosses
+    targets: Tensor
+    transform: LogitTransform
+    rows: Tensor
+    others: Tensor
+    with_entropy: bool
+    with_gradients: bool
+
+    def run(
+        self, hidden: Tensor, head: LinearHead, needed: list[bool]
+    ) -> tuple[Tensor, RowScores, list[Tensor]]:
+        """Return the loss, every row's scores, and the gradients needed."""
+        scores = RowScores(self.losses.advantages, entropy=self.with_entropy)
+        loss = scores.logprobs.new_zeros(())
+        gradients = HeadGradients(head, hidden, needed, len(self.rows))
+        buffer = head.new_buffer(max(len(self.rows), len(self.others)))
+        for rows in row_chunks(self.rows, head.vocabulary):
+            some = hidden[rows]
+            softmax = self._softmax(head, buffer, some, rows)
+            scores.record(rows, softmax)
+            if any(needed):
+                loss += self._add_gradients(gradients, rows, some, softmax)
+            else:
+                loss += self.losses.loss(rows, softmax.logprobs, softmax.entropy)
+        for rows in row_chunks(self.others, head.vocabulary):
+            scores.record(rows, self._softmax(head, buffer, hidden[rows], rows))
+        return loss, scores, gradients.finish()
+
+    def _softmax(
+        self, head: LinearHead, buffer: Tensor, hidden: Tensor, rows: Tensor
+    ) -> RowSoftmax:
+        products = head.products_(buffer, hidden)
+        transform = self.transform.take(rows)
+        return softmax_rows_(products, self.targets[rows], transform, entropy=self.with_entropy)
+
+    def _add_gradients(
+        self, gradients: HeadGradients, rows: Tensor, hidden: Tensor, softmax: RowSoftmax
+    ) -> Tensor:
+        """Add a chunk's gradients, of those rows alone whose gradient is not exactly zero."""
+        loss, by_logprob, by_entropy = self.losses.differentiate(
+            rows, softmax.logprobs, softmax.entropy
+        )
+        active = active_rows(None, by_logprob, by_entropy)
+        if len(active) < len(rows):
+            rows, hidden, softmax = rows[active], hidden[active], softmax.keep_(active)
+            by_logprob, by_entropy = by_logprob[active], take(by_entropy, active)
+        gradients.add(rows, hidden, softmax.gradient_(by_logprob, by_entropy))
+        return loss
+
+
+class LinearPolicyFunction(torch.autograd.Function):
+    """Runs the pass in the forward; the backward multiplies by the upstream scalar."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, pass_: LinearPolicyPass
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the loss, and the rows' log-probs and entropies without a graph."""
+        ctx.needed = [needs and pass_.with_gradients for needs in ctx.needs_input_grad[:3]]
+        head = LinearHead(weight, bias, pass_.transform)
+        loss, scores, gradients = pass_.run(hidden, head, ctx.needed)
+        ctx.save_for_backward(*gradients)
+        ctx.dtype = hidden.dtype
+        ctx.mark_non_differentiable(scores.logprobs)
+        if scores.entropy is not None:
+            ctx.mark_non_differentiable(scores.entropy)
+        return loss, scores.logprobs, scores.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Multiply by the upstream scalar, out of place: a second backward finds them unchanged."""
+        gradients = iter(ctx.saved_tensors)
+        scaled = [(next(gradients) * grad_loss).to(ctx.dtype) if n else None for n in ctx.needed]
+        return *scaled, None

@@ -1,0 +1,254 @@
+"""Log-probs of sampled tokens straight from hidden states: the [N, V] logits never exist whole."""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from .checks import check_tensor
+from .linear_head import HeadGradients, LinearHead, cast_for_autocast, check_head
+from .row_chunks import (
+    NAMESPACE,
+    active_rows,
+    check_rows,
+    check_targets,
+    counted_rows,
+    row_chunks,
+    row_temperature,
+    take,
+    working_dtype,
+)
+from .softmax_rows import LogitTransform, softmax_rows_
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_entropy: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute the log-prob of each target from hidden states and the head's weight.
+
+    token_logprobs(cap(logit_scale * (hidden @ weight.T + bias)), targets, temperature=temperature)
+    with cap(y) = softcap * tanh(y / softcap), or y where softcap is None
+
+    The logits are computed a chunk of rows at a time and again in the backward, accumulate in fp32
+    from bf16 inputs too and stay there up to the softmax. The weight's gradient is summed over
+    chunks in fp32. Rows that the mask leaves out cost nothing, rows whose upstream gradient is
+    exactly zero cost nothing in the backward, and no gradient is computed for an input that needs
+    none (frozen head, frozen trunk). Under torch.autocast the inputs are cast as a linear layer
+    casts them. The same call gives the same bits; how many rows stand beside a row may change its
+    last ones. Once differentiable, in log-probs and entropy. On CUDA not yet measured.
+
+    Args:
+        hidden: Last hidden state of the position that predicts each target. Shape [..., H].
+        weight: The head's weight. Shape [V, H].
+        targets: Index of each sampled token. Shape [...].
+        mask: 1 (or True) where a row counts; None counts every row. Other rows give 0 and get a
+            gradient of 0, whatever they hold. Shape [...].
+        bias: The head's bias. Shape [V].
+        temperature: Divides the logits: a number, or one per row. Treated as a constant. Shape
+            [...].
+        softcap: Bound on the logits before the temperature (Gemma 2).
+        logit_scale: Factor on the products before the cap (Cohere, Granite).
+        return_entropy: Also return the entropy.
+
+    Returns:
+        Log-probs, or log-probs and entropy, in fp32 (fp64 for fp64 inputs). Shape [...]. Gradient
+        flows to hidden, weight and bias.
+
+    Raises:
+        TypeError: A dtype is wrong, or hidden, weight and bias differ in it.
+        ValueError: Shapes do not fit, a number is out of range, or a target is outside the
+            vocabulary on a row that counts (a device assertion for CUDA tensors).
+
+    Example:
+        >>> hidden, weight = torch.ones(2, 3), torch.eye(4, 3)
+        >>> linear_token_logprobs(hidden, weight, torch.tensor([0, 3]))
+        tensor([-1.2143, -2.2143])
+    """
+    inputs = [check_tensor("hidden", hidden), check_tensor("weight", weight), bias]
+    head_hidden, head_weight, head_bias = cast_for_autocast(*inputs)
+    assert head_hidden is not None
+    assert head_weight is not None
+    check_head(head_hidden, head_weight, head_bias, softcap, logit_scale)
+    flat, counted = check_targets(targets, mask, hidden.shape[:-1])
+    logprobs, entropy = _forward(
+        head_hidden.reshape(-1, hidden.shape[-1]),
+        head_weight,
+        head_bias,
+        flat,
+        counted,
+        row_temperature(temperature, targets, working_dtype(head_weight.dtype)),
+        softcap,
+        float(logit_scale),
+        return_entropy,
+    )
+    logprobs = logprobs.view(targets.shape)
+    return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_token_logprobs", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    head = LinearHead(weight, bias, LogitTransform(temperature, softcap, logit_scale))
+    check_rows(targets, mask, temperature, head.vocabulary)
+    rows = counted_rows(targets, mask)
+    logprobs = hidden.new_zeros(targets.shape, dtype=working_dtype(hidden.dtype))
+    entropy = torch.zeros_like(logprobs) if with_entropy else logprobs.new_zeros(0)
+    buffer = head.new_buffer(len(rows))
+    for chunk in row_chunks(rows, head.vocabulary):
+        products = head.products_(buffer, hidden[chunk])
+        softmax = softmax_rows_(
+            products, targets[chunk], head.transform.take(chunk), entropy=with_entropy
+        )
+        logprobs[chunk] = softmax.logprobs
+        if softmax.entropy is not None:
+            entropy[chunk] = softmax.entropy
+    return logprobs, entropy
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    logprobs = hidden.new_empty(targets.shape, dtype=working_dtype(hidden.dtype))
+    return logprobs, torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_token_logprobs_backward", mutates_args=())
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    needed: list[bool],
+) -> list[Tensor]:
+    head = LinearHead(weight, bias, LogitTransform(temperature, softcap, logit_scale))
+    rows = active_rows(mask, grad_logprobs, grad_entropy)
+    gradients = HeadGradients(head, hidden, needed, len(rows))
+    buffer = head.new_buffer(len(rows))
+    for chunk in row_chunks(rows, head.vocabulary):
+        some = hidden[chunk]
+        softmax = softmax_rows_(
+            head.products_(buffer, some),
+            targets[chunk],
+            head.transform.take(chunk),
+            entropy=grad_entropy is not None,
+        )
+        gradients.add(
+            chunk, some, softmax.gradient_(take(grad_logprobs, chunk), take(grad_entropy, chunk))
+        )
+    return [gradient.to(hidden.dtype) for gradient in gradients.finish()]
+
+
+@_backward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    needed: list[bool],
+) -> list[Tensor]:
+    inputs = (hidden, weight, bias)
+    return [
+        torch.empty_like(x)
+        for x, need in zip(inputs, needed, strict=True)
+        if need and x is not None
+    ]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.softcap, ctx.logit_scale, ctx.with_entropy = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _run_backward(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:3])
+    gradients: list[Tensor | None] = [None, None, None]
+    if not ctx.with_entropy:  # an empty tensor, and so is its gradient
+        grad_entropy = None
+    if grad_logprobs is not None or grad_entropy is not None:
+        computed = iter(
+            _backward(
+                *ctx.saved_tensors,
+                grad_logprobs,
+                grad_entropy,
+                ctx.softcap,
+                ctx.logit_scale,
+                needed,
+            )
+        )
+        gradients = [next(computed) if need else None for need in needed]
+    return *gradients, None, None, None, None, None, None
+
+
+_forward.register_autograd(_run_backward, setup_context=_save_for_backward)

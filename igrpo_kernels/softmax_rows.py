@@ -1,0 +1,183 @@
+"""One row of logits to its log-prob, its entropy and its gradient, over a buffer that is reused.
+
+The one home of the softmax arithmetic: every log-prob and every fused loss calls `softmax_rows_`
+on a chunk of rows in fp32 (or fp64), then `SoftmaxRows.gradient_` on the same buffer.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Far above this exp is zero already, in fp64 too; a logit of -inf would make p log p = 0 * -inf
+LOGIT_FLOOR = -1e4
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """From the products x @ W.T + b to the logits that enter the softmax.
+
+    logits = cap(logit_scale * products) / temperature,   cap(y) = softcap * tanh(y / softcap)
+
+    Attributes:
+        temperature: One number for all rows, shape [1], or one per row, shape [N].
+        softcap: Bound on the logits' size (Gemma 2); None leaves them unbounded.
+        logit_scale: Factor before the cap (Cohere, Granite).
+    """
+
+    temperature: Tensor
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def take(self, rows: Tensor) -> "LogitTransform":
+        """Keep the temperatures of `rows`."""
+        if self.temperature.numel() == 1:
+            return self
+        return LogitTransform(self.temperature[rows], self.softcap, self.logit_scale)
+
+    def apply_(self, products: Tensor) -> Tensor | None:
+        """Overwrite the products by the logits; return the cap's slope where there is a cap."""
+        temperature = self.temperature.to(products.dtype)[:, None]
+        if self.softcap is None:
+            products.mul_(self.logit_scale / temperature)
+            return None
+        products.mul_(self.logit_scale / self.softcap).tanh_()
+        slope = 1 - products.square()
+        products.mul_(self.softcap / temperature)
+        return slope
+
+
+class RowSoftmax(Protocol):
+    """A chunk of rows after the softmax, whoever computed it."""
+
+    @property
+    def logprobs(self) -> Tensor:
+        """Log-prob of each row's target. Shape [N]."""
+        ...
+
+    @property
+    def entropy(self) -> Tensor | None:
+        """Entropy of each row, where it was asked for. Shape [N]."""
+        ...
+
+    def keep_(self, rows: Tensor) -> "RowSoftmax":
+        """Keep some rows, in ascending order; drop the others."""
+        ...
+
+    def gradient_(self, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None) -> Tensor:
+        """Overwrite the buffer by the gradient of the products; to be called once."""
+        ...
+
+
+@dataclass(frozen=True)
+class SoftmaxRows:
+    """A chunk of rows after the softmax: what leaves it, and what its gradient needs.
+
+    Attributes:
+        logprobs: log softmax(logits)[target]. Shape [N].
+        entropy: -sum p log p, where it was asked for. Shape [N].
+        targets: Index into the vocabulary. Shape [N].
+        transform: Scale, cap and temperature of these rows.
+        exponentials: exp(logits - max), in the caller's buffer. Shape [N, V].
+        normalizer: Sum of the exponentials. Shape [N].
+        shifted: logits - max, bounded below, where the entropy was asked for. Shape [N, V].
+        slope: d cap / d input, where there is a cap. Shape [N, V].
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    targets: Tensor
+    transform: LogitTransform
+    exponentials: Tensor
+    normalizer: Tensor
+    shifted: Tensor | None
+    slope: Tensor | None
+
+    def keep_(self, rows: Tensor) -> "SoftmaxRows":
+        """Move some rows, in ascending order, to the front of the buffers; drop the others."""
+        return SoftmaxRows(
+            self.logprobs[rows],
+            None if self.entropy is None else self.entropy[rows],
+            self.targets[rows],
+            self.transform.take(rows),
+            _move_to_front(self.exponentials, rows),
+            self.normalizer[rows],
+            None if self.shifted is None else _move_to_front(self.shifted, rows),
+            None if self.slope is None else _move_to_front(self.slope, rows),
+        )
+
+    def gradient_(self, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None) -> Tensor:
+        """Overwrite the buffer by the gradient of the products; to be called once.
+
+        d logprob / d z_j = 1[j = target] - p_j,   d entropy / d z_j = -p_j (log p_j + entropy)
+
+        Args:
+            grad_logprobs: Upstream gradient of the log-probs; None is zero. Shape [N].
+            grad_entropy: Upstream gradient of the entropy; None is zero. Shape [N].
+
+        Returns:
+            The buffer, shape [N, V].
+        """
+        grad = self.exponentials
+        scale = self.transform.logit_scale / self.transform.temperature.to(grad.dtype)
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(self.logprobs)
+        if grad_entropy is None:
+            grad.mul_((-scale * grad_logprobs / self.normalizer)[:, None])
+        else:
+            assert self.shifted is not None
+            assert self.entropy is not None
+            # grad_entropy (log p + entropy) + grad_logprobs, with log p = shifted - log normalizer
+            factor = self.shifted.add_((self.entropy - self.normalizer.log())[:, None])
+            factor.mul_(grad_entropy[:, None]).add_(grad_logprobs[:, None])
+            grad.mul_(factor).mul_((-scale / self.normalizer)[:, None])
+        grad.scatter_add_(1, self.targets[:, None], (scale * grad_logprobs)[:, None])
+        return grad if self.slope is None else grad.mul_(self.slope)
+
+
+def softmax_rows_(
+    products: Tensor, targets: Tensor, transform: LogitTransform, *, entropy: bool = False
+) -> "RowSoftmax":
+    """Take log-probs (and entropy) of a chunk of rows, overwriting the chunk.
+
+    log p[n] = z[n, target] - max z[n] - log sum_j exp(z[n, j] - max z[n])
+
+    Args:
+        products: x @ W.T + b in fp32 or fp64; overwritten. Shape [N, V].
+        targets: Index into the vocabulary. Shape [N].
+        transform: Scale, cap and temperature, already taken for these rows.
+        entropy: Also take the entropy, at the price of one more [N, V] buffer.
+    """
+    if products.is_cuda:
+        from ._triton import softmax_rows as kernels
+
+        return kernels.softmax_rows_(products, targets, transform, entropy=entropy)
+    slope = transform.apply_(products)
+    products.sub_(products.amax(-1, keepdim=True))
+    target_shifted = products.gather(1, targets[:, None]).squeeze(1)
+    shifted = products.clamp(min=LOGIT_FLOOR) if entropy else None
+    exponentials = products.exp_()
+    normalizer = exponentials.sum(-1)
+    log_normalizer = normalizer.log()
+    mean_surprise = None
+    if shifted is not None:
+        mean_surprise = log_normalizer - torch.linalg.vecdot(exponentials, shifted) / normalizer
+    return SoftmaxRows(
+        target_shifted - log_normalizer,
+        mean_surprise,
+        targets,
+        transform,
+        exponentials,
+        normalizer,
+        shifted,
+        slope,
+    )
+
+
+def _move_to_front(values: Tensor, rows: Tensor, block: int = 64) -> Tensor:
+    """Compact rows in place: none moves down, so no block overwrites the source of a later one."""
+    for start in range(0, len(rows), block):
+        some = rows[start : start + block]
+        values[start : start + len(some)] = values[some]
+    return values[: len(rows)]

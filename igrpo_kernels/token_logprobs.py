@@ -1,0 +1,189 @@
+"""Log-probs (and entropies) of sampled tokens from logits, in fp32 whatever the logits' dtype."""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from .checks import check_floating
+from .row_chunks import (
+    NAMESPACE,
+    active_rows,
+    check_rows,
+    check_targets,
+    counted_rows,
+    row_chunks,
+    row_temperature,
+    take,
+    working_dtype,
+)
+from .softmax_rows import LogitTransform, RowSoftmax, softmax_rows_
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    return_entropy: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute the log-prob of each target, and on request the entropy of its distribution.
+
+    logprob[n] = z[n, targets[n]] - logsumexp_j z[n, j],   z = logits / temperature
+    entropy[n] = -sum_j p[n, j] log p[n, j],               p = softmax(z)
+
+    The same as `log_softmax(logits.float() / temperature).gather(...)`, a chunk of rows at a time:
+    nothing of the size of the logits is kept for the backward but the logits. Arithmetic is in fp32
+    (fp64 for fp64 logits). Logits of -inf have probability zero and gradient zero; a row in which
+    all are -inf gives NaN, as in torch. The same call gives the same bits; how many rows stand
+    beside a row may change its last ones. Once differentiable, in log-probs and entropy.
+
+    Args:
+        logits: Scores of the vocabulary. Shape [..., V].
+        targets: Index of each sampled token. Rows that do not count may hold anything, such as
+            -100. Shape [...].
+        mask: 1 (or True) where a row counts; None counts every row. Other rows cost nothing, give
+            0 and get a gradient of 0, whatever their logits hold. Shape [...].
+        temperature: Divides the logits: a number, or one per row. Treated as a constant. Shape
+            [...].
+        return_entropy: Also return the entropy.
+
+    Returns:
+        Log-probs, or log-probs and entropy, in fp32 (fp64 for fp64 logits). Shape [...].
+
+    Raises:
+        TypeError: `logits` is not floating point or `targets` not integer.
+        ValueError: Shapes do not fit, the temperature is not above zero, or a target is outside the
+            vocabulary on a row that counts (a device assertion for CUDA tensors).
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
+        >>> token_logprobs(logits, torch.tensor([3, 0]))
+        tensor([-1.3863e+00, -3.7008e-04])
+    """
+    check_floating("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape [..., V] with V >= 1, got {list(logits.shape)}")
+    flat, counted = check_targets(targets, mask, logits.shape[:-1])
+    per_row = row_temperature(temperature, targets, working_dtype(logits.dtype))
+    logits = logits.unsqueeze(0) if logits.dim() == 1 else logits
+    logprobs, entropy = _forward(logits, flat, counted, per_row, return_entropy)
+    logprobs = logprobs.view(targets.shape)
+    return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs
+
+
+def _softmax_chunk(
+    logits: Tensor, targets: Tensor, temperature: Tensor, rows: Tensor, *, entropy: bool
+) -> tuple[tuple[Tensor, ...], RowSoftmax]:
+    """Run `softmax_rows_` on a copy of some rows of logits; return where they stand, and it."""
+    at = torch.unravel_index(rows, logits.shape[:-1])
+    chunk = logits[at].to(working_dtype(logits.dtype))
+    transform = LogitTransform(temperature).take(rows)
+    return at, softmax_rows_(chunk, targets[rows], transform, entropy=entropy)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::token_logprobs", mutates_args=())
+def _forward(
+    logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    check_rows(targets, mask, temperature, logits.shape[-1])
+    if logits.is_cuda:
+        from ._triton import token_logprobs as kernels
+
+        return kernels.forward(logits, targets, mask, temperature, with_entropy)
+    rows = counted_rows(targets, mask)
+    logprobs = logits.new_zeros(targets.shape, dtype=working_dtype(logits.dtype))
+    entropy = torch.zeros_like(logprobs) if with_entropy else logprobs.new_zeros(0)
+    for chunk in row_chunks(rows, logits.shape[-1]):
+        _, softmax = _softmax_chunk(logits, targets, temperature, chunk, entropy=with_entropy)
+        logprobs[chunk] = softmax.logprobs
+        if softmax.entropy is not None:
+            entropy[chunk] = softmax.entropy
+    return logprobs, entropy
+
+
+@_forward.register_fake
+def _(
+    logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    logprobs = logits.new_empty(targets.shape, dtype=working_dtype(logits.dtype))
+    return logprobs, torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::token_logprobs_backward", mutates_args=())
+def _backward(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    if logits.is_cuda:
+        from ._triton import token_logprobs as kernels
+
+        return kernels.backward(logits, targets, mask, temperature, grad_logprobs, grad_entropy)
+    grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    for rows in row_chunks(active_rows(mask, grad_logprobs, grad_entropy), logits.shape[-1]):
+        at, softmax = _softmax_chunk(
+            logits, targets, temperature, rows, entropy=grad_entropy is not None
+        )
+        grad[at] = softmax.gradient_(take(grad_logprobs, rows), take(grad_entropy, rows)).to(
+            grad.dtype
+        )
+    return grad
+
+
+@_backward.register_fake
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.with_entropy = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _run_backward(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if not ctx.with_entropy:  # an empty tensor, and so is its gradient
+        grad_entropy = None
+    if grad_logprobs is None and grad_entropy is None:
+        return None, None, None, None, None
+    grad = _backward(*ctx.saved_tensors, grad_logprobs, grad_entropy)
+    return grad, None, None, None, None
+
+
+_forward.register_autograd(_run_backward, setup_context=_save_for_backward)

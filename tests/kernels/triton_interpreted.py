@@ -1,0 +1,186 @@
+"""Every Triton kernel against its twin, in Triton's interpreter on CPU tensors.
+
+Run by `test_triton_interpreter.py` in a process of its own: TRITON_INTERPRET has to be set before
+triton is first imported.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from igrpo_kernels import softmax_rows as twin
+from igrpo_kernels._triton import softmax_rows as kernels
+from igrpo_kernels._triton import token_logprobs as on_logits
+from igrpo_kernels.softmax_rows import LogitTransform
+from igrpo_kernels.token_logprobs import token_logprobs
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRANSFORMS = {
+    "plain": {"temperature": torch.ones(1)},
+    "temperature": {"temperature": torch.full((1,), 0.7)},
+    "temperature per row": {"temperature": torch.tensor([0.5, 1.0, 2.0])},
+    "cap and scale": {"temperature": torch.full((1,), 0.9), "softcap": 5.0, "logit_scale": 1.3},
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "BLOCK_V", 128)
+
+
+def rows(vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return (torch.randn(3, vocabulary) * 3).to(dtype), torch.randint(0, vocabulary, (3,))
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [1, 7, 128, 507])
+def test_forward_and_backward(
+    vocabulary: int, dtype: torch.dtype, name: str, entropy: bool
+) -> None:
+    transform = LogitTransform(**TRANSFORMS[name])
+    products, targets = rows(vocabulary, dtype)
+    wanted = twin.softmax_rows_(products.clone().float(), targets, transform, entropy=entropy)
+    got = kernels.softmax_rows_(products, targets, transform, entropy=entropy)
+    torch.testing.assert_close(got.logprobs, wanted.logprobs, rtol=2e-6, atol=2e-6)
+    upstream = torch.tensor([1.0, -0.5, 2.0])
+    on_entropy = torch.tensor([0.3, -1.0, 0.0]) if entropy else None
+    if entropy:
+        torch.testing.assert_close(got.entropy, wanted.entropy, rtol=2e-6, atol=2e-6)
+    grad = got.gradient_(upstream, on_entropy)
+    assert grad.data_ptr() == products.data_ptr()
+    # the interpreter truncates where it should round: one unit in the last place of the dtype
+    rounding = torch.finfo(dtype).eps
+    exact = wanted.gradient_(upstream, on_entropy)
+    torch.testing.assert_close(grad.float(), exact, rtol=rounding + 1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [50257])
+def test_vocabulary_not_a_multiple_of_the_block_verl_2656(
+    vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "BLOCK_V", 4096)
+    products = -30 - torch.rand(3, vocabulary)
+    targets = torch.tensor([0, 4096, vocabulary - 1])
+    transform = LogitTransform(torch.ones(1))
+    wanted = twin.softmax_rows_(products.clone(), targets, transform, entropy=True)
+    got = kernels.softmax_rows_(products, targets, transform, entropy=True)
+    assert (got.logprobs <= 0).all()
+    torch.testing.assert_close(got.logprobs, wanted.logprobs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.entropy, wanted.entropy, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", [-89.0, -1e4, 1e4, -3e38])
+def test_running_maximum_that_starts_at_zero(level: float) -> None:
+    products = torch.full((2, 300), level)
+    got = kernels.softmax_rows_(
+        products, torch.tensor([0, 299]), LogitTransform(torch.ones(1)), entropy=True
+    )
+    uniform = torch.full((2,), 300.0).log()
+    torch.testing.assert_close(got.logprobs, -uniform, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.entropy, uniform, rtol=1e-6, atol=0)
+
+
+def test_lanes_that_see_nothing_and_logits_of_minus_infinity() -> None:
+    products = torch.full((3, 131), -torch.inf)  # three lanes of the second block are used
+    products[0, 130] = 1.0
+    products[1, :2] = torch.tensor([0.0, 1.0])
+    products[2, ::2] = -2.0
+    targets = torch.tensor([130, 1, 1])
+    transform = LogitTransform(torch.ones(1))
+    wanted = twin.softmax_rows_(products.clone(), targets, transform, entropy=True)
+    got = kernels.softmax_rows_(products, targets, transform, entropy=True)
+    torch.testing.assert_close(got.logprobs, wanted.logprobs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.entropy, wanted.entropy, rtol=1e-6, atol=1e-6)
+    upstream = torch.ones(3), torch.ones(3)
+    torch.testing.assert_close(
+        got.gradient_(*upstream), wanted.gradient_(*upstream), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("view", ["shifted", "two axes", "strided vocabulary", "four axes"])
+def test_rows_that_are_not_contiguous(view: str) -> None:
+    base = torch.randn(2, 4, 9)
+    logits = {
+        "shifted": base[:, :-1],
+        "two axes": base[0, ::2],
+        "strided vocabulary": base[..., ::2],
+        "four axes": base.view(2, 2, 2, 9)[:, :1],
+    }[view]
+    walked = kernels.with_row_layout(logits)
+    assert view in ("strided vocabulary", "four axes") or walked.data_ptr() == logits.data_ptr()
+    flat = logits.reshape(-1, logits.shape[-1])
+    targets = torch.randint(0, flat.shape[-1], flat.shape[:1])
+    transform = LogitTransform(torch.ones(1))
+    wanted = twin.softmax_rows_(flat.clone(), targets, transform)
+    got = kernels.softmax_rows_forward(walked, targets, None, transform, entropy=False)
+    torch.testing.assert_close(got.logprobs, wanted.logprobs, rtol=1e-6, atol=1e-6)
+    grad = torch.full_like(walked, torch.nan, memory_format=torch.contiguous_format)
+    upstream = torch.linspace(1, 2, len(targets))
+    kernels.softmax_rows_backward(grad, walked, targets, None, transform, got, upstream, None)
+    torch.testing.assert_close(grad.view_as(flat), wanted.gradient_(upstream), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_left_out_and_rows_of_no_gradient_are_written_prime_rl_1525() -> None:
+    products = torch.randn(4, 131)
+    products[1] = torch.nan
+    mask = torch.tensor([True, False, True, True])
+    targets = torch.tensor([5, -100, 7, 130])
+    transform = LogitTransform(torch.ones(1))
+    got = kernels.softmax_rows_forward(products, targets, mask, transform, entropy=True)
+    assert got.logprobs[1] == 0
+    assert got.entropy is not None
+    assert got.entropy[1] == 0
+    grad = torch.full_like(products, torch.nan)
+    upstream = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    kernels.softmax_rows_backward(grad, products, targets, mask, transform, got, upstream, None)
+    assert (grad[1:3] == 0).all()
+    kept = torch.tensor([0, 3])
+    wanted = twin.softmax_rows_(products[kept], targets[kept], transform)
+    torch.testing.assert_close(got.logprobs[kept], wanted.logprobs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad[kept], wanted.gradient_(torch.ones(2)), rtol=1e-5, atol=1e-6)
+
+
+def test_keeping_rows() -> None:
+    products, targets = rows(131, torch.float32)
+    transform = LogitTransform(torch.tensor([0.5, 1.0, 2.0]))
+    kept = torch.tensor([0, 2])
+    wanted = twin.softmax_rows_(products.clone(), targets, transform, entropy=True).keep_(kept)
+    got = kernels.softmax_rows_(products, targets, transform, entropy=True).keep_(kept)
+    upstream = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.1])
+    torch.testing.assert_close(
+        got.gradient_(*upstream), wanted.gradient_(*upstream), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_no_rows() -> None:
+    empty = torch.empty(0, 5)
+    none = torch.empty(0, dtype=torch.long)
+    got = kernels.softmax_rows_(empty, none, LogitTransform(torch.ones(1)), entropy=True)
+    assert got.logprobs.shape == (0,)
+    assert got.gradient_(torch.empty(0)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 2, 2), (0, 3)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_logprobs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    base = torch.randn(*shape[:-1], shape[-1] + 1, 131).to(dtype)
+    logits = base[..., :-1, :].requires_grad_()
+    targets = torch.randint(0, 131, shape)
+    mask = torch.rand(shape) < 0.8
+    wanted = torch.stack(token_logprobs(logits, targets, mask=mask, return_entropy=True))
+    flat, counted, heat = targets.flatten(), mask.flatten(), torch.ones(1)
+    got = torch.stack(on_logits.forward(logits.detach(), flat, counted, heat, True))
+    torch.testing.assert_close(got.view_as(wanted), wanted, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(2, flat.numel())
+    grad = on_logits.backward(logits.detach(), flat, counted, heat, *upstream)
+    (exact,) = torch.autograd.grad(wanted, logits, upstream.view_as(wanted))
+    rounding = torch.finfo(dtype).eps  # the interpreter truncates
+    torch.testing.assert_close(grad, exact, rtol=rounding + 1e-5, atol=rounding / 100 + 1e-6)
+
+
+def test_float64_is_refused_in_words() -> None:
+    products = torch.zeros(1, 3, dtype=torch.float64)
+    with pytest.raises(TypeError, match="float64 has no kernel: cast to float32, or move"):
+        kernels.softmax_rows_(products, torch.tensor([0]), LogitTransform(torch.ones(1)))
