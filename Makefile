@@ -1,0 +1,71 @@
+# Everything a clone needs is behind one word. `make` alone lists the targets.
+#
+#   PYTHON  interpreter that makes .venv, 3.11 or newer   make test PYTHON=python3.13
+#   ARGS    handed on to the tool behind a target         make test ARGS='tests/algo -k ties'
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+CANDIDATES := python3 python python3.14 python3.13 python3.12 python3.11
+PYTHON ?= $(shell for python in $(CANDIDATES); do \
+	if $$python $(IS_NEW_ENOUGH) 2>/dev/null; then echo $$python; break; fi; done)
+
+.PHONY: help demo test lint format docs bench mutants clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+demo: $(READY)  ## train a tiny model with GRPO and with iGRPO, draw both (minutes, CPU is enough)
+	$(BIN)/igrpo demo --output-dir runs/demo $(ARGS)
+
+test: $(READY)  ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+lint: $(READY)  ## check style, types, links and docs
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/python tools/check_links.py
+	$(MAKE) --no-print-directory docs
+
+format: $(READY)  ## rewrite the sources in the project's format
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+docs: $(READY)  ## build the reference from the docstrings into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+bench: $(READY)  ## time the functions beside their peers on this machine
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable $(ARGS)
+
+mutants: $(READY)  ## plant every known fault and see a test go red
+	$(BIN)/python tests/mutants/run.py $(ARGS)
+
+clean:  ## remove what the other targets made, .venv included
+	rm -rf $(VENV) build dist site runs .benchmarks .hypothesis *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# torch goes in by itself, before anything that needs it: some packages look for it while they build.
+$(READY): pyproject.toml constraints.txt
+	@if ! test -x $(BIN)/pip; then \
+		if ! $(or $(PYTHON),false) $(IS_NEW_ENOUGH); then \
+			echo "This project needs Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; \
+		fi; \
+		echo "[1/3] making $(VENV) with $$($(PYTHON) --version)"; \
+		$(PYTHON) -m venv $(VENV); \
+	fi
+	@$(BIN)/python $(IS_NEW_ENOUGH) || { \
+		echo "$(VENV) holds a Python older than 3.11; remove it: make clean" >&2; exit 1; }
+	@echo "[2/3] installing torch"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	@echo "[3/3] installing igrpo and what its demo, tests and docs need"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

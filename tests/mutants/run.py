@@ -1,0 +1,207 @@
+"""Plant each known fault in a copy of the project and demand that its test goes red.
+
+A fault is an entry of a `*.toml` file beside this one:
+
+    [[mutant]]
+    file = "igrpo_algo/advantages.py"    # where it goes
+    old = "exact text"                   # occurs once in that file
+    new = "the fault"
+    test = "tests/algo/test_x.py"        # pytest arguments that must fail then, and pass before
+
+A red test (exit code 1) kills the fault. Anything else but green is an error of the entry: no test
+selected, a file that no longer imports, a test that was red without the fault.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+from queue import SimpleQueue
+
+PROJECT = Path(__file__).resolve().parents[2]
+NOT_COPIED = (".*", "__pycache__", "*.egg-info", "build", "dist", "site", "runs", "results")
+PACKAGES = ("igrpo_algo", "igrpo_kernels")
+GREEN, RED = 0, 1
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted fault, and the pytest arguments that must notice it."""
+
+    source: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+    def __str__(self) -> str:
+        pairs = zip(self.old, self.new, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        start = max(0, same - 20)
+        old, new = (" ".join(text[start:].split())[:40] for text in (self.old, self.new))
+        return f"{self.file}: {old!r} -> {new!r}"
+
+    def defect(self, root: Path) -> str | None:
+        """Say why the entry can't be used as it stands, if so."""
+        path = root / self.file
+        if not path.is_file():
+            return "its file does not exist"
+        count = path.read_text().count(self.old)
+        if count != 1:
+            return f"its old text occurs {count} times, not once"
+        return "its old and new text are the same" if self.old == self.new else None
+
+
+def load_mutants(root: Path, only: str = "") -> list[Mutant]:
+    """Read the entries of every file; `only` keeps those whose toml, file or text it matches."""
+    keys = {field.name for field in fields(Mutant)} - {"source"}
+    mutants = []
+    for path in sorted((root / "tests" / "mutants").glob("*.toml")):
+        for entry in tomllib.loads(path.read_text())["mutant"]:
+            if set(entry) != keys:
+                raise SystemExit(f"{path.name}: an entry has {sorted(entry)}, not {sorted(keys)}")
+            mutants.append(Mutant(path.name, **entry))
+    return [mutant for mutant in mutants if re.search(only, f"{mutant.source} {mutant}")]
+
+
+def run_tests(tree: Path, selection: str, timeout: float) -> int:
+    """Run pytest in a copy of the project, which wins over an installed one; its exit code."""
+    quiet = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CI": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *quiet, *shlex.split(selection)],
+        cwd=tree,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        timeout=timeout,
+    ).returncode
+
+
+def check_origin(tree: Path) -> None:
+    """Raise if the packages that tests import in a copy are not the copy's own."""
+    packages = [name for name in PACKAGES if (tree / name).is_dir()]
+    script = f"import sys; sys.path.insert(0, {str(tree)!r})\n" + "".join(
+        f"import {name}; print({name}.__file__)\n" for name in packages
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", script], cwd=tree, check=True, capture_output=True, text=True
+    ).stdout
+    strays = [path for path in printed.split() if tree not in Path(path).parents]
+    if strays:
+        raise SystemExit(f"the copy imports {strays}, which is not in it")
+
+
+@contextmanager
+def planted(tree: Path, mutant: Mutant) -> Iterator[None]:
+    """Keep a fault in a copy for the length of the block."""
+    path = tree / mutant.file
+    sound = path.read_text()
+    path.write_text(sound.replace(mutant.old, mutant.new))
+    try:
+        yield
+    finally:
+        path.write_text(sound)
+
+
+def judge(mutant: Mutant, trees: "SimpleQueue[Path]", timeout: float) -> str:
+    """Run a fault's tests in a free copy and name the outcome."""
+    tree = trees.get()
+    try:
+        with planted(tree, mutant):
+            code = run_tests(tree, mutant.test, timeout)
+    except subprocess.TimeoutExpired:
+        return f"error: no end after {timeout:.0f} s"
+    finally:
+        trees.put(tree)
+    return {GREEN: "SURVIVED", RED: "killed"}.get(code, f"error: pytest ended with {code}")
+
+
+def judge_sound(selection: str, trees: "SimpleQueue[Path]", timeout: float) -> str:
+    """Run a selection without any fault: it must be green, or its red means nothing."""
+    tree = trees.get()
+    try:
+        code = run_tests(tree, selection, timeout)
+    except subprocess.TimeoutExpired:
+        return f"error: no end after {timeout:.0f} s"
+    finally:
+        trees.put(tree)
+    return "green" if code == GREEN else f"error: pytest ended with {code} without any fault"
+
+
+def outcomes(
+    root: Path, mutants: Iterable[Mutant], workers: int, timeout: float
+) -> Iterator[tuple[Mutant, str]]:
+    """Yield each fault with its outcome as soon as it is known."""
+    usable = []
+    for mutant in mutants:
+        if defect := mutant.defect(root):
+            yield mutant, f"error: {defect}"
+        else:
+            usable.append(mutant)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for worker in range(workers):
+            tree = Path(folder).resolve() / str(worker)
+            shutil.copytree(root, tree, ignore=shutil.ignore_patterns(*NOT_COPIED))
+            check_origin(tree)
+            trees.put(tree)
+        selections = sorted({mutant.test for mutant in usable})
+        sound = partial(judge_sound, trees=trees, timeout=timeout)
+        verdicts = dict(zip(selections, pool.map(sound, selections), strict=True))
+        pending = {}
+        for mutant in usable:
+            if verdicts[mutant.test] == "green":
+                pending[pool.submit(judge, mutant, trees, timeout)] = mutant
+            else:
+                yield mutant, verdicts[mutant.test]
+        for future in as_completed(pending):
+            yield pending[future], future.result()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Plant each known fault; see its test go red.")
+    parser.add_argument("--only", default="", help="regular expression: toml name, file or text")
+    parser.add_argument("--workers", type=int, default=2, help="copies tested at once (2)")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one fault (300)")
+    parser.add_argument("--root", type=Path, default=PROJECT, help="the project (this one)")
+    options = parser.parse_args()
+
+    mutants = load_mutants(options.root, options.only)
+    if not mutants:
+        raise SystemExit("no fault selected")
+    start, tallies = time.monotonic(), {mutant.source: Counter() for mutant in mutants}
+    results = outcomes(options.root, mutants, options.workers, options.timeout)
+    for done, (mutant, outcome) in enumerate(results, 1):
+        tallies[mutant.source][outcome.split(":")[0]] += 1
+        print(f"[{done}/{len(mutants)}] {outcome:8}  {mutant}", flush=True)
+    print(f"\n{'file':30} {'killed':>7} {'survived':>9} {'errors':>7}")
+    for source, tally in tallies.items():
+        print(f"{source:30} {tally['killed']:7} {tally['SURVIVED']:9} {tally['error']:7}")
+    killed = sum(tally["killed"] for tally in tallies.values())
+    print(f"{killed} of {len(mutants)} faults noticed in {time.monotonic() - start:.0f} s")
+    return 0 if killed == len(mutants) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Imports point down only: trainers, engines, cli -> igrpo_algo -> igrpo_kernels -> torch."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS, ALGO = ROOT / "igrpo_kernels", ROOT / "igrpo_algo"
+UPPER_FLOORS = {"engines", "trainers", "cli", "demo"}
+HEAVY = ["triton", "transformers", "trl", "matplotlib", "datasets", "accelerate"]
+
+
+def imports(source: str, *, anywhere: bool) -> Iterator[tuple[int, str]]:
+    """Yield (relative level, dotted module) of the imports at the top level, or of all."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree) if anywhere else top_level(tree.body):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.module is None:
+                yield from ((node.level, alias.name) for alias in node.names)
+            else:
+                yield node.level, node.module
+
+
+def top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield the statements that run on import, those under `if` and `try` among them."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        for part in ("body", "orelse", "finalbody", "handlers"):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from top_level(getattr(node, part, []))
+
+
+def roots(path: Path, *, anywhere: bool) -> set[str]:
+    """Top-level packages that a file imports absolutely."""
+    found = imports(path.read_text(), anywhere=anywhere)
+    return {name.partition(".")[0] for level, name in found if level == 0}
+
+
+def sources(package: Path) -> list[Path]:
+    return sorted(package.rglob("*.py"))
+
+
+def third_party(path: Path, *, anywhere: bool = False) -> set[str]:
+    return roots(path, anywhere=anywhere) - set(sys.stdlib_module_names)
+
+
+def identify(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", sources(KERNELS), ids=identify)
+def test_kernels_import_torch_and_nothing_above(path: Path) -> None:
+    allowed = {"torch", "triton"} if "_triton" in path.parts else {"torch"}
+    assert third_party(path, anywhere=True) <= allowed
+
+
+@pytest.mark.parametrize("path", sources(ALGO), ids=identify)
+def test_algo_imports_itself_by_relative_imports(path: Path) -> None:
+    assert "igrpo_algo" not in roots(path, anywhere=True)
+
+
+LIGHT = [path for path in sources(ALGO) if path.relative_to(ALGO).parts[0] not in UPPER_FLOORS]
+
+
+@pytest.mark.parametrize("path", LIGHT, ids=identify)
+def test_algo_is_light_below_its_upper_floors(path: Path) -> None:
+    assert third_party(path) <= {"torch", "einops", "igrpo_kernels"}
+
+
+@pytest.mark.parametrize("path", LIGHT, ids=identify)
+def test_algo_never_imports_the_floors_above_it(path: Path) -> None:
+    to_package = len(path.relative_to(ALGO).parts)
+    named = {
+        name.partition(".")[0]
+        for level, name in imports(path.read_text(), anywhere=True)
+        if level == to_package
+    }
+    assert not named & UPPER_FLOORS
+
+
+def test_the_reader_sees_imports_wherever_they_hide() -> None:
+    source = "if True:\n try:\n  import trl.x\n except ImportError: from . import cli\n"
+    lazy = "def f():\n from triton import jit\n"
+    assert list(imports(source, anywhere=False)) == [(0, "trl.x"), (1, "cli")]
+    assert list(imports(lazy, anywhere=False)) == []
+    assert list(imports(lazy, anywhere=True)) == [(0, "triton")]
+
+
+def run_python(script: str, cwd: Path, *path: Path) -> str:
+    """Run a script in a fresh interpreter and return what it printed, errors included."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("package", ["igrpo_kernels", "igrpo_algo"])
+def test_import_loads_nothing_heavy_and_prints_nothing(package: str, tmp_path: Path) -> None:
+    script = (
+        f"import sys, torch; before = set(sys.modules)\nimport {package}\n"
+        f"new = {{name.partition('.')[0] for name in set(sys.modules) - before}}\n"
+        f"assert not new & set({HEAVY}), new & set({HEAVY})"
+    )
+    assert run_python(script, tmp_path, ROOT) == ""
+
+
+@pytest.mark.parametrize("package", ["igrpo_kernels", "igrpo_algo"])
+def test_import_works_without_triton(package: str, tmp_path: Path) -> None:
+    script = f"import sys; sys.modules['triton'] = None; import {package}"
+    assert run_python(script, tmp_path, ROOT) == ""
+
+
+@pytest.mark.parametrize("package", ["igrpo_kernels", "igrpo_algo"])
+def test_import_leaves_torch_as_it_was(package: str, tmp_path: Path) -> None:
+    script = (
+        "import warnings, torch, torch.nn.functional as F\n"
+        "def state():\n"
+        "    spaces = {space.__name__: dict(vars(space)) for space in (torch, F, torch.Tensor)}\n"
+        "    settings = (torch.get_default_dtype(), torch.get_num_threads(),\n"
+        "                torch.is_grad_enabled(), torch.initial_seed(), list(warnings.filters))\n"
+        "    return spaces, settings\n"
+        f"before = state()\nimport {package}\nafter = state()\n"
+        "assert after[1] == before[1], 'a setting changed'\n"
+        "for space, old in before[0].items():\n"
+        "    moved = [name for name in old if after[0][space].get(name) is not old[name]]\n"
+        "    assert not moved, (space, moved)"
+    )
+    assert run_python(script, tmp_path, ROOT) == ""
+
+
+def test_a_vendored_copy_works_under_another_name(tmp_path: Path) -> None:
+    host = tmp_path / "otherpkg"
+    host.mkdir()
+    (host / "__init__.py").touch()
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(KERNELS, host / "_vendored", ignore=ignored)
+    script = (
+        "import sys, torch\n"
+        "sys.modules['igrpo_kernels'] = sys.modules['igrpo_algo'] = None\n"
+        "from otherpkg import _vendored as kernels\n"
+        "logits = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)\n"
+        "logprobs = kernels.token_logprobs(logits, torch.tensor([2]))\n"
+        "loss = kernels.policy_loss(logprobs[None], torch.tensor([[1.0]]),\n"
+        "    surrogate=kernels.Clip(), aggregate=kernels.SequenceMean()).loss\n"
+        "loss.backward()\n"
+        "want = torch.log_softmax(logits.detach(), -1)\n"
+        "torch.testing.assert_close(logprobs.detach(), want[:, 2])\n"
+        "torch.testing.assert_close(logits.grad, want.exp() - torch.eye(3)[2:])\n"
+        "assert kernels.__file__.endswith('otherpkg/_vendored/__init__.py')"
+    )
+    assert run_python(script, tmp_path, tmp_path) == ""
