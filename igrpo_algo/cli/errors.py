@@ -1,0 +1,21 @@
+"""What a user got wrong ends a command with one line, not with a traceback."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def usage_errors(command: str) -> Iterator[None]:
+    """Turn ValueError, TypeError, OSError and ImportError of a block into one line and exit 2.
+
+    For the part of a command that reads what the user gave. A package that is not installed
+    passes through: `main` names the extra it comes with.
+    """
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"igrpo {command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

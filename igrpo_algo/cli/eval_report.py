@@ -1,0 +1,131 @@
+"""From the records of `igrpo eval` to its numbers and its table."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import Row
+from ..intervals import Interval, mean_confidence_interval, wilson_interval
+from ..metrics import pass_at_k, stage_uplift
+
+STAGES = {"single": "single-shot", "drafts": "drafts", "refinements": "refined"}
+CONFIDENCE = 0.95
+
+
+def report(
+    records: Sequence[Row], rewards: Sequence[str], ks: Sequence[int], success_reward: float
+) -> dict[str, Any]:
+    """Compute all results of an evaluation.
+
+    Accuracies weigh each prompt the same. Their intervals take prompts, not samples, as what is
+    independent; Wilson's is used where each prompt has one answer. Answers that could not be
+    scored are left out and counted. Intervals are cut to [0, 1].
+
+    Args:
+        records: One per prompt, as `samples.jsonl` holds them.
+        rewards: Names of the rewards; the first says what is right.
+        ks: The k of pass@k; those above a stage's number of answers are left out there.
+        success_reward: Score from which an answer is right.
+
+    Returns:
+        Results that JSON can say: per stage `pass@k` with mean, low and high, mean rewards, tokens,
+        share of answers cut by their token limit, and unscored answers.
+    """
+    results: dict[str, Any] = {"prompts": len(records), "confidence": CONFIDENCE}
+    scores = {}
+    for stage in STAGES:
+        if stage in records[0]:
+            scores[stage] = _scores(records, stage, rewards[0])
+            results[stage] = _stage_report(records, stage, rewards) | {
+                f"pass@{k}": _interval(scores[stage], k, success_reward)
+                for k in ks
+                if k <= scores[stage].shape[1]
+            }
+    if "refinements" in scores:
+        right = {name: _success(each, success_reward) for name, each in scores.items()}
+        results["uplift"] = float(stage_uplift(right["drafts"], right["refinements"]))
+        results["copied"] = _copied(records)
+    return results
+
+
+def _scores(records: Sequence[Row], stage: str, reward: str) -> Tensor:
+    """Collect the scores of a stage, NaN where there is none. Shape [P, n]."""
+    return torch.tensor(
+        [
+            [torch.nan if (s := answer["scores"][reward]) is None else s for answer in row[stage]]
+            for row in records
+        ],
+        dtype=torch.float64,
+    )
+
+
+def _success(scores: Tensor, threshold: float) -> Tensor:
+    return (scores >= threshold).to(scores.dtype).where(~scores.isnan(), torch.nan)
+
+
+def _interval(scores: Tensor, k: int, threshold: float) -> dict[str, float]:
+    per_prompt = pass_at_k(scores, k, threshold=threshold)
+    if scores.shape[1] == 1:
+        interval = wilson_interval(per_prompt, confidence=CONFIDENCE)
+    else:
+        interval = mean_confidence_interval(per_prompt[:, None], confidence=CONFIDENCE)
+    cut = Interval(*(bound.clamp(0, 1) for bound in interval))
+    return {name: float(bound) for name, bound in cut._asdict().items()}
+
+
+def _copied(records: Sequence[Row]) -> float:
+    """Share of refinements that repeat their draft, among prompts that were given one."""
+    copies = [
+        answer["text"] == row["drafts"][row["chosen"]]["text"]
+        for row in records
+        if row["chosen"] >= 0
+        for answer in row["refinements"]
+    ]
+    return fmean(copies) if copies else math.nan
+
+
+def _stage_report(
+    records: Sequence[Row], stage: str, rewards: Sequence[str]
+) -> dict[str, float | int]:
+    answers = [answer for row in records for answer in row[stage]]
+    means = {name: float(_scores(records, stage, name).nanmean()) for name in rewards}
+    return {
+        "answers": sum(len(row[stage]) for row in records),
+        "unscored": sum(answer["scores"][rewards[0]] is None for answer in answers),
+        **{f"reward/{name}": mean for name, mean in means.items()},
+        "tokens": fmean(answer["tokens"] for answer in answers),
+        "cut_short": fmean(answer["finish_reason"] == "length" for answer in answers),
+    }
+
+
+def print_report(results: dict[str, Any], output_dir: Path) -> None:
+    """Print the results as a table, one column per stage."""
+    from rich.console import Console
+    from rich.table import Table
+
+    stages = [stage for stage in STAGES if stage in results]
+    title = f"{results['prompts']} prompts, {CONFIDENCE:.0%} intervals"
+    table = Table("", *(STAGES[stage] for stage in stages), title=title)
+    for name in dict.fromkeys(name for stage in stages for name in results[stage]):
+        table.add_row(name, *(_cell(results[stage].get(name)) for stage in stages))
+    console = Console()
+    console.print(table)
+    if "uplift" in results:
+        console.print(
+            f"uplift of refining over drafting {results['uplift']:+.3f}, "
+            f"copied drafts {results['copied']:.1%}"
+        )
+    console.print(f"answers and numbers: {output_dir}", soft_wrap=True)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    return str(value) if isinstance(value, int) else f"{value:.3g}"

@@ -1,0 +1,95 @@
+"""From preset, file, options and `--set`, in this order, to one `IGRPOConfig`."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from ..trainers.trl_config import IGRPOConfig
+
+Settings = dict[str, Any]
+
+# What a run needs to be resumable and watchable; any of them gives way to the user's own.
+DEFAULTS: Settings = {"save_steps": 100, "save_total_limit": 2, "logging_steps": 1}
+EVALUATING: Settings = {"eval_strategy": "steps", "eval_steps": 100}
+WITHOUT_ACCELERATOR: Settings = {"use_cpu": True, "bf16": False}
+
+
+def read_config_file(path: Path) -> Settings:
+    """Read settings from a JSON or YAML file: a mapping from fields of `IGRPOConfig` to values."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix in (".yaml", ".yml"):
+        import yaml  # type: ignore[import-untyped]
+
+        try:
+            settings = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: not YAML: {error}") from error
+    elif path.suffix == ".json":
+        try:
+            settings = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from error
+    else:
+        raise ValueError(f"{path}: a config is .json, .yaml or .yml")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: wanted a mapping, got {type(settings).__name__}")
+    return settings
+
+
+def parse_assignments(assignments: Sequence[str]) -> Settings:
+    """Read `key=value` pairs; a value that is JSON is taken as such, any other as a string.
+
+    Example:
+        >>> parse_assignments(["beta=1e-3", "use_vllm=true", "draft_choice=random"])
+        {'beta': 0.001, 'use_vllm': True, 'draft_choice': 'random'}
+    """
+    settings: Settings = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not (equals and key.strip()):
+            raise ValueError(f"--set wants key=value, got {assignment!r}")
+        try:
+            settings[key.strip()] = json.loads(text)
+        except ValueError:
+            settings[key.strip()] = text
+    return settings
+
+
+def build_config(
+    output_dir: Path, *, paper: bool, evaluates: bool, settings: Mapping[str, Any]
+) -> "IGRPOConfig":
+    """Build the configuration; fields that do not exist and values of a wrong type are refused."""
+    from ..trainers.trl_config import IGRPOConfig
+
+    fields = {field.name: field for field in dataclasses.fields(IGRPOConfig) if field.init}
+    for name, value in settings.items():
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise ValueError(f"IGRPOConfig has no field {name!r}{hint}")
+        _check_type(name, value, fields[name].default)
+    if "output_dir" in settings:
+        raise ValueError("output_dir is given by --output-dir, not by --config or --set")
+    machine = {} if torch.accelerator.is_available() else WITHOUT_ACCELERATOR
+    known = DEFAULTS | (EVALUATING if evaluates else {}) | machine | dict(settings)
+    config = (IGRPOConfig.paper if paper else IGRPOConfig)(str(output_dir), **known)
+    if not evaluates and str(config.eval_strategy.value) != "no":
+        raise ValueError("eval_strategy needs --eval-dataset")
+    return config
+
+
+def _check_type(name: str, value: object, default: object) -> None:
+    """Hold a value against the type of the field's default, where that says something."""
+    wanted: tuple[type, ...] = (type(default),)
+    if type(default) is float:
+        wanted = (int, float)
+    elif type(default) not in (bool, int):
+        return
+    if not isinstance(value, wanted) or (isinstance(value, bool) and type(default) is not bool):
+        raise TypeError(f"{name} must be {' or '.join(t.__name__ for t in wanted)}, got {value!r}")

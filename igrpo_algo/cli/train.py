@@ -1,0 +1,274 @@
+"""`igrpo train`: train a model with iGRPO on a prompt set, through `IGRPOTrainer`."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..data import Row
+from ..scoring import Reward
+from . import options
+from .errors import usage_errors
+from .metrics_file import MetricsFile, write_json
+from .run_config import Settings, build_config, parse_assignments, read_config_file
+from .run_record import check_record, save_record
+
+if TYPE_CHECKING:
+    from ..trainers.trl import IGRPOTrainer
+    from ..trainers.trl_config import IGRPOConfig
+
+# What may change when a run goes on: its length, and what is kept and shown of it.
+FREE_ON_RESUME = frozenset({
+    "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "logging_steps",
+    "report_to", "run_name", "disable_tqdm",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run whose arguments were found sound; no model is loaded yet."""
+
+    model: str
+    tokenizer: Any
+    rewards: Mapping[str, Reward]
+    rows: list[Row]
+    eval_rows: list[Row] | None
+    config: "IGRPOConfig"
+    peft: Any
+    record: Settings
+    checkpoint: Path | None
+
+
+def train(
+    model: options.Model,
+    dataset: options.Dataset,
+    reward: options.Rewards = "math",
+    reward_weights: Annotated[
+        str | None, typer.Option(help="One number per reward, by commas; all 1 if not given.")
+    ] = None,
+    output_dir: Annotated[
+        Path, typer.Option(help="Checkpoints, metrics.jsonl, summary.json and the final model.")
+    ] = Path("runs/train"),
+    num_drafts: Annotated[int | None, typer.Option(help="Drafts per prompt (4).")] = None,
+    num_refinements: Annotated[int | None, typer.Option(help="Refinements per prompt (4).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate (1e-6).")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; wins over epochs.")
+    ] = None,
+    max_completion_length: Annotated[
+        int | None, typer.Option(help="Most tokens of a completion.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data order and sampling.")] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Start from the paper's settings (IGRPOConfig.paper).")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON or YAML with fields of IGRPOConfig.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value for any field of IGRPOConfig.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last whole checkpoint, if any.")
+    ] = False,
+    eval_dataset: Annotated[
+        str | None, typer.Option(help="Prompts to evaluate on during training.")
+    ] = None,
+    eval_split: Annotated[str, typer.Option(help="Split of the evaluation set.")] = "test",
+    split: options.Split = "train",
+    dataset_config: options.DatasetConfig = None,
+    question_column: options.QuestionColumn = None,
+    answer_column: options.AnswerColumn = None,
+    system_prompt: options.SystemPrompt = None,
+    limit: options.Limit = None,
+    peft_r: Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank.")] = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Train a model with iGRPO.
+
+    Settings are taken from the paper's preset (with --paper), then --config, then the options
+    here, then --set; the later wins. A run that was killed goes on with --resume, which starts
+    from the beginning where there is no checkpoint yet. Without --resume a folder that holds a
+    checkpoint is refused, and so is --resume with other settings (but for the run's length).
+    """
+    flags = {
+        "num_drafts": num_drafts,
+        "num_refinements": num_refinements,
+        "learning_rate": learning_rate,
+        "max_steps": max_steps,
+        "max_completion_length": max_completion_length,
+        "temperature": temperature,
+        "seed": seed,
+        "trust_remote_code": trust_remote_code or None,
+    }
+    reading: dict[str, Any] = {
+        "question_column": question_column,
+        "answer_column": answer_column,
+        "system_prompt": system_prompt,
+        "limit": limit,
+        "config": dataset_config,
+    }
+    with usage_errors("train"):
+        settings = read_config_file(config) if config else {}
+        settings |= {name: value for name, value in flags.items() if value is not None}
+        settings |= parse_assignments(assignments or [])
+        rewards = options.load_rewards(reward)
+        settings |= _weights(reward_weights, list(rewards))
+        arguments = build_config(
+            output_dir, paper=paper, evaluates=eval_dataset is not None, settings=settings
+        )
+        record = {
+            "model": model, "dataset": dataset, "split": split, "eval_dataset": eval_dataset,
+            "reward": reward, "paper": paper, "peft_r": peft_r, **reading, **settings,
+        }  # fmt: skip
+        checkpoint = _checkpoint_to_resume(output_dir, record, resume=resume)
+        peft = _lora(peft_r)
+        tokenizer = options.load_tokenizer(model, trust_remote_code=arguments.trust_remote_code)
+        functions = list(rewards.values())
+        rows = options.load_rows(dataset, tokenizer, functions, split=split, **reading)
+        eval_rows = None
+        if eval_dataset is not None:
+            eval_rows = options.load_rows(
+                eval_dataset, tokenizer, functions, split=eval_split, **reading
+            )
+        _check_batch(arguments, rows)
+    job = Job(model, tokenizer, rewards, rows, eval_rows, arguments, peft, record, checkpoint)
+    run(job, output_dir)
+
+
+def run(job: Job, output_dir: Path) -> None:
+    """Train a job to its end and leave its files in the output folder."""
+    metrics = MetricsFile(output_dir / "metrics.jsonl")
+    with usage_errors("train"):
+        trainer = build_trainer(job, metrics)
+    step = _step(job.checkpoint) if job.checkpoint else -1
+    if trainer.is_world_process_zero():
+        metrics.truncate(lambda row: row["step"] <= step)
+        save_record(output_dir, job.record)
+    began = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(job.checkpoint) if job.checkpoint else None)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        summary = summarize(metrics.read(), trainer.state.global_step, time.monotonic() - began)
+        write_json(output_dir / "summary.json", summary)
+        print_summary(summary, output_dir)
+
+
+def build_trainer(job: Job, metrics: MetricsFile) -> "IGRPOTrainer":
+    """Load the model and put the trainer together."""
+    from datasets import Dataset
+
+    from ..trainers.trl import IGRPOTrainer
+    from .recorder import Recorder
+
+    return IGRPOTrainer(
+        job.model,
+        list(job.rewards.values()),
+        job.config,
+        train_dataset=Dataset.from_list(job.rows),
+        eval_dataset=Dataset.from_list(job.eval_rows) if job.eval_rows else None,
+        processing_class=job.tokenizer,
+        peft_config=job.peft,
+        callbacks=[Recorder(metrics)],
+    )
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """Return the last checkpoint that was written to its end, or None.
+
+    The trainer writes `trainer_state.json` last: a folder without it, or with half of it, was
+    left by a run that died while saving.
+    """
+    whole = {}
+    for path in output_dir.glob("checkpoint-*"):
+        try:
+            whole[_step(path)] = path
+        except (OSError, ValueError, KeyError):
+            continue
+    return whole[max(whole)] if whole else None
+
+
+def _step(checkpoint: Path) -> int:
+    return json.loads((checkpoint / "trainer_state.json").read_bytes())["global_step"]
+
+
+def _checkpoint_to_resume(output_dir: Path, record: Settings, *, resume: bool) -> Path | None:
+    checkpoint = last_checkpoint(output_dir)
+    if checkpoint is None:
+        return None
+    if not resume:
+        raise ValueError(
+            f"{output_dir} holds {checkpoint.name} of an earlier run: add --resume to go on, "
+            "or choose another --output-dir"
+        )
+    check_record(output_dir, record, free=FREE_ON_RESUME)
+    return checkpoint
+
+
+def _weights(text: str | None, names: Sequence[str]) -> Settings:
+    if text is None:
+        return {}
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--reward-weights wants numbers by commas, got {text!r}") from None
+    if len(weights) != len(names):
+        raise ValueError(
+            f"--reward-weights must have one number per reward: {len(weights)} for {len(names)}"
+        )
+    return {"reward_weights": weights}
+
+
+def _lora(rank: int | None) -> Any:
+    if rank is None:
+        return None
+    if rank < 1:
+        raise ValueError(f"--peft-r must be >= 1, got {rank}")
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def _check_batch(config: "IGRPOConfig", rows: Sequence[Row]) -> None:
+    assert config.generation_batch_size is not None
+    prompts = config.generation_batch_size // config.num_refinements
+    if prompts > len(rows):
+        raise ValueError(
+            f"a batch takes {prompts} prompts (per_device_train_batch_size * processes * "
+            f"steps_per_generation / num_refinements) and the data set has {len(rows)}"
+        )
+
+
+def summarize(rows: Sequence[Row], steps: int, seconds: float) -> Settings:
+    """Say how the run began and ended: its first and last training rows."""
+    training = [row for row in rows if "reward" in row]
+    first, last = (training[0], training[-1]) if training else ({}, {})
+    return {"steps": steps, "seconds": round(seconds, 1), "first": first, "last": last}
+
+
+def print_summary(summary: Settings, output_dir: Path) -> None:
+    """Print the first and last values of what matters most, side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", "first", "last", title=f"{summary['steps']} steps")
+    names = [
+        name
+        for name in summary["last"]
+        if name in ("reward", "entropy", "frac_reward_zero_std", "completions/mean_length")
+        or name.startswith("igrpo/")
+    ]
+    for name in names:
+        values = (summary[when].get(name) for when in ("first", "last"))
+        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in values))
+    console = Console(width=None if os.isatty(1) else 100)
+    console.print(table)
+    console.print(f"model and metrics: {output_dir}", soft_wrap=True)
