@@ -1,0 +1,1 @@
+"""iGRPO inside other trainers: one file per trainer, imported on request."""

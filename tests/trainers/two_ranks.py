@@ -1,0 +1,76 @@
+"""What each of two ranks runs in `test_groups_that_straddle_two_ranks`; writes what it saw."""
+
+import hashlib
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_qwen import (
+    base_options,
+    early_letters,
+    make_dataset,
+    make_model,
+    make_tokenizer,
+)
+
+from igrpo_algo.trainers.trl import IGRPOConfig, IGRPOTrainer
+
+
+def digest(model: torch.nn.Module) -> str:
+    values = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
+def main(folder: Path, draft_loss_coef: float) -> None:
+    warnings.simplefilter("ignore")
+    options = base_options(folder) | {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "draft_loss_coef": draft_loss_coef,
+        "draft_template": {"before": "[", "after": "]"},
+        "max_steps": 3,
+    }
+    model = make_model()
+    trainer = IGRPOTrainer(
+        model,
+        early_letters,
+        IGRPOConfig(**options),
+        make_dataset(),
+        processing_class=make_tokenizer(),
+    )
+    before = digest(model)
+    batches: list[dict[str, list[str]]] = []
+    rows: list[int] = []
+    sample, compute = trainer._generate_single_turn, trainer._compute_loss
+
+    def listen(prompt_ids: list[list[int]], *rest: Any) -> Any:
+        completion_ids, logprobs = sample(prompt_ids, *rest)
+        decode = make_tokenizer().batch_decode
+        if len(batches) == 0 or "prompts" in batches[-1]:
+            batches.append({"drawn": decode(completion_ids, skip_special_tokens=True)})
+        else:
+            batches[-1]["prompts"] = decode(prompt_ids)
+        return completion_ids, logprobs
+
+    def count(model: Any, inputs: dict[str, Any]) -> Any:
+        rows.append(len(inputs["advantages"]))
+        return compute(model, inputs)
+
+    trainer._generate_single_turn, trainer._compute_loss = listen, count
+    trainer.train()
+    seen = {
+        "world": trainer.accelerator.num_processes,
+        "batches": batches,
+        "before": before,
+        "parameters": digest(model),
+        "rows": [sum(rows[:2]), sum(rows[2:4])],
+    }
+    rank = trainer.accelerator.process_index
+    (folder / f"rank{rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))
