@@ -55,4 +55,10 @@ def clipped_policy_loss(
     """
     sequences = Sequences.of(check_floating("logprobs", logprobs), mask, cu_seqlens)
     tokens = prepare_tokens(logprobs, advantages, sequences, old_logprobs=old_logprobs)
-    return sequences.select(Clip(clip_low, clip_high, dual_clip)(tokens).losses)
+    clip = Clip(clip_low, clip_high, dual_clip)
+    if logprobs.is_cuda:
+        from ._triton.clipped_policy_loss import losses_and_slopes
+
+        arguments = (tokens.logprobs, tokens.old_logprobs, tokens.advantages, sequences.mask)
+        return losses_and_slopes(*arguments, clip_low, clip_high, dual_clip)[0]
+    return sequences.select(clip(tokens).losses)

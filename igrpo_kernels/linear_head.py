@@ -98,13 +98,13 @@ class HeadGradients:
         if self.bias is not None:
             self.bias = self.bias.to(grad.dtype) + grad.sum(0)
 
-    def _weight_plus(self, sum_: Tensor, hidden: Tensor, grad: Tensor, operand: Tensor) -> Tensor:
+    def _weight_plus(self, total: Tensor, hidden: Tensor, grad: Tensor, operand: Tensor) -> Tensor:
         if self.one_chunk:  # its product is the sum, and rounded once
             return torch.mm(operand.t(), hidden.to(operand.dtype))
-        sum_ = sum_.to(grad.dtype)
+        total = total.to(grad.dtype)
         if grad.is_cuda and operand.dtype != grad.dtype:
-            return torch.addmm(sum_, operand.t(), hidden, out_dtype=grad.dtype, out=sum_)
-        return sum_.addmm_(grad.t(), hidden.to(grad.dtype))
+            return torch.addmm(total, operand.t(), hidden, out_dtype=grad.dtype, out=total)
+        return total.addmm_(grad.t(), hidden.to(grad.dtype))
 
     def finish(self) -> list[Tensor]:
         """Return those that were needed, in `gradient_dtype`."""

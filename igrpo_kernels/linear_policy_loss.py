@@ -5,6 +5,7 @@ per row (6 TVH operations) where recomputing the logits in the backward takes fo
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,14 @@ from .linear_head import cast_for_autocast, check_head
 from .linear_policy_pass import LinearPolicyFunction, LinearPolicyPass, RowLosses
 from .linear_token_logprobs import linear_token_logprobs
 from .policy_loss import PolicyLoss, policy_loss, prepare_tokens
-from .row_chunks import check_rows, check_targets, counted_rows, row_temperature, working_dtype
+from .row_chunks import (
+    check_rows,
+    check_targets,
+    counted_rows,
+    row_temperature,
+    take,
+    working_dtype,
+)
 from .sequences import Sequences
 from .softmax_rows import LogitTransform
 from .surrogates.base import Surrogate
@@ -114,35 +122,24 @@ def linear_policy_loss(
                  [ 0.1345, -0.1345,  0.0000],
                  [ 0.0000,  0.0000,  0.0000]]])
     """
+    wants_entropy = with_entropy or entropy_coef != 0
+    terms: dict[str, Any] = {
+        "surrogate": surrogate,
+        "aggregate": aggregate,
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "kl_coef": kl_coef,
+        "kl": kl,
+        "importance_weights": importance_weights,
+        "entropy_coef": entropy_coef,
+        "cu_seqlens": cu_seqlens,
+    }
     if not surrogate.per_token or torch.compiler.is_compiling():
-        score = partial(
-            linear_token_logprobs,
-            hidden,
-            weight,
-            targets,
-            mask=mask,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-        )
-        wants_entropy = with_entropy or entropy_coef != 0
+        score = partial(linear_token_logprobs, hidden, weight, targets, mask=mask, bias=bias)
+        score = partial(score, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
         logprobs, entropy = score(return_entropy=True) if wants_entropy else (score(), None)
-        return policy_loss(
-            logprobs,
-            advantages,
-            mask,
-            surrogate=surrogate,
-            aggregate=aggregate,
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-            kl_coef=kl_coef,
-            kl=kl,
-            importance_weights=importance_weights,
-            entropy=entropy,
-            entropy_coef=entropy_coef,
-            cu_seqlens=cu_seqlens,
-        )
+        return policy_loss(logprobs, advantages, mask, entropy=entropy, **terms)
+
     inputs = [check_tensor("hidden", hidden), check_tensor("weight", weight), bias]
     head_hidden, head_weight, head_bias = cast_for_autocast(*inputs)
     assert head_hidden is not None
@@ -151,20 +148,7 @@ def linear_policy_loss(
     flat, counted = check_targets(targets, mask, hidden.shape[:-1])
     dtype = working_dtype(head_weight.dtype)
     heat = row_temperature(temperature, targets, dtype)
-    losses = _row_losses(
-        torch.zeros_like(targets, dtype=dtype),
-        advantages,
-        mask,
-        surrogate=surrogate,
-        aggregate=aggregate,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        kl_coef=kl_coef,
-        kl=kl,
-        entropy_coef=entropy_coef,
-        importance_weights=importance_weights,
-        cu_seqlens=cu_seqlens,
-    )
+    losses = _row_losses(torch.zeros_like(targets, dtype=dtype), advantages, mask, **terms)
     check_rows(flat, counted, heat, head_weight.shape[0])
     rows = counted_rows(flat, counted)
     matter = losses.matter()[rows]
@@ -174,16 +158,17 @@ def linear_policy_loss(
         transform=LogitTransform(heat, softcap, logit_scale),
         rows=rows[matter],
         others=rows[~matter] if all_metrics else rows[:0],
-        with_entropy=with_entropy or entropy_coef != 0,
+        with_entropy=wants_entropy,
         with_gradients=torch.is_grad_enabled(),
     )
-    loss, logprobs, entropy = LinearPolicyFunction.apply(
-        head_hidden.reshape(-1, hidden.shape[-1]), head_weight, head_bias, pass_
-    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, logprobs, entropy = LinearPolicyFunction.apply(
+            head_hidden.reshape(-1, hidden.shape[-1]), head_weight, head_bias, pass_
+        )
     computed = rows if all_metrics else pass_.rows
-    entropy = None if entropy is None else entropy[computed]
     with torch.no_grad():
-        return PolicyLoss(loss, losses.metrics(computed, logprobs[computed], entropy))
+        metrics = losses.metrics(computed, logprobs[computed], take(entropy, computed))
+    return PolicyLoss(loss, metrics)
 
 
 def _row_losses(

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Device functions of the row kernels: the online softmax, and the transform before it."""
 
 import triton

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """The row kernels: log-prob and entropy of rows of logits, and the gradient, in place or not.
 
 One program per row, on axis 0 of the grid alone (the others end at 65,535). Logits may be fp32,
@@ -16,7 +17,7 @@ from ..softmax_rows import LogitTransform
 from .online_softmax import FLOOR, LEAST, cap, fold, merge, row_start, transform
 
 BLOCK_V = 4096
-NUM_WARPS = 8
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -167,7 +168,11 @@ def softmax_rows_forward(
     _check_dtype(products)
     layout = RowLayout.of(products)
     statistics = [targets.new_empty(layout.rows, dtype=torch.float32) for _ in range(4)]
-    if layout.rows:
+    result = RowStatistics(statistics[0], statistics[1] if entropy else None, *statistics[2:])
+    if not layout.rows:
+        return result
+    # the kernel runs on the current device, which need not be the tensor's
+    with torch.cuda.device_of(products):
         softmax_rows_fwd_kernel[(layout.rows,)](
             *statistics,
             products,
@@ -185,10 +190,9 @@ def softmax_rows_forward(
             HAS_ENTROPY=entropy,
             HAS_SOFTCAP=transform.softcap is not None,
             BLOCK_V=BLOCK_V,
-            num_warps=NUM_WARPS,
+            **LAUNCH,
         )
-    logprobs, entropies, maximum, normalizer = statistics
-    return RowStatistics(logprobs, entropies if entropy else None, maximum, normalizer)
+    return result
 
 
 def softmax_rows_backward(
@@ -205,7 +209,9 @@ def softmax_rows_backward(
     layout, grad_layout = RowLayout.of(products), RowLayout.of(grad)
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(statistics.logprobs)
-    if layout.rows:
+    if not layout.rows:
+        return grad
+    with torch.cuda.device_of(products):
         softmax_rows_bwd_kernel[(layout.rows,)](
             grad,
             products,
@@ -230,7 +236,7 @@ def softmax_rows_backward(
             HAS_ENTROPY=grad_entropy is not None,
             HAS_SOFTCAP=transform.softcap is not None,
             BLOCK_V=BLOCK_V,
-            num_warps=NUM_WARPS,
+            **LAUNCH,
         )
     return grad
 

@@ -12,8 +12,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 import igrpo_kernels.linear_head as linear_head
 import igrpo_kernels.row_chunks as row_chunks
-from igrpo_kernels.linear_token_logprobs import linear_token_logprobs
-from igrpo_kernels.token_logprobs import token_logprobs
+from igrpo_kernels import linear_token_logprobs, token_logprobs
 
 EPS = torch.finfo(torch.float32).eps
 

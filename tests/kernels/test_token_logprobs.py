@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import igrpo_kernels.row_chunks as row_chunks
-from igrpo_kernels.token_logprobs import token_logprobs
+from igrpo_kernels import token_logprobs
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -8,11 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from igrpo_kernels import (
+    Clip,
+    TokenMean,
+    clipped_policy_loss,
+    linear_policy_loss,
+    linear_policy_pass,
+    token_logprobs,
+)
 from igrpo_kernels import softmax_rows as twin
+from igrpo_kernels._triton import clipped_policy_loss as clipped
 from igrpo_kernels._triton import softmax_rows as kernels
 from igrpo_kernels._triton import token_logprobs as on_logits
 from igrpo_kernels.softmax_rows import LogitTransform
-from igrpo_kernels.token_logprobs import token_logprobs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMS = {
@@ -184,3 +192,68 @@ def test_float64_is_refused_in_words() -> None:
     products = torch.zeros(1, 3, dtype=torch.float64)
     with pytest.raises(TypeError, match="float64 has no kernel: cast to float32, or move"):
         kernels.softmax_rows_(products, torch.tensor([0]), LogitTransform(torch.ones(1)))
+
+
+@pytest.mark.parametrize("dual", [None, 3.0])
+@pytest.mark.parametrize("shape", [(3, 5), (1, 1025), (0, 3)])
+def test_clipped_policy_loss(shape: tuple[int, int], dual: float | None) -> None:
+    logprobs = (-torch.rand(shape)).requires_grad_()
+    old = logprobs.detach() + torch.randn(shape)
+    if old.numel():
+        old[0, 0] = -40.0  # beyond the largest log-ratio
+    advantages = torch.randn(shape[0])
+    mask = torch.rand(shape) < 0.7
+    options = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": dual}
+    wanted = clipped_policy_loss(logprobs, advantages, mask, old_logprobs=old, **options)
+    junk = torch.where(mask, old, torch.nan)
+    spread = advantages[:, None].expand(shape)
+    got, _ = clipped.losses_and_slopes(logprobs, junk, spread, mask, *options.values())
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+    upstream = torch.randn(shape)
+    (grad,) = torch.autograd.grad(got, logprobs, upstream)
+    (exact,) = torch.autograd.grad(wanted, logprobs, upstream)
+    torch.testing.assert_close(grad, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_opcheck_of_the_clipped_policy_loss() -> None:
+    logprobs = (-torch.rand(2, 3)).requires_grad_()
+    rest = (-torch.rand(2, 3), torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool))
+    # the interpreter cannot run under the tracer: schema, autograd and fake tensors only
+    torch.library.opcheck(
+        clipped.losses_and_slopes,
+        (logprobs, *rest, 0.2, 0.2, None),
+        test_utils=["test_schema", "test_autograd_registration", "test_faketensor"],
+    )
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_linear_policy_loss_over_the_kernels(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = torch.randn(3, 4, 6, requires_grad=True)
+    weight = torch.randn(131, 6, requires_grad=True)
+    old_logprobs = -4 - torch.rand(3, 4)
+    targets = torch.randint(0, 131, (3, 4))
+    mask = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [0, 1, 1, 0]])
+
+    def run() -> list[Tensor]:
+        out = linear_policy_loss(
+            hidden,
+            weight,
+            targets,
+            torch.tensor([1.0, -1.0, 0.0]),
+            mask,
+            surrogate=Clip(),
+            aggregate=TokenMean(),
+            old_logprobs=old_logprobs,
+            softcap=softcap,
+            temperature=torch.linspace(0.5, 1.5, 12).view(3, 4),
+            with_entropy=True,
+        )
+        grads = torch.autograd.grad(out.loss, (hidden, weight))
+        return [out.loss, *grads, *out.metrics.values()]
+
+    wanted = run()
+    monkeypatch.setattr(linear_policy_pass, "softmax_rows_", kernels.softmax_rows_)
+    for value, exact in zip(run(), wanted, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-6)
