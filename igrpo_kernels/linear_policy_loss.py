@@ -203,14 +203,17 @@ def _row_losses(
         check_floating("ref_logprobs", ref_logprobs)
         check_shape("ref_logprobs", ref_logprobs, placeholder.shape, "of targets")
         ref_logprobs = sequences.select(ref_logprobs.detach().to(placeholder.dtype)).reshape(-1)
-    weights = aggregate.weights(sequences, placeholder.dtype).expand(placeholder.shape)
+
+    def rows(values: Tensor) -> Tensor:
+        return values.expand(placeholder.shape).reshape(-1)
+
     correction = tokens.importance_weights
     return RowLosses(
-        advantages=tokens.advantages.reshape(-1),
-        weights=weights.reshape(-1),
+        advantages=rows(tokens.advantages),
+        weights=rows(aggregate.weights(sequences, placeholder.dtype)),
         old_logprobs=None if old_logprobs is None else tokens.old_logprobs.reshape(-1),
         ref_logprobs=ref_logprobs,
-        importance_weights=None if correction is None else correction.reshape(-1),
+        importance_weights=None if correction is None else rows(correction),
         surrogate=surrogate,
         kl=kl,
         kl_coef=kl_coef,

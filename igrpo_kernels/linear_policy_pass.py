@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .kl import KlEstimator
 from .linear_head import HeadGradients, LinearHead
-from .policy_loss import _metrics, token_losses
+from .policy_loss import token_losses, token_means
 from .row_chunks import active_rows, row_chunks, take
 from .sequences import Sequences
 from .softmax_rows import LogitTransform, RowSoftmax, softmax_rows_
@@ -98,7 +98,7 @@ class RowLosses:
         """Average over some rows what a trainer logs."""
         losses = self.per_token(rows, logprobs, entropy)
         ref_logprobs = take(self.ref_logprobs, rows)
-        return _metrics(self.tokens(rows, logprobs), losses, ref_logprobs, self.kl, entropy)
+        return token_means(self.tokens(rows, logprobs), losses, ref_logprobs, self.kl, entropy)
 
 
 class RowScores:

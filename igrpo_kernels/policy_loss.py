@@ -44,7 +44,7 @@ def prepare_tokens(
     old_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
 ) -> Tokens:
-    """Bring the inputs of a loss to one layout and dtype, with zeros in masked slots.
+    """Bring the inputs of a loss to one layout and dtype, masked slots without effect.
 
     Raises:
         TypeError: An input is not a floating-point tensor.
@@ -59,11 +59,11 @@ def prepare_tokens(
         check_shape("old_logprobs", old_logprobs, logprobs.shape, "of logprobs")
         old_logprobs = sequences.select(old_logprobs.detach().to(dtype))
     check_floating("advantages", advantages)
-    advantages = sequences.per_token("advantages", advantages.detach().to(dtype))
+    advantages = sequences.broadcast("advantages", advantages.detach().to(dtype))
     if importance_weights is not None:
         check_floating("importance_weights", importance_weights)
         weights = importance_weights.detach().to(dtype)
-        importance_weights = sequences.per_token("importance_weights", weights)
+        importance_weights = sequences.broadcast("importance_weights", weights)
     return Tokens(logprobs, old_logprobs, advantages, sequences, importance_weights)
 
 
@@ -197,11 +197,11 @@ def policy_loss(
     weights = aggregate.weights(sequences, dtype)
     loss = sequences.select(weights * per_token.losses).sum()
     with torch.no_grad():
-        metrics = _metrics(tokens, per_token, ref_logprobs, kl, entropy)
+        metrics = token_means(tokens, per_token, ref_logprobs, kl, entropy)
     return PolicyLoss(loss, metrics)
 
 
-def _metrics(
+def token_means(
     tokens: Tokens,
     per_token: TokenLosses,
     ref_logprobs: Tensor | None,
@@ -217,11 +217,9 @@ def _metrics(
         "entropy": entropy,
         "importance_weight": tokens.importance_weights,
     }
-    mask = tokens.sequences.mask
-    count = mask.sum().clamp(min=1)
-    dtype = tokens.logprobs.dtype
+    count = tokens.sequences.mask.sum().clamp(min=1).to(tokens.logprobs.dtype)
     return {
-        name: (tokens.sequences.select(value.to(dtype)).sum() / count).detach()
+        name: (tokens.sequences.select(value, fill=0).sum() / count).detach()
         for name, value in values.items()
         if value is not None
     }

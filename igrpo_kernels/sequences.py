@@ -77,7 +77,9 @@ class Sequences:
     @property
     def lengths(self) -> Tensor:
         """Counted tokens of each sequence. Shape [B], in int64."""
-        return self.sum(torch.ones_like(self.mask, dtype=torch.int64))
+        if self.owner is None:
+            return self.mask.sum(-1)
+        return self.owner.new_zeros(self.count).index_add(0, self.owner, self.mask.long())
 
     def select(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Replace what stands in masked slots by `fill`; its gradient is exactly zero."""
@@ -85,7 +87,7 @@ class Sequences:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum the counted tokens of each sequence. Shape [B]."""
-        values = torch.where(self.mask, values, torch.zeros_like(values))
+        values = self.select(values)
         if self.owner is None:
             return values.sum(-1)
         return values.new_zeros(self.count).index_add(0, self.owner, values)
@@ -98,12 +100,18 @@ class Sequences:
         """Give each token its sequence's value. Shape [B] to [B, 1] (broadcasts), or [L]."""
         return per_sequence[:, None] if self.owner is None else per_sequence[self.owner]
 
-    def per_token(self, name: str, values: Tensor) -> Tensor:
-        """Bring one value per token, or one per sequence ([B] or [B, 1]), to the token layout."""
-        if values.shape == self.mask.shape and not (self.owner is None and values.dim() == 1):
+    def broadcast(self, name: str, values: Tensor) -> Tensor:
+        """Bring one value per token, or one per sequence, to a shape that broadcasts to the tokens.
+
+        What stands in masked slots, and what belongs to sequences without a counted token, becomes
+        0. Shape [B, T], [B] or [B, 1] to [B, T] or [B, 1]; packed, [L], [B] or [B, 1] to [L].
+        """
+        if values.shape == self.mask.shape:
             return self.select(values)
         if values.shape in ((self.count,), (self.count, 1)):
-            return self.select(self.spread(values.reshape(self.count)))
+            present = torch.where(self.lengths > 0, values.reshape(self.count), 0.0)
+            spread = self.spread(present)
+            return spread if self.owner is None else self.select(spread)
         layout = "[B, T]" if self.owner is None else "[L]"
         raise ValueError(
             f"{name} must have shape {layout} = {list(self.mask.shape)} or [B] = [{self.count}], "

@@ -3,10 +3,11 @@
 A surrogate is a frozen dataclass of its hyper-parameters. Called with `Tokens` it returns
 `TokenLosses`; how these are averaged is the aggregate's business, and KL, entropy and the
 correction for the sampler are added by `policy_loss`. Its class attributes say what a fused kernel
-needs to know: `per_token` is True where the loss of a token depends on nothing but that token.
+needs to know: `per_token` is True where the loss of a token depends on nothing but that token, and
+is zero where its advantage is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -20,14 +21,18 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a surrogate sees. One value per token: shape [B, T] or [L]; 0 in masked slots.
+    """What a surrogate sees: one value per token, shape [B, T] or [L], and 0 in masked slots.
+
+    Advantages and weights that are one per sequence stand as [B, 1] in the padded layout.
 
     Attributes:
         logprobs: Log-probs under the policy that is trained. The gradient flows through these.
         old_logprobs: Log-probs under the policy that was frozen for the ratio. Detached.
-        advantages: Advantages, broadcast to the tokens. Detached.
+        advantages: In a shape that broadcasts to the tokens. Detached.
         sequences: Which tokens count, and which sequence each belongs to.
         importance_weights: Correction for the sampler, or None. Detached.
+        log_ratio: The difference of the log-probs.
+        ratio: Its exponential, which stays finite.
 
     Example:
         >>> new, old = torch.tensor([[-1.0, -0.5]]), torch.tensor([[-1.0, -1.5]])
@@ -41,15 +46,12 @@ class Tokens:
     sequences: Sequences
     importance_weights: Tensor | None = None
 
-    @property
-    def log_ratio(self) -> Tensor:
-        """Log-ratio of each token: log pi - log pi_old."""
-        return self.logprobs - self.old_logprobs
+    log_ratio: Tensor = field(init=False)
+    ratio: Tensor = field(init=False)
 
-    @property
-    def ratio(self) -> Tensor:
-        """Ratio of each token: pi / pi_old."""
-        return exp_ratio(self.log_ratio)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "log_ratio", self.logprobs - self.old_logprobs)
+        object.__setattr__(self, "ratio", exp_ratio(self.log_ratio))
 
 
 class TokenLosses(NamedTuple):

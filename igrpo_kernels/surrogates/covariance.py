@@ -20,10 +20,8 @@ def _covariance(tokens: Tokens) -> Tensor:
     """(A - mean A) (log pi - mean log pi) of each token, over the counted tokens of the batch."""
     mask = tokens.sequences.mask
     count = mask.sum().clamp(min=1)
-    logprobs = tokens.logprobs.detach()
-    return (tokens.advantages - tokens.advantages.sum() / count) * (
-        logprobs - logprobs.sum() / count
-    )
+    logprobs, advantages = tokens.logprobs.detach(), tokens.sequences.select(tokens.advantages)
+    return (advantages - advantages.sum() / count) * (logprobs - logprobs.sum() / count)
 
 
 def _largest(scores: Tensor, eligible: Tensor, share: float, counted: Tensor) -> Tensor:

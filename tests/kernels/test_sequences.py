@@ -27,15 +27,17 @@ def test_spread_gives_each_token_the_value_of_its_sequence():
     per_sequence = torch.tensor([7.0, 8.0, 9.0])
     assert PADDED.spread(per_sequence).tolist() == [[7.0], [8.0], [9.0]]
     assert PACKED.spread(per_sequence).tolist() == [7.0, 7.0, 9.0, 9.0, 9.0]
-    assert PADDED.per_token("x", per_sequence).tolist() == [[7, 7, 0], [0, 0, 0], [9, 9, 9]]
-    assert PACKED.per_token("x", per_sequence[:, None]).tolist() == [7, 7, 9, 9, 9]
+    per_sequence[1] = float("nan")  # of a sequence without a counted token
+    assert PADDED.broadcast("x", per_sequence).tolist() == [[7.0], [0.0], [9.0]]
+    assert PACKED.broadcast("x", per_sequence[:, None]).tolist() == [7, 7, 9, 9, 9]
+    assert PADDED.broadcast("x", VALUES).tolist() == [[1, 2, 0], [0, 0, 0], [4, 5, 6]]
 
 
 def test_one_token_per_sequence_is_told_from_one_value_per_sequence():
     square = Sequences.of(torch.zeros(2, 2))
-    assert square.per_token("x", torch.tensor([1.0, 2.0])).tolist() == [[1.0, 1.0], [2.0, 2.0]]
+    assert square.broadcast("x", torch.tensor([1.0, 2.0])).tolist() == [[1.0], [2.0]]
     column = Sequences.of(torch.zeros(2, 1))
-    assert column.per_token("x", torch.tensor([1.0, 2.0])).tolist() == [[1.0], [2.0]]
+    assert column.broadcast("x", torch.tensor([1.0, 2.0])).tolist() == [[1.0], [2.0]]
 
 
 def test_tokens_hold_a_ratio_that_stays_finite():
