@@ -61,7 +61,7 @@ def examine() -> dict[str, Any]:
         "rocm": torch.version.hip,
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "packages": versions,
-        "ops": {op: _path(op, has_triton=versions["triton"] is not None) for op in OPS},
+        "ops": dict.fromkeys(OPS, _path(has_triton=versions["triton"] is not None)),
         "commands": {command: _readiness(modules) for command, modules in NEEDS.items()},
     }
 
@@ -91,14 +91,13 @@ def _device(index: int) -> dict[str, Any]:
     }
 
 
-def _path(op: str, *, has_triton: bool) -> str:
+def _path(*, has_triton: bool) -> str:
+    """Say what a tensor of this machine's device meets; all ops choose by the device alone."""
     if not torch.cuda.is_available():
         return "torch on the CPU: no CUDA or ROCm device"
     if not has_triton:
-        return "torch on the device: triton is not installed"
-    if importlib.util.find_spec(f"igrpo_kernels._triton.{op}") is None:
-        return "torch on the device: this version has no Triton kernel for it"
-    return "Triton kernel for tensors on the device, torch for others"
+        return "fails on the device: triton is not installed; torch on the CPU"
+    return "Triton kernels on the device, torch on the CPU"
 
 
 def _readiness(modules: tuple[str, ...]) -> dict[str, Any]:
