@@ -5,7 +5,7 @@ A splice is any function `(prompt, draft: Completion) -> Spliced`. These two put
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from igrpo_kernels.checks import check_count
@@ -45,6 +45,7 @@ class TokenBudget:
         max_prompt_tokens: Most tokens of the spliced prompt as the model sees it, chat template
             included; the draft is cut to fit, the question never is. None sets no limit.
         keep: Which end of a draft that is too long to keep: "tail" (the answer) or "head".
+        chat_template_kwargs: Passed to the chat template.
 
     Raises:
         TypeError: A limit is no int.
@@ -55,6 +56,7 @@ class TokenBudget:
     max_draft_tokens: int | None = None
     max_prompt_tokens: int | None = None
     keep: Keep = "tail"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_draft_tokens is None and self.max_prompt_tokens is None:
@@ -78,7 +80,11 @@ class TokenBudget:
             return list(self.tokenizer(prompt)["input_ids"])
         return list(
             self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=True, return_dict=False
+                prompt,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **self.chat_template_kwargs,
             )
         )
 

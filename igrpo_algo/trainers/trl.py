@@ -23,10 +23,9 @@ from ..advantages import sum_rewards
 from ..markers import marker_tokens
 from ..prompts import strip_thinking
 from ..sampling import derive_seed, run_blocking
-from ..splicing import TextSplice
+from ..splicing import TextSplice, TokenBudget
 from .trl_config import IGRPOConfig
 from .trl_drafts import (
-    ChatBudget,
     DraftChoice,
     DraftLayout,
     Refined,
@@ -150,7 +149,7 @@ class IGRPOTrainer(PolicyLossTrainer):
     def _make_splice(self) -> TextSplice:
         args, budget = self.args, None
         if args.max_draft_length is not None or args.max_spliced_prompt_length is not None:
-            budget = ChatBudget(
+            budget = TokenBudget(
                 self._tokenizer,
                 args.max_draft_length,
                 args.max_spliced_prompt_length,

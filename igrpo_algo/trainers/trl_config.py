@@ -14,6 +14,7 @@ CHOICES = {
     "draft_ties": ("lowest_index", "random", "shortest"),
     "all_drafts_failed": ("condition", "plain_prompt", "skip"),
     "draft_keep": ("tail", "head"),
+    "fused_head": ("auto", "igrpo", "trl"),
 }
 
 
@@ -63,6 +64,8 @@ class IGRPOConfig(GRPOConfig):
             their own group and log-probs under the original prompt. 0 trains on Stage 2 alone.
         eval_with_draft: Evaluate draft-then-refine instead of single-shot.
         use_trl_loss: Take TRL's `_compute_loss` in place of `igrpo_kernels.policy_loss`.
+        fused_head: Whose op takes log-probs from hidden states, inside TRL's forward: "igrpo",
+            "trl", or "auto" for ours where it was measured to be faster (`trl_head.choose_head`).
 
     Raises:
         ValueError: A value out of range, or options that exclude each other.
@@ -127,6 +130,9 @@ class IGRPOConfig(GRPOConfig):
     )
     use_trl_loss: bool = field(
         default=False, metadata={"help": "Take TRL's loss in place of igrpo_kernels'."}
+    )
+    fused_head: str = field(
+        default="auto", metadata={"help": "Op behind the log-probs: auto, igrpo or trl."}
     )
 
     @classmethod

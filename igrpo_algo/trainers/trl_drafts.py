@@ -1,7 +1,6 @@
 """Stage 1 of a TRL batch, as values: where drafts are drawn, which is chosen, how it is spliced."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +18,7 @@ from ..drafts import (
     shortest_first,
 )
 from ..prompts import splice_prompt
-from ..sampling import Prompt
-from ..splicing import TextSplice, TokenBudget
+from ..splicing import TextSplice
 from .trl_config import IGRPOConfig
 
 
@@ -145,31 +143,6 @@ def _chosen(
     if choice == "random":
         return select_random_draft(scores, generator=generator)
     return best
-
-
-@dataclass(frozen=True)
-class ChatBudget(TokenBudget):
-    """A token budget that renders chats with the trainer's `chat_template_kwargs`, as TRL does.
-
-    Attributes:
-        chat_template_kwargs: Passed to the chat template.
-    """
-
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Give the ids of a prompt as a model is shown it."""
-        if isinstance(prompt, str):
-            return super().encode_prompt(prompt)
-        return list(
-            self.tokenizer.apply_chat_template(
-                prompt,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **self.chat_template_kwargs,
-            )
-        )
 
 
 class Refined(NamedTuple):

@@ -9,6 +9,7 @@ from trl import GRPOTrainer
 from igrpo_kernels import Aggregate, KlEstimator, PolicyLoss, Surrogate, policy_loss
 
 from .trl_config import IGRPOConfig
+from .trl_head import choose_head
 from .trl_loss import aggregate_of, check_loss, kl_of, surrogate_of, with_denominator
 
 METRIC_NAMES = {
@@ -27,7 +28,8 @@ class PolicyLossTrainer(GRPOTrainer):
 
     Each stage is averaged over its own rows: sequences and tokens are counted over one accumulation
     window, as TRL does, so micro-batches add up. Equal to TRL's loss in value and gradient for each
-    `loss_type`. Log-probs come from TRL's fused head, inside the wrapped model's forward.
+    `loss_type`. Log-probs come from TRL's fused head, inside the wrapped model's forward; the op
+    in it is ours or TRL's (`args.fused_head`).
 
     Args:
         args: The configuration.
@@ -57,6 +59,13 @@ class PolicyLossTrainer(GRPOTrainer):
             self.aggregate = aggregate or aggregate_of(args)
             self.kl = kl_of(args)
         super().__init__(args=args, **kwargs)
+        head = self.model.get_output_embeddings()
+        self._scoring_head = choose_head(args.fused_head, head, self.accelerator.device)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        with self._scoring_head():
+            result: tuple[Any, ...] = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return result
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if self.args.use_trl_loss:

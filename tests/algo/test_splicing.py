@@ -106,6 +106,19 @@ def test_wrong_budgets(options, error, match):
         TokenBudget(Letters(), **options)
 
 
+def test_the_budget_passes_options_to_the_chat_template():
+    class Verbose(Letters):
+        def apply_chat_template(self, messages, *, suffix, **options):
+            return [*super().apply_chat_template(messages, **options), *map(ord, suffix)]
+
+    question = [{"role": "user", "content": "q"}]
+    budget = TokenBudget(Verbose(), 4, chat_template_kwargs={"suffix": "abc"})
+    assert budget.encode_prompt(question) == [
+        *TokenBudget(Letters(), 4).encode_prompt(question),
+        *b"abc",
+    ]
+
+
 def test_tokens_stay_those_that_were_sampled():
     splice = TokenSplice((50,), (60, 61), special_ids={0})
     assert splice([1, 2], draft("text", [7, 8, 0])) == ([1, 2, 50, 7, 8, 60, 61], "text", 0)

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 OF_TRAINER = (
     "model",
     "reward_funcs",
+    "reward_processing_classes",
     "train_dataset",
     "eval_dataset",
     "surrogate",

@@ -14,9 +14,12 @@ from tiny_qwen import (
     ScriptedSampler,
     digit_reward,
     make_dataset,
+    make_model,
+    make_tokenizer,
     text_of,
     third_party,
 )
+from transformers import Qwen3ForSequenceClassification
 
 pytestmark = third_party
 MakeTrainer = Callable[..., Any]
@@ -471,3 +474,29 @@ def test_a_vllm_server_is_asked_for_the_prompts_that_are_trained_on(
     width = 1 if mode == "sequence_mask" else 2
     assert batch["importance_sampling_ratio"].shape == (24, width)
     assert not torch.equal(trainer.model.lm_head.weight, before)
+
+
+def test_a_reward_model_scores_both_stages(make_trainer: MakeTrainer) -> None:
+    tokenizer, config = make_tokenizer(), make_model().config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    judge = Qwen3ForSequenceClassification(config).eval()
+    trainer = make_trainer(
+        reward_funcs=judge, reward_processing_classes=tokenizer, draft_template=SHORT_TEMPLATE
+    )
+    batch, sampler = run_stages(trainer, DRAFTS, REFINED)
+
+    def score(question: str, answer: str) -> float:
+        text = f"<s>user:{question}</s><s>assistant:{answer}</s>"
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return judge(input_ids=ids).logits.item()
+
+    for prompt, question in enumerate(["0+0?", "1+1?"]):
+        rows = slice(4 * prompt, 4 * prompt + 4)
+        scores = [score(question, draft) for draft in DRAFTS[rows]]
+        best = DRAFTS[rows][scores.index(max(scores))]
+        assert sampler.prompts[1][rows] == [chat(f"{question}[{best}]")] * 4
+        rewards = torch.tensor([score(question, text) for text in REFINED[rows]])
+        expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        # Padding changes float32 sums, and differences of the scores are a tenth of them.
+        torch.testing.assert_close(batch["advantages"][rows], expected, rtol=1e-3, atol=1e-3)

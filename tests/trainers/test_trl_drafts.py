@@ -12,7 +12,6 @@ from igrpo_algo.prompts import DraftTemplate
 from igrpo_algo.splicing import TextSplice, TokenBudget
 from igrpo_algo.trainers.trl import IGRPOConfig
 from igrpo_algo.trainers.trl_drafts import (
-    ChatBudget,
     DraftLayout,
     choose_drafts,
     splice_or_leave,
@@ -135,12 +134,12 @@ def test_splicing_keeps_the_question_and_both_limits(
 ) -> None:
     budget = None
     if max_draft or max_prompt:
-        budget = ChatBudget(TOKENIZER, max_draft, max_prompt, keep)
+        budget = TokenBudget(TOKENIZER, max_draft, max_prompt, keep)
     splice = TextSplice(TEMPLATE, None, ("<s>", "</s>"), budget)
     question = [{"role": "user", "content": "1+1?"}]
     refined = splice_or_leave(question, ids_of(draft), splice, TOKENIZER)
-    count = len(TokenBudget.encode_prompt(ChatBudget(TOKENIZER, 1), refined.prompt))
-    plain = len(TokenBudget.encode_prompt(ChatBudget(TOKENIZER, 1), question))
+    count = len(TokenBudget(TOKENIZER, 1).encode_prompt(refined.prompt))
+    plain = len(TokenBudget(TOKENIZER, 1).encode_prompt(question))
     if refined.draft is None:
         assert refined.prompt == question
         assert (refined.draft_ids, refined.length) == (None, 0)
@@ -158,16 +157,6 @@ def test_splicing_keeps_the_question_and_both_limits(
 
 
 def test_a_question_without_room_stays_plain_and_whole() -> None:
-    splice = TextSplice(TEMPLATE, None, (), ChatBudget(TOKENIZER, None, 8))
+    splice = TextSplice(TEMPLATE, None, (), TokenBudget(TOKENIZER, None, 8))
     refined = splice_or_leave("a question of many tokens", ids_of("draft"), splice, TOKENIZER)
     assert refined == ("a question of many tokens", None, None, 0, 5)
-
-
-def test_the_budget_counts_the_trainer_own_chat_template() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template + "{{ extra }}"
-    prompt = [{"role": "user", "content": "1"}]
-    plain = ChatBudget(tokenizer, 4).encode_prompt(prompt)
-    more = ChatBudget(tokenizer, 4, chat_template_kwargs={"extra": "abc"}).encode_prompt(prompt)
-    assert len(more) == len(plain) + 3
-    assert ChatBudget(tokenizer, 4).encode_prompt("12") == tokenizer("12")["input_ids"]
