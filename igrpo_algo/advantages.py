@@ -173,7 +173,7 @@ def whiten(
 
     Batch level: one value per sequence, no weights. Token level: the same with the number of its
     tokens as each sequence's weight, or one value per token with the mask as weights. Values that
-    are NaN or of weight 0 are left out, may hold anything, and come back as 0. Where std is 0, all
+    are NaN, or whose weight is not above 0, are left out and come back as 0. Where std is 0, all
     is 0. The last step of REINFORCE++: Hu 2025, arXiv:2501.03262.
 
     Args:

@@ -92,8 +92,8 @@ def center_by_weighted_mean(
     A_i = r_i - sum_j w_j r_j / sum_j w_j
 
     With completion lengths as weights this is OPO's baseline, which nearly minimizes the variance
-    of the gradient: Hao et al. 2025, arXiv:2505.23585. Weights that sum to less than 1
-    in a group (no tokens at all) leave the plain mean as the baseline.
+    of the gradient: Hao et al. 2025, arXiv:2505.23585. Weights that sum to 0 in a
+    group (no tokens at all) leave the plain mean as the baseline.
 
     Args:
         rewards: Reward of each sample, NaN where unscored. Shape [P, G], or [B] with `groups`.
@@ -115,7 +115,8 @@ def center_by_weighted_mean(
     weights = check_shape("weights", to_scores("weights", weights), grouped.shape, "of rewards")
     weight = weights.reshape(grouped.rewards.shape).where(grouped.scored, torch.nan)
     centered = grouped.centered()
-    shift = grouped.sum(weight * centered) / grouped.sum(weight).clamp(min=1)
+    total = grouped.sum(weight)
+    shift = torch.where(total > 0, grouped.sum(weight * centered) / total, 0.0)
     return grouped.restore(centered - shift)
 
 

@@ -3,7 +3,8 @@
 An inference engine draws from a distribution a little off the trainer's. The ratio of the two
 corrects for it, per token or per sequence, truncated (TIS) or masked (IcePop). Masks that keep
 denominators as they are, for stale sequences or for tokens of low entropy, are weights of 0 and 1.
-All of these compose by multiplication and enter a loss as its `importance_weights`:
+All of these compose by multiplication and enter a loss as its `importance_weights`. Weights per
+sequence have shape [B]: beside weights per token write them `[:, None]`.
 
     weights = truncate_weights(token_importance_weights(old, sampler, mask), high=2.0)
     policy_loss(..., importance_weights=weights * high_entropy_mask(entropy, threshold))
@@ -159,7 +160,7 @@ def truncate_weights(weights: Tensor, *, high: float, low: float = 0.0) -> Tenso
         tensor([0.1000, 1.0000, 2.0000])
     """
     _check_bounds(low, high)
-    return check_floating("weights", weights).clamp(low, high)
+    return check_floating("weights", weights).detach().clamp(low, high)
 
 
 def mask_weights(weights: Tensor, *, high: float, low: float = 0.0) -> Tensor:
@@ -185,7 +186,7 @@ def mask_weights(weights: Tensor, *, high: float, low: float = 0.0) -> Tensor:
     """
     _check_bounds(low, high)
     inside = (check_floating("weights", weights) >= low) & (weights <= high)
-    return torch.where(inside, weights, 0.0)
+    return torch.where(inside, weights.detach(), 0.0)
 
 
 def _check_bounds(low: float, high: float) -> None:
@@ -268,8 +269,15 @@ def entropy_threshold(
     check_number("share", share, above=0.0, at_most=1.0)
     sequences = Sequences.of(check_floating("entropy", entropy), mask, cu_seqlens)
     dtype = torch.promote_types(entropy.dtype, torch.float32)
-    counted = sequences.select(entropy.detach().to(dtype), fill=float("nan"))
-    return torch.nanquantile(counted, 1 - share)
+    counted = sequences.select(entropy.detach().to(dtype), fill=float("inf")).flatten()
+    count = sequences.mask.sum().double()
+    if counted.numel() == 0:
+        return counted.new_full((), float("nan"))
+    ordered = counted.sort().values  # torch.quantile stops at 2^24 values
+    position = (1 - share) * (count - 1).clamp(min=0)
+    low, high = ordered[position.floor().long()], ordered[position.ceil().long()]
+    threshold = low + (position - position.floor()).to(dtype) * (high - low)
+    return torch.where(count > 0, threshold, float("nan"))
 
 
 def high_entropy_mask(entropy: Tensor, threshold: Tensor | float) -> Tensor:

@@ -136,8 +136,8 @@ def weighted_moments(values: Tensor, weights: Tensor | None, ddof: int) -> tuple
 
     centered = v - sum(w v) / sum(w),    variance = sum(w centered^2) / (sum(w) - ddof)
 
-    Values that are NaN or of weight 0 are left out and come back as 0. The variance is 0 where all
-    values are equal, and where sum(w) <= ddof.
+    Values that are NaN, or whose weight is not above 0, are left out and come back as 0. The
+    variance is 0 where all values are equal, and where sum(w) <= ddof.
 
     Args:
         values: Scores, in any shape.
@@ -149,15 +149,16 @@ def weighted_moments(values: Tensor, weights: Tensor | None, ddof: int) -> tuple
     """
     counted = ~values.isnan()
     if weights is not None:
-        counted = counted & (weights != 0)
+        counted = counted & (weights > 0)
     if values.numel() == 0:
         return values, values.sum()
     weight = counted.to(values.dtype) if weights is None else weights.where(counted, 0)
     total = weight.sum()
     gap = torch.where(counted, values - values.where(counted, -torch.inf).amax(), 0.0)
-    mean = (weight * gap).sum() / total.clamp(min=1)
+    mean = torch.where(total > 0, (weight * gap).sum() / total, 0.0)
     centered = torch.where(counted, gap - mean, 0.0)
-    return centered, (weight * centered.square()).sum() / (total - ddof).clamp(min=1)
+    spread, freedom = (weight * centered.square()).sum(), total - ddof
+    return centered, torch.where(freedom > 0, spread / freedom, 0.0)
 
 
 def check_ddof(ddof: object) -> int:

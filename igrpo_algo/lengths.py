@@ -1,13 +1,14 @@
-"""What to do about completions that are too long: penalise them softly, or leave them out."""
+"""What to do about completions that are too long: penalize them softly, or leave them out."""
 
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import check_count, check_integral, check_rank, check_shape, check_tensor
+from igrpo_kernels.checks import check_count, check_integral, check_shape, check_tensor
+from igrpo_kernels.sequences import Sequences
 
 
 def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor:
-    """Penalise completions that come close to the limit: DAPO's soft overlong punishment.
+    """Penalize completions that come close to the limit: DAPO's soft overlong punishment.
 
     0                                       where length <= max_length - buffer
     (max_length - buffer - length) / buffer where it lies inside the buffer
@@ -40,18 +41,19 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor
     return ramp.clamp(-1.0, 0.0)
 
 
-def drop_truncated(mask: Tensor, truncated: Tensor) -> Tensor:
+def drop_truncated(mask: Tensor, truncated: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Leave completions that hit the length limit out of the loss: DAPO's overlong filtering.
 
     Their tokens stop counting, in denominators of tokens too; `SequenceMean` and `FixedLength`
     still count the sequences, as TRL's `mask_truncated_completions` does.
 
     Args:
-        mask: 1 (or True) where a token counts. Shape [B, T].
+        mask: 1 (or True) where a token counts. Shape [B, T], or [L] packed.
         truncated: True where the completion has no end-of-sequence token. Shape [B].
+        cu_seqlens: Packed only: offsets of the sequences. Shape [B + 1].
 
     Returns:
-        The mask in its own dtype, shape [B, T].
+        The mask in its own dtype and shape.
 
     Raises:
         TypeError: An input is no tensor.
@@ -62,6 +64,6 @@ def drop_truncated(mask: Tensor, truncated: Tensor) -> Tensor:
         tensor([[0, 0],
                 [1, 0]])
     """
-    check_rank("mask", check_tensor("mask", mask), 2, "[B, T]")
-    check_shape("truncated", check_tensor("truncated", truncated), mask.shape[:1], "[B]")
-    return torch.where(truncated.bool()[:, None], torch.zeros_like(mask), mask)
+    sequences = Sequences.of(check_tensor("mask", mask), mask, cu_seqlens, name="mask")
+    check_shape("truncated", check_tensor("truncated", truncated), (sequences.count,), "[B]")
+    return torch.where(sequences.spread(truncated.bool()), torch.zeros_like(mask), mask)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from igrpo_kernels import Clip, SequenceMean, policy_loss
+from igrpo_kernels.checks import check_number
 
 
 def igrpo_loss(
@@ -61,6 +62,8 @@ def igrpo_loss(
         tensor([[-0.1250, -0.1250],
                 [ 0.2500,  0.0000]])
     """
+    check_number("clip_low", clip_low, at_least=0.0)
+    check_number("clip_high", clip_high, at_least=0.0)
     if ref_logprobs is not None and kl_coef == 0.0:
         raise ValueError("ref_logprobs has no effect with kl_coef=0.0")
     return policy_loss(

@@ -73,7 +73,7 @@ DEFAULT_TEMPLATE = DraftTemplate(
     ),
     delimiters=("<earlier_attempt>", "</earlier_attempt>"),
 )
-"""A labelled draft with the instruction of the paper's appendix C, in our words."""
+"""A labeled draft with the instruction of the paper's appendix C, in our words."""
 
 CONCATENATION = DraftTemplate(before="\n\n", after="")
 """The paper's equation 3 to the letter: the draft stands right after the question, an empty line

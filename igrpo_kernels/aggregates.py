@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_floating, check_number
+from .checks import check_count, check_number
 from .sequences import Sequences
 
 
@@ -33,8 +33,9 @@ def _check_denominator(denominator: float | Tensor | None) -> None:
                 f"denominator must be a number or a tensor of one element, "
                 f"got shape {list(denominator.shape)}"
             )
-        if denominator.is_floating_point():
-            check_floating("denominator", denominator)
+        on_cpu = denominator.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and not (denominator >= 0).all():
+            raise ValueError(f"denominator must be >= 0, got {denominator.item()}")
     elif denominator is not None:
         check_number("denominator", denominator, at_least=0.0)
 
@@ -42,7 +43,7 @@ def _check_denominator(denominator: float | Tensor | None) -> None:
 def _reciprocal(denominator: float | Tensor, like: Tensor) -> Tensor:
     """1 / denominator, and 0 where that is zero; a 0-d tensor, without a host sync."""
     value = torch.as_tensor(denominator, dtype=like.dtype, device=like.device).reshape(())
-    return torch.where(value > 0, 1 / value, 0.0)
+    return torch.where(value == 0, 0.0, 1 / value)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .aggregates import Aggregate
-from .checks import check_floating, check_number, check_shape
+from .checks import check_floating, check_number, check_shape, describe
 from .kl import K3, KlEstimator
 from .sequences import Sequences
 from .surrogates.base import Surrogate, TokenLosses, Tokens
@@ -34,6 +34,21 @@ def _at_least_float32(name: str, values: Tensor) -> Tensor:
     """Upcast half precision: a sum of bf16 log-ratios is no loss."""
     check_floating(name, values)
     return values if values.dtype == torch.float64 else values.float()
+
+
+def check_parts(surrogate: object, aggregate: object, kl: object) -> None:
+    """Refuse strings, and classes where an instance is wanted.
+
+    Raises:
+        TypeError: One of the three is not what a loss is composed of.
+    """
+    for name, value, attribute, example in (
+        ("surrogate", surrogate, "per_token", "Clip()"),
+        ("aggregate", aggregate, "weights", "SequenceMean()"),
+        ("kl", kl, "__call__", "K3()"),
+    ):
+        if isinstance(value, type) or not hasattr(value, attribute):
+            raise TypeError(f"{name} must be a value such as {example}, got {describe(value)}")
 
 
 def prepare_tokens(
@@ -144,7 +159,8 @@ def policy_loss(
 
     Raises:
         TypeError: An input has the wrong type or an integer dtype.
-        ValueError: Shapes do not fit, or a coefficient is set without the input it weights.
+        ValueError: Shapes do not fit, a coefficient is set without the input it weights, or a
+            surrogate that folds the importance weights is given them per sequence.
 
     Example:
         >>> from igrpo_kernels import Clip, TokenMean
@@ -158,6 +174,7 @@ def policy_loss(
         tensor([[-0.3333, -0.3333],
                 [ 0.3333,  0.0000]])
     """
+    check_parts(surrogate, aggregate, kl)
     check_number("kl_coef", kl_coef)
     check_number("entropy_coef", entropy_coef)
     if kl_coef != 0.0 and ref_logprobs is None:
@@ -174,6 +191,8 @@ def policy_loss(
         importance_weights=importance_weights,
     )
     dtype = tokens.logprobs.dtype
+    if surrogate.folds_importance_weights and importance_weights is not None:
+        check_shape("importance_weights", importance_weights, logprobs.shape, "of logprobs")
     if ref_logprobs is not None:
         check_shape(
             "ref_logprobs",

@@ -34,7 +34,12 @@ class Sequences:
 
     @classmethod
     def of(
-        cls, values: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+        cls,
+        values: Tensor,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        name: str = "logprobs",
     ) -> "Sequences":
         """Read the layout off a tensor of one value per token.
 
@@ -42,25 +47,25 @@ class Sequences:
             values: One value per token. Shape [B, T], or [L] with `cu_seqlens`.
             mask: 1 (or True) where a token counts; None counts every token. Shape of `values`.
             cu_seqlens: Packed only: offsets 0 = c[0] <= c[1] <= ... <= c[B] = L. Shape [B + 1].
+            name: What errors call `values`.
 
         Raises:
             TypeError: `mask` is no tensor, or `cu_seqlens` is not of integers.
             ValueError: The shapes do not fit each other, or `cu_seqlens` does not rise from 0 to
-                L (looked at on the CPU alone: on a GPU it would cost a synchronisation).
+                L (looked at on the CPU alone: on a GPU it would cost a synchronization).
         """
         if mask is None:
             mask = torch.ones_like(values, dtype=torch.bool)
         else:
-            mask = check_shape("mask", check_tensor("mask", mask), values.shape, "of logprobs")
+            mask = check_shape("mask", check_tensor("mask", mask), values.shape, f"of {name}")
             mask = mask.to(values.device) != 0
         if cu_seqlens is None:
             if values.dim() != 2:
                 raise ValueError(
-                    f"logprobs must have shape [B, T], or [L] with cu_seqlens, "
-                    f"got {describe(values)}"
+                    f"{name} must have shape [B, T], or [L] with cu_seqlens, got {describe(values)}"
                 )
             return cls(mask, values.shape[0])
-        check_rank("logprobs", values, 1, "[L] where cu_seqlens is given")
+        check_rank(name, values, 1, "[L] where cu_seqlens is given")
         check_rank("cu_seqlens", check_integral("cu_seqlens", cu_seqlens), 1, "[B + 1]")
         if cu_seqlens.numel() == 0:
             raise ValueError("cu_seqlens must have shape [B + 1], got [0]")
@@ -104,14 +109,15 @@ class Sequences:
         """Bring one value per token, or one per sequence, to a shape that broadcasts to the tokens.
 
         What stands in masked slots, and what belongs to sequences without a counted token, becomes
-        0. Shape [B, T], [B] or [B, 1] to [B, T] or [B, 1]; packed, [L], [B] or [B, 1] to [L].
+        0. Shape [B, T], [B] or [B, 1] to [B, T] or [B, 1]; packed, [L], [B] or [B, 1] to [L]. Where
+        L = B the values are taken as one per sequence.
         """
-        if values.shape == self.mask.shape:
-            return self.select(values)
         if values.shape in ((self.count,), (self.count, 1)):
             present = torch.where(self.lengths > 0, values.reshape(self.count), 0.0)
             spread = self.spread(present)
             return spread if self.owner is None else self.select(spread)
+        if values.shape == self.mask.shape:
+            return self.select(values)
         layout = "[B, T]" if self.owner is None else "[L]"
         raise ValueError(
             f"{name} must have shape {layout} = {list(self.mask.shape)} or [B] = [{self.count}], "

@@ -39,10 +39,11 @@ class ClipCov:
     l = Clip(low, high), but 0 for max(1, share * tokens) tokens drawn among those with
     min_covariance < cov < max_covariance that the ratio clip has not caught
 
-    arXiv:2505.22617, eq. 11; verl's "clip_cov" and its defaults.
+    arXiv:2505.22617; verl's "clip_cov" and its defaults.
 
     Attributes:
-        generator: Draws the tokens; on the device of the log-probs.
+        generator: Draws the tokens; on the device of the log-probs. torch.compile does not trace a
+            generator, so this surrogate breaks its graph.
         low: As in `Clip`.
         high: As in `Clip`.
         share: Share of the counted tokens that lose their gradient.
@@ -95,10 +96,10 @@ class KlCov:
 
     l = -r A, plus coef * |log r| for the max(1, share * tokens) tokens of greatest covariance
 
-    arXiv:2505.22617, eq. 12; verl's "kl_cov" and its defaults.
+    arXiv:2505.22617; verl's "kl_cov" and its defaults.
 
     Attributes:
-        share: Share of the counted tokens that are penalised.
+        share: Share of the counted tokens that are penalized.
         coef: Weight of the penalty.
 
     Raises:
@@ -122,6 +123,6 @@ class KlCov:
     def __call__(self, tokens: Tokens) -> TokenLosses:
         """Return the loss of each token."""
         mask = tokens.sequences.mask
-        penalised = _largest(_covariance(tokens), mask, self.share, mask)
-        penalty = torch.where(penalised, self.coef * tokens.log_ratio.abs(), 0.0)
+        penalized = _largest(_covariance(tokens), mask, self.share, mask)
+        penalty = torch.where(penalized, self.coef * tokens.log_ratio.abs(), 0.0)
         return TokenLosses(penalty - tokens.ratio * tokens.advantages)

@@ -455,3 +455,12 @@ def test_further_options_must_make_sense() -> None:
         sum_rewards(torch.ones(3))
     with pytest.raises(ValueError, match=r"weights must have shape of values = \[2\], got \[3\]"):
         whiten(torch.ones(2), torch.ones(3))
+
+
+def test_fractional_weights_whiten_like_their_multiples():
+    values = torch.tensor([1.0, 2.0, 3.0, 9.0])
+    weights = torch.tensor([1.0, 3.0, 2.0, -1.0])
+    small, large = whiten(values, weights / 10), whiten(values, weights)
+    # float32 sums of tenths; the value of negative weight is left out
+    torch.testing.assert_close(small, large, rtol=1e-5, atol=1e-6)
+    assert large[3].item() == 0.0

@@ -91,3 +91,11 @@ def test_weights_must_fit_the_rewards() -> None:
         center_by_weighted_mean(torch.ones(2, 3), torch.ones(3))
     with pytest.raises(TypeError, match=r"weights must be a torch.Tensor, got list"):
         center_by_weighted_mean(torch.ones(1, 2), [1, 2])
+
+
+def test_weights_that_sum_to_less_than_one_still_weigh():
+    """Normalized lengths are legal: no floor of 1 under their sum."""
+    rewards, weights = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.3, 0.1]])
+    centered = center_by_weighted_mean(rewards, weights)
+    # float32 quotients of short decimals
+    torch.testing.assert_close(centered, torch.tensor([[0.25, -0.75]]), rtol=1e-6, atol=1e-7)

@@ -80,6 +80,30 @@ def test_high_entropy_tokens_by_hand():
     assert kept.tolist() == [[0.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
     assert entropy_threshold(entropy, mask, share=1.0).item() == 0.0
     assert entropy_threshold(entropy, torch.zeros(2, 4), share=0.5).isnan()
+    assert entropy_threshold(torch.zeros(0, 4), share=0.5).isnan()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.37, 1.0])
+def test_entropy_threshold_is_the_linear_quantile(share):
+    entropy = torch.rand(13, 7, dtype=torch.float64)
+    mask = torch.rand(13, 7) < 0.8
+    expected = torch.quantile(entropy[mask], 1 - share)
+    junk = torch.where(mask, entropy, float("nan"))
+    torch.testing.assert_close(
+        entropy_threshold(junk, mask, share=share), expected, rtol=1e-12, atol=1e-12
+    )
+
+
+def test_entropy_threshold_of_more_than_two_to_the_24_tokens():
+    """torch.quantile refuses these."""
+    entropy = torch.linspace(0, 1, 2**24 + 2).view(2, -1)
+    assert entropy_threshold(entropy, share=0.25).item() == pytest.approx(0.75, abs=1e-6)
+
+
+def test_no_gradient_leaves_through_bounds():
+    weights = torch.ones(2, requires_grad=True)
+    assert not truncate_weights(weights, high=2.0).requires_grad
+    assert not mask_weights(weights, high=2.0).requires_grad
 
 
 def test_overlong_penalty_is_equation_13_of_dapo():
@@ -104,6 +128,10 @@ def test_truncated_completions_stop_counting():
         [True, True],
         [False, False],
     ]
+    packed = drop_truncated(
+        torch.ones(3), torch.tensor([True, False]), cu_seqlens=torch.tensor([0, 2, 3])
+    )
+    assert packed.tolist() == [0.0, 0.0, 1.0]
 
 
 PAIR = (torch.zeros(2, 3), torch.zeros(2, 3))

@@ -78,7 +78,7 @@ def test_packed_and_padded_agree_and_denominator_replaces_the_count():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clip_low": -0.1}, r"low must be >= 0.0, got -0.1"),
+        ({"clip_low": -0.1}, r"^clip_low must be >= 0.0, got -0.1"),
         ({"kl_coef": 0.1}, r"kl_coef=0.1 needs ref_logprobs"),
         ({"ref_logprobs": torch.zeros(1, 2)}, r"ref_logprobs has no effect with kl_coef=0.0"),
         ({"denominator": -1.0}, r"denominator must be >= 0.0"),

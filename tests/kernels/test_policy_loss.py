@@ -271,8 +271,9 @@ def test_packed_equals_padded(surrogate):
     options = {
         "surrogate": SURROGATES[surrogate][0],
         "kl_coef": 0.1,
-        "importance_weights": torch.tensor([0.5, 1.0, 2.0, 0.0], dtype=torch.float64),
     }
+    if not options["surrogate"].folds_importance_weights:
+        options["importance_weights"] = torch.tensor([0.5, 1.0, 2.0, 0.0], dtype=torch.float64)
     for aggregate, _ in AGGREGATES.values():
         padded = run(batch, aggregate=aggregate, **options)
         packed = run(pack(batch), aggregate=aggregate, **options)
@@ -409,7 +410,7 @@ def test_importance_weights_scale_the_surrogate_alone(surrogate):
     weights = torch.rand(batch["mask"].shape, dtype=torch.float64) + 0.5
     kl = run(batch | {"advantages": torch.zeros(4, dtype=torch.float64)}, **options)
     plain = run(batch, **options)
-    ones = run(batch, importance_weights=torch.ones(4, dtype=torch.float64), **options)
+    ones = run(batch, importance_weights=torch.ones_like(weights), **options)
     weighted = run(batch, importance_weights=weights, **options)
     torch.testing.assert_close(ones[1], plain[1], **EXACT)
     surrogate_grad = plain[1] - kl[1]

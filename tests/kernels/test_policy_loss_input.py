@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from igrpo_kernels import (
+    K3,
     Cispo,
     Clip,
     ClipCov,
@@ -50,6 +51,15 @@ def call(**overrides):
         ({"old_logprobs": LOGPROBS.int()}, TypeError, r"old_logprobs must be a floating-point"),
         ({"ref_logprobs": torch.zeros(3, 2)}, ValueError, r"ref_logprobs must have shape"),
         ({"entropy": torch.zeros(2)}, ValueError, r"entropy must have shape"),
+        ({"surrogate": Clip}, TypeError, r"surrogate must be a value such as Clip\(\), got type"),
+        ({"surrogate": "grpo"}, TypeError, r"surrogate must be a value .* got str 'grpo'"),
+        ({"aggregate": SequenceMean}, TypeError, r"aggregate must be a value such as Sequ"),
+        ({"kl": K3}, TypeError, r"kl must be a value such as K3\(\), got type"),
+        (
+            {"surrogate": Vespo(), "importance_weights": torch.ones(2)},
+            ValueError,
+            r"importance_weights must have shape of logprobs = \[2, 3\], got \[2\]",
+        ),
         ({"kl_coef": 0.1}, ValueError, r"kl_coef=0.1 needs ref_logprobs, got None"),
         ({"entropy_coef": 0.1}, ValueError, r"entropy_coef=0.1 needs entropy, got None"),
         ({"kl_coef": "0.1"}, TypeError, r"kl_coef must be a number"),
@@ -98,6 +108,8 @@ def test_bad_inputs_are_refused(overrides, error, message):
         (lambda: FixedLength(0), r"length must be >= 1, got 0"),
         (lambda: SequenceMean(-1.0), r"denominator must be >= 0.0, got -1.0"),
         (lambda: TokenMean(torch.ones(2)), r"denominator must be .* one element, got shape \[2\]"),
+        (lambda: SequenceMean(torch.tensor(-3)), r"denominator must be >= 0, got -3"),
+        (lambda: TokenMean(torch.tensor(float("nan"))), r"denominator must be >= 0, got nan"),
         (lambda: Sum(float("inf")), r"denominator must be finite"),
     ],
 )

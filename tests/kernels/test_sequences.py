@@ -40,6 +40,12 @@ def test_one_token_per_sequence_is_told_from_one_value_per_sequence():
     assert column.broadcast("x", torch.tensor([1.0, 2.0])).tolist() == [[1.0], [2.0]]
 
 
+def test_packed_values_as_many_as_sequences_belong_to_these():
+    """L = B with an empty sequence: one advantage per sequence is what losses are given."""
+    sequences = Sequences.of(torch.zeros(2), cu_seqlens=torch.tensor([0, 2, 2]))
+    assert sequences.broadcast("x", torch.tensor([1.0, -5.0])).tolist() == [1.0, 1.0]
+
+
 def test_tokens_hold_a_ratio_that_stays_finite():
     logprobs, old = torch.tensor([[0.0, -1.0]]), torch.tensor([[-500.0, -1.0]])
     tokens = Tokens(logprobs, old, torch.ones(1, 2), Sequences.of(logprobs))
