@@ -43,9 +43,10 @@ def load_prompts(
 ) -> list[Row]:
     r"""Load a prompt set and bring each row to the form that trainers and rewards take.
 
-    A path that exists is read as what its name says: `.jsonl`, `.json` (a list of objects),
-    `.parquet`, or a folder that `datasets` saved to disk. A name with one of these endings, or
-    one that begins with `.` or `/`, must exist. Anything else is a name on the hub.
+    A path that exists (`~` is your home) is read as what its name says, in either case: `.jsonl`,
+    `.json` (a list of objects), `.parquet`, or a folder that `datasets` saved to disk. A name with
+    one of these endings, or one that begins with `.`, `/` or `~`, must exist. Anything else is a
+    name on the hub.
 
     Each row becomes `{"prompt": ..., "answer": ..., **other columns}`. The question is the first
     column present of prompt, question, problem; the answer the first of answer, solution,
@@ -110,8 +111,8 @@ def prepare_prompt(
 
     Raises:
         TypeError: The question is neither a string nor a list of messages.
-        ValueError: It is empty, has a system message besides `system_prompt`, or is a list of
-            messages where `chat` is False.
+        ValueError: It is empty, holds messages none of which is the user's, has a system message
+            besides `system_prompt`, or is a list of messages where `chat` is False.
 
     Example:
         >>> prepare_prompt("6 * 7?", system_prompt="Be brief.", chat=False)
@@ -137,6 +138,8 @@ def _prepare_messages(
         raise TypeError(f"a prompt must be a string or a list of messages, got {question!r}")
     if not question:
         raise ValueError("a prompt must not be empty")
+    if all(message["role"] != "user" for message in question):
+        raise ValueError("a prompt of messages must hold one with the role 'user'")
     if not chat:
         raise ValueError("chat messages need a model with a chat template")
     messages = [dict(message) for message in question]
@@ -202,15 +205,16 @@ def _locate_errors(place: str, column: str) -> Iterator[None]:
 
 
 def _read(source: str | Path, split: str, config: str | None) -> Iterator[tuple[str, Row]]:
-    path = Path(source)
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     if path.is_file():
-        if path.suffix not in readers:
+        if suffix not in readers:
             raise ValueError(f"{path}: unknown kind of file, wanted {', '.join(readers)}")
-        return readers[path.suffix](path)
+        return readers[suffix](path)
     if path.is_dir():
         return _read_saved(path, split)
-    if path.suffix in readers or str(source).startswith((".", "/", "~")):
+    if suffix in readers or str(source).startswith((".", "/", "~")):
         raise FileNotFoundError(f"{source} does not exist")
     return _read_hub(str(source), split, config)
 
@@ -225,7 +229,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
 def _object(line: bytes, place: str) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:  # bad JSON, or bytes that are no UTF-8
+    except (ValueError, RecursionError) as error:  # bad JSON, no UTF-8, or nested too deeply
         raise ValueError(f"{place}: not JSON: {error}") from error
     return _checked(row, place)
 
@@ -239,7 +243,7 @@ def _checked(row: object, place: str) -> Row:
 def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         rows = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: wanted a list of objects, got {type(rows).__name__}")

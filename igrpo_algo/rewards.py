@@ -14,13 +14,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .answers import extract_answer, extract_gold, normalize_answer
+from .answers import (
+    extract_answer,
+    extract_gold,
+    has_other_words,
+    normalize_answer,
+    split_choice,
+    split_unit,
+)
 from .math_judge import shared_judge
 from .scoring import Reward
 
 CompletionLike = str | Sequence[Mapping[str, Any]]
 
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
+_PRODUCT = re.compile(r"[abcxyz]{2}|[b-df-hj-np-tv-z]{2}", re.IGNORECASE)
 
 
 def completion_text(completion: CompletionLike) -> str:
@@ -64,8 +72,14 @@ def math_reward(
 
     Both sides are found by `extract_answer` (answer tags, `\boxed{}`, `####`, "the answer is")
     and normalized by `normalize_answer`; equal spellings are equal, anything else is decided by
-    math-verify in a process that is killed at a deadline (0.5 equals \frac{1}{2}). A reference
-    made of words is compared as text, without regard to case. A completion that states no answer,
+    math-verify in a process that is killed at a deadline (0.5 equals \frac{1}{2}).
+
+    A known unit (`split_unit`) is dropped where the other side has none or the same; "5 km" is not
+    "5 m". A number with other words ("2 thirds", "8 pm", "72 clips") and a reference made of words
+    are compared as text, without regard to case; two letters are a product ("xy" equals "yx")
+    where both are consonants or of a, b, c, x, y, z, and a word ("no") otherwise. "(B) 5" counts
+    as B against a letter and as 5 against a value. math-verify is lenient: 50\% equals both 50 and
+    0.5, 3/4 equals 3:4, x = 2 equals 2 and b equals B. A completion that states no answer,
     cannot be parsed or exceeds the deadline scores 0. A reference that is empty or no mathematics
     scores None for each completion that is not spelled like it.
 
@@ -107,9 +121,34 @@ def _score_math(gold: str | None, answer: str | None) -> float | None:
 def _equal_answers(gold: str, answer: str) -> bool | None:
     if gold == answer:
         return True
-    if _WORDS.fullmatch(gold) and max(map(len, re.split("[ '-]", gold))) >= 3:
+    gold_letter, gold_value = split_choice(gold)
+    letter, value = split_choice(answer)
+    if gold_letter and letter:
+        return gold_letter == letter
+    if gold_letter:
+        gold = gold_letter if _is_letter(answer) else gold_value
+    if letter:
+        answer = letter if _is_letter(gold) else value
+    return _equal_values(gold, answer)
+
+
+def _equal_values(gold: str, answer: str) -> bool | None:
+    (gold, gold_unit), (answer, unit) = split_unit(gold), split_unit(answer)
+    if gold_unit and unit and gold_unit != unit:
+        return False
+    if _is_text(gold) or has_other_words(answer):
         return gold.casefold() == answer.casefold()
     return shared_judge().equal(gold, answer)
+
+
+def _is_letter(answer: str) -> bool:
+    return len(answer) == 1 and answer.isalpha()
+
+
+def _is_text(answer: str) -> bool:
+    if not _WORDS.fullmatch(answer):
+        return has_other_words(answer)
+    return max(map(len, re.split("[ '-]", answer))) >= 2 and not _PRODUCT.fullmatch(answer)
 
 
 def exact_match_reward(

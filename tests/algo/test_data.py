@@ -105,6 +105,20 @@ def test_rows_without_answers_limit_and_blank_lines(tmp_path: Path) -> None:
     assert load_prompts(path) == [{"prompt": user("a"), "answer": None}]
 
 
+def test_paths_in_the_home_folder_and_upper_case_endings(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "x.JSONL", [{"prompt": "a"}])
+    assert load_prompts("~/x.JSONL") == [{"prompt": user("a")}]
+    with pytest.raises(FileNotFoundError, match=r"missing.JSON does not exist"):
+        load_prompts("missing.JSON")
+
+
+def test_a_missing_number_is_no_answer(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "answer": 1.5}, {"prompt": "b", "answer": float("nan")}]
+    answers = [row["answer"] for row in load_prompts(write_jsonl(tmp_path / "a.jsonl", rows))]
+    assert answers == ["1.5", None]
+
+
 def test_system_prompt_stands_in_front(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", GSM8K_STYLE[:1])
     question = GSM8K_STYLE[0]["question"]
@@ -135,6 +149,19 @@ def test_system_prompt_stands_in_front(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": 3}', TypeError, r"line 1, column 'prompt': a prompt must be a str"),
         ("a.jsonl", '{"prompt": [3]}', TypeError, r"column 'prompt': a prompt must be a string or"),
         ("a.jsonl", '{"prompt": []}', ValueError, r"column 'prompt': a prompt must not be empty"),
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n{"prompt": [{"role": "system", "content": "s"}]}',
+            ValueError,
+            r"line 2, column 'prompt': a prompt of messages must hold one with the role 'user'",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n{"prompt": ' + "[" * 200_000,
+            ValueError,
+            r"a\.jsonl, line 2: not JSON",
+        ),
+        ("a.json", "[" * 200_000, ValueError, r"a\.json: not JSON"),
         ("a.jsonl", '{"question": " "}', ValueError, r"column 'question': a prompt must not be em"),
         (
             "a.jsonl",
@@ -174,4 +201,4 @@ def test_errors_of_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="chat messages need a model with a chat template"):
         prepare_prompt(user("a"), chat=False)
     with pytest.raises(ValueError, match="the messages begin with a system message"):
-        prepare_prompt([{"role": "system", "content": "s"}], system_prompt="t")
+        prepare_prompt([{"role": "system", "content": "s"}, *user("a")], system_prompt="t")

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igrpo_algo.answers import extract_answer, extract_gold, normalize_answer
+from igrpo_algo.answers import (
+    extract_answer,
+    extract_gold,
+    normalize_answer,
+    split_choice,
+    split_unit,
+)
 from igrpo_algo.math_judge import MathJudge
 from igrpo_algo.rewards import (
     BUILT_IN_REWARDS,
@@ -40,6 +46,12 @@ from igrpo_algo.rewards import (
         ("The final answer is 12. I hope it is correct.", "12"),
         ("Answer: 3.5 m", "3.5 m"),
         ("the answer is 1, no, the answer is 2", "2"),
+        ("**Answer:** 42", "42"),
+        ("**Answer**: 42", "42"),
+        ("**Answer: 42**", "42"),
+        ("The answer is **42**.", "42"),
+        ("The answer is\n42", "42"),
+        ("The answer is:\n\n**42**\n", "42"),
         (r"\boxed{1} #### 2 and the answer is 3", "1"),
         ("<think>\\boxed{1}</think>I forgot.", None),
         ("<think>no</think><answer>x = 4</answer>", "x = 4"),
@@ -68,8 +80,10 @@ def test_extract_answer(text: str, answer: str | None) -> None:
         (r"\$18", "18"),
         ("$18", "18"),
         ("€5.50", "5.50"),
-        ("18 dollars", "18"),
-        ("60 km/h", "60"),
+        ("1,800 dollars", "1800 dollars"),
+        ("60 km/h", "60 km/h"),
+        ("1e3", "1*10^{3}"),
+        ("-2.5E-07", "-2.5*10^{-7}"),
         ("3 million", "3 million"),
         ("2 pi", "2 pi"),
         ("2x", "2x"),
@@ -77,7 +91,9 @@ def test_extract_answer(text: str, answer: str | None) -> None:
         ("1, 2", "1, 2"),
         (r"\text{(C)}", "C"),
         (r"\text{red}", "red"),
-        (r"5\text{ cm}", r"5\text{ cm}"),
+        (r"5\text{ cm}", "5 cm"),
+        (r"1,005~\mathrm{cm}^{2}", "1005 cm^2"),
+        (r"5\text{ or }6", r"5\text{ or }6"),
         ("+", "+"),
         ("", ""),
         ("$a$ and $b$", "a and b"),
@@ -85,6 +101,34 @@ def test_extract_answer(text: str, answer: str | None) -> None:
 )
 def test_normalize_answer(answer: str, normalized: str) -> None:
     assert normalize_answer(answer) == normalized
+
+
+@pytest.mark.parametrize(
+    ("answer", "split"),
+    [
+        ("5 km", ("5", "km")),
+        ("5 kilometers", ("5", "km")),
+        ("5kg", ("5", "kg")),
+        ("60 miles per hour", ("60", "mi/h")),
+        ("9 square feet", ("9", "ft^2")),
+        ("9 ft^2", ("9", "ft^2")),
+        (r"2\sqrt{3}\text{ cm}^{3}", (r"2\sqrt{3}", "cm^3")),
+        ("9 ft^7", ("9 ft^7", "")),
+        ("2 thirds", ("2 thirds", "")),
+        ("5 m less", ("5 m less", "")),
+        ("2", ("2", "")),
+        ("m", ("m", "")),
+        (r"\text{m}", (r"\text{m}", "")),
+    ],
+)
+def test_split_unit(answer: str, split: tuple[str, str]) -> None:
+    assert split_unit(answer) == split
+
+
+def test_split_choice() -> None:
+    assert split_choice(r"\textbf{(B)}\ 5") == split_choice("(B) 5") == ("B", "5")
+    assert split_choice(r"\textbf{(B)}\quad\frac12") == ("B", r"\frac12")
+    assert [split_choice(a)[0] for a in ("B", "(B, 5)", "(b) 5")] == ["", "", ""]
 
 
 @given(st.text(alphabet="0123456789,.$ \\{}()abtex*+-/!%", max_size=30))
@@ -102,6 +146,7 @@ def test_extract_gold_reads_cells() -> None:
     assert [extract_gold(v) for v in (None, "", "  ", 7, 2.5, "x+1")] == [
         None, None, None, "7", "2.5", "x+1",
     ]  # fmt: skip
+    assert extract_gold(float("nan")) is None
     with pytest.raises(TypeError, match=r"an answer must be a string, a number or None, got \[1\]"):
         extract_gold([1])
     with pytest.raises(TypeError, match="got True"):
@@ -119,9 +164,42 @@ def test_extract_gold_reads_cells() -> None:
         (r"\boxed{1,234}", "1234", 1.0),
         (r"\boxed{1234.0}", "#### 1,234", 1.0),
         ("#### $18", "She sells 9 * 2 = 18.\n#### 18", 1.0),
-        ("The answer is 72 clips.", "72", 1.0),
+        ("The answer is 72 dollars.", "72", 1.0),
+        ("The answer is 72 clips.", "72 clips", 1.0),
+        ("The answer is 72 clips.", "72", 0.0),
         (r"\boxed{5\text{ cm}}", "5", 1.0),
+        (r"\boxed{5}", "5 cm", 1.0),
+        (r"\boxed{5.0 centimeters}", r"5\text{ cm}", 1.0),
+        (r"\boxed{5 km}", "5 m", 0.0),
+        (r"\boxed{\sqrt{5}\text{ km}}", r"\sqrt{5}\text{ m}", 0.0),
+        (r"\boxed{2 minutes}", "2 hours", 0.0),
+        (r"\boxed{8 pm}", "8 am", 0.0),
+        (r"\boxed{2 thirds}", "2", 0.0),
+        (r"\boxed{2\text{ thirds}}", "2", 0.0),
+        (r"\boxed{\frac{1}{2}\text{ thirds}}", "1/2", 0.0),
+        (r"\boxed{2}", "2 thirds", 0.0),
+        (r"\boxed{1 half}", "1", 0.0),
+        (r"\boxed{4 squared}", "4", 0.0),
+        (r"\boxed{5 less than x}", "5", 0.0),
+        (r"\boxed{no}", "on", 0.0),
+        (r"\boxed{No}", "no", 1.0),
+        (r"\boxed{yx}", "xy", 1.0),
+        (r"\boxed{nm}", "mn", 1.0),
+        (r"\boxed{7}", float("nan"), None),
+        ("**Answer:** 42", "42", 1.0),
+        (r"\boxed{1e3}", "1000", 1.0),
+        (r"\boxed{1000}", 1e3, 1.0),
+        (r"\boxed{0.00001}", 1e-5, 1.0),
+        (r"\boxed{\textbf{(B)}\ 5}", "B", 1.0),
+        (r"\boxed{\textbf{(C)}\ 5}", "B", 0.0),
+        (r"\boxed{\textbf{(B)}\ 5}", "5", 1.0),
+        (r"\boxed{B}", r"\textbf{(B)}\ 5", 1.0),
+        (r"\boxed{5}", r"\textbf{(B)}\ 5", 1.0),
+        (r"\boxed{(C) 5}", r"\textbf{(B)}\ 5", 0.0),
         (r"\boxed{50\%}", "50", 1.0),
+        (r"\boxed{50\%}", "0.5", 1.0),
+        (r"\boxed{3:4}", "3/4", 1.0),
+        (r"\boxed{b}", "B", 1.0),
         (r"\boxed{(1, 2)}", "(1,2)", 1.0),
         (r"\boxed{(2, 1)}", "(1,2)", 0.0),
         (r"\boxed{\text{(B)}}", r"\text{(B)}", 1.0),
