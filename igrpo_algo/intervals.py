@@ -37,8 +37,8 @@ def mean_confidence_interval(rewards: Tensor, *, confidence: float = 0.95) -> In
     Samples of one prompt resemble each other, so the P means of prompts are what is independent,
     not the P N samples; their deviation (ddof 1) holds the spread within prompts too. z is the
     normal quantile, so P should be 30 or more; with few prompts, or accuracies near 0 or 1, prefer
-    `wilson_interval`. Prompts without a scored sample are left out; the bounds are NaN for fewer
-    than two prompts. Miller 2024, arXiv:2411.00640, sections 2.1 and 2.2.
+    `bounded_mean_interval`. Prompts without a scored sample are left out; the bounds are NaN for
+    fewer than two prompts. Miller 2024, arXiv:2411.00640, sections 2.1 and 2.2.
 
     Args:
         rewards: Reward of each sample, NaN where unscored. Shape [P, N].
@@ -73,8 +73,9 @@ def wilson_interval(correct: Tensor, *, confidence: float = 0.95) -> Interval:
     low, high = ( p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2) ) / (1 + z^2 / n)
 
     Sound for few prompts and for accuracies at 0 and 1, where the normal interval has no width. For
-    several samples per prompt, which are not independent, see `mean_confidence_interval`. Wilson
-    1927, JASA 22(158).
+    several samples per prompt, which are not independent, see `mean_confidence_interval` and
+    `bounded_mean_interval`. Values are read, and so checked, on the CPU only: to read them from an
+    accelerator is to wait for it. Wilson 1927, JASA 22(158).
 
     Args:
         correct: 1 (or True) where the try succeeded, 0 where not, NaN where unscored. Shape [P].
@@ -85,7 +86,8 @@ def wilson_interval(correct: Tensor, *, confidence: float = 0.95) -> Interval:
 
     Raises:
         TypeError: `correct` is no tensor of real numbers, or `confidence` no number.
-        ValueError: `correct` is not [P], or `confidence` is not strictly between 0 and 1.
+        ValueError: `correct` is not [P] or (on the CPU) holds another number than 0, 1 and NaN, or
+            `confidence` is not strictly between 0 and 1.
 
     Example:
         >>> import torch
@@ -95,6 +97,51 @@ def wilson_interval(correct: Tensor, *, confidence: float = 0.95) -> Interval:
     """
     z = _normal_quantile(confidence)
     scores = check_rank("correct", to_scores("correct", correct), 1, "[P]")
+    allowed = (scores == 0) | (scores == 1) | scores.isnan()
+    if correct.device.type == "cpu" and not allowed.all():
+        raise ValueError(f"correct must hold 0, 1 or NaN, got {scores[~allowed][0].item()}")
+    return _wilson(scores, z)
+
+
+def bounded_mean_interval(scores: Tensor, *, confidence: float = 0.95) -> Interval:
+    """Mean of one score in [0, 1] per prompt, and how far it may be off, by Wilson's formula.
+
+    low, high = those of `wilson_interval`, with p = mean(scores) and n the number of prompts
+
+    A score in [0, 1] varies at most as a try of the same mean does: Var(s) <= p (1 - p), for
+    s^2 <= s. The interval is thus rather too wide than too narrow, and never without width, even
+    with few prompts and where all scores are the same. The score is what summarizes a prompt's
+    samples, the share of right ones or pass@k: prompts are what is independent. With many prompts
+    `mean_confidence_interval` is narrower. Values are checked on the CPU only. Wilson 1927, JASA
+    22(158).
+
+    Args:
+        scores: One number from 0 to 1 per prompt, NaN where unscored. Shape [P].
+        confidence: Share of such intervals that hold the true mean, nearly, or more of them.
+
+    Returns:
+        Mean, low and high: scalars in float32 or float64, detached. All NaN where none is scored.
+
+    Raises:
+        TypeError: `scores` is no tensor of real numbers, or `confidence` no number.
+        ValueError: `scores` is not [P] or (on the CPU) leaves [0, 1], or `confidence` is not
+            strictly between 0 and 1.
+
+    Example:
+        >>> import torch
+        >>> interval = bounded_mean_interval(torch.tensor([0.0, 0.0]))
+        >>> [round(bound.item(), 3) for bound in interval]
+        [0.0, 0.0, 0.658]
+    """
+    z = _normal_quantile(confidence)
+    values = check_rank("scores", to_scores("scores", scores), 1, "[P]")
+    allowed = ((values >= 0) & (values <= 1)) | values.isnan()
+    if scores.device.type == "cpu" and not allowed.all():
+        raise ValueError(f"scores must be from 0 to 1 or NaN, got {values[~allowed][0].item()}")
+    return _wilson(values, z)
+
+
+def _wilson(scores: Tensor, z: float) -> Interval:
     tries = (~scores.isnan()).sum().to(scores.dtype)
     mean = scores.nanmean()
     center = mean + z**2 / (2 * tries)

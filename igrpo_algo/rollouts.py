@@ -7,7 +7,7 @@ prompt-major, as tensors [P, N] and [P, G]. Files hold safetensors: nothing unpi
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,8 +26,9 @@ class Stage:
 
     Attributes:
         prompt: What they were drawn from: q, or q' with a draft in it.
-        completions: N drafts or G refinements; none where the prompt was skipped.
-        rewards: One per completion; NaN where it could not be scored or was cancelled.
+        completions: N drafts or G refinements; those of a skipped prompt have no tokens and the
+            finish reason "skipped", so that rows stay aligned.
+        rewards: One per completion; NaN where it could not be scored, was cancelled or skipped.
         started: When sampling began, in seconds since the rollout did; not compared.
         ended: When sampling ended; not compared.
     """
@@ -51,7 +52,7 @@ class Choice:
         tokens_cut: Tokens of it that were cut off for length.
         failed: No completion so far reached `failed_below`.
         dropped: Draft dropout took the draft away.
-        skipped: The prompt was skipped, and the round has no completions.
+        skipped: The prompt was skipped, and the round's completions have no tokens.
     """
 
     index: int
@@ -106,6 +107,11 @@ class Rollouts:
     Tensors are made anew at each access, on the CPU; keep the ones you use in a loop. What is said
     of refinements is said of the last round; `until_round` shows an earlier one.
 
+    Row p * G + g of `refinements.padded()` is element [p, g] of every [P, G] tensor, so
+    `refinement_rewards`, or advantages made of it, fits the rows once flattened. A skipped prompt
+    keeps its G rows: rewards of NaN and a mask that is False throughout. In a loss they add
+    nothing, but `SequenceMean` counts them unless it is given a `denominator`.
+
     Attributes:
         groups: One per prompt, each with the same numbers of drafts and rounds.
 
@@ -130,10 +136,7 @@ class Rollouts:
             "drafts": {len(group.drafts.completions) for group in self.groups},
             "rounds": {len(group.refinements) for group in self.groups},
             "refinements": {
-                len(stage.completions)
-                for group in self.groups
-                for stage, choice in zip(group.refinements, group.choices, strict=True)
-                if not choice.skipped
+                len(stage.completions) for group in self.groups for stage in group.refinements
             },
         }.items():
             if len(sizes) > 1:
@@ -188,29 +191,29 @@ class Rollouts:
 
     @property
     def refinements(self) -> Samples:
-        """Stage 2: spliced prompts, completions, and their tensors; skipped prompts have none."""
+        """Stage 2: spliced prompts, completions, and their tensors; no tokens where skipped."""
         return _samples([group.refinements[-1] for group in self.groups])
 
     @property
     def draft_rewards(self) -> Tensor:
         """Reward of each draft, NaN where unscored. Shape [P, N], float32."""
-        return _table([group.drafts.rewards for group in self.groups], math.nan, torch.float32)
+        return _table([group.drafts.rewards for group in self.groups], torch.float32)
 
     @property
     def refinement_rewards(self) -> Tensor:
         """Reward of each refinement, NaN where unscored or skipped. Shape [P, G], float32."""
         rows = [group.refinements[-1].rewards for group in self.groups]
-        return _table(rows, math.nan, torch.float32)
+        return _table(rows, torch.float32)
 
     @property
     def draft_lengths(self) -> Tensor:
         """Tokens of each draft. Shape [P, N], int64."""
-        return _table(_lengths(group.drafts for group in self.groups), 0, torch.int64)
+        return _table(_lengths(group.drafts for group in self.groups), torch.int64)
 
     @property
     def refinement_lengths(self) -> Tensor:
         """Tokens of each refinement, 0 where skipped. Shape [P, G], int64."""
-        return _table(_lengths(group.refinements[-1] for group in self.groups), 0, torch.int64)
+        return _table(_lengths(group.refinements[-1] for group in self.groups), torch.int64)
 
     @property
     def chosen(self) -> Tensor:
@@ -234,7 +237,7 @@ class Rollouts:
 
     @property
     def skipped(self) -> Tensor:
-        """Whether the prompt was skipped and has no refinements. Shape [P], bool."""
+        """Whether the prompt was skipped: no refinement has tokens. Shape [P], bool."""
         return torch.tensor([choice.skipped for choice in self._choices], dtype=torch.bool)
 
     @property
@@ -330,11 +333,8 @@ def _lengths(stages: Iterable[Stage]) -> list[list[int]]:
     return [[len(completion.token_ids) for completion in stage.completions] for stage in stages]
 
 
-def _table(rows: list[Any], fill: float, dtype: torch.dtype) -> Tensor:
-    """Stack rows of equal length, with a row of `fill` for each empty one."""
-    width = max(map(len, rows), default=0)
-    filled = [row or [fill] * width for row in rows]
-    return torch.tensor(filled, dtype=dtype).reshape(len(rows), width)
+def _table(rows: list[Any], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(rows, dtype=dtype).reshape(len(rows), len(rows[0]) if rows else 0)
 
 
 def _from_null(number: float | None) -> float:
@@ -362,13 +362,13 @@ def _completion_records(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    name = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with name.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:
-        os.unlink(name)
+        name.unlink(missing_ok=True)
         raise

@@ -122,7 +122,7 @@ def sample_group(
         The completions, prompt-major.
 
     Raises:
-        TypeError: A prompt, the sampler or what it returned is of the wrong type.
+        TypeError: A prompt, the sampler, what it returned or the seed is of the wrong type.
         ValueError: `n` is below 1, or the sampler returned another number of groups than P, or
             another number of completions than n.
 
@@ -189,6 +189,8 @@ def _batch_form(sampler: AnySampler) -> SamplerFunction | None:
 
 def check_sampler(sampler: object) -> None:
     """Raise TypeError unless the sampler has one of the forms in the module's text."""
+    if isinstance(sampler, type):
+        raise TypeError(f"sampler must be an instance, got the class {sampler.__name__}")
     if not (hasattr(sampler, "sample") or hasattr(sampler, "sample_one") or callable(sampler)):
         raise TypeError(
             "sampler must have sample(prompts, n, *, seed), or sample_one(prompt, n, *, seed), or "
@@ -258,8 +260,14 @@ def prompt_seeds(seed: int | Sequence[int] | None, count: int) -> list[int] | No
     """Give each of `count` prompts its own seed; None stays None."""
     if seed is None:
         return None
-    if isinstance(seed, int):
+    if isinstance(seed, int) and not isinstance(seed, bool):
         return [derive_seed(seed, index) for index in range(count)]
+    if (
+        isinstance(seed, str)
+        or not isinstance(seed, Sequence)
+        or not all(isinstance(each, int) for each in seed)
+    ):
+        raise TypeError(f"seed must be an int or a list of them, got {describe(seed)}")
     if len(seed) != count:
         raise ValueError(f"seed must hold one int per prompt: {len(seed)} for {count} prompts")
     return list(seed)

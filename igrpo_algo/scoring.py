@@ -9,7 +9,8 @@ The function may be a coroutine function. None and NaN both say "could not be sc
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +30,9 @@ class RewardError(RuntimeError):
 class Scorer:
     """A reward function with the columns that belong to the prompts.
 
-    The function always sees the original prompt, whatever the completions were drawn from, and is
-    called once per prompt and stage, so that an error names its prompt.
+    The function always sees copies of the original prompt, whatever the completions were drawn
+    from, so that it may change them; it is called once per prompt and stage, so that an error names
+    its prompt.
 
     Attributes:
         reward: The reward function.
@@ -67,21 +69,28 @@ class Scorer:
 
         Raises:
             RewardError: The function raised.
-            TypeError: A value is no number.
+            TypeError: The function returned no list, or a value is no number.
             ValueError: The function returned another number of values, or an infinite one.
         """
         if not completions:
             return []
         n, prompt = len(completions), self.prompts[index]
         columns = {name: [values[index]] * n for name, values in self.columns.items()}
+        copies = [deepcopy(prompt) for _ in range(n)]
         answers = [_as_in_trl(prompt, completion.text) for completion in completions]
         try:
-            values = self.reward(prompts=[prompt] * n, completions=answers, **columns)
+            values = self.reward(prompts=copies, completions=answers, **columns)
             if inspect.isawaitable(values):
                 values = await values
-            values = list(values)
+            if isinstance(values, Iterable) and not isinstance(values, str):
+                values = list(values)
         except Exception as error:
             raise RewardError(f"{self.name} failed on {self._where(index)}: {error!r}") from error
+        if not isinstance(values, list):
+            raise TypeError(
+                f"{self.name} must return a list of numbers, got {describe(values)} "
+                f"on {self._where(index)}"
+            )
         if len(values) != n:
             raise ValueError(
                 f"{self.name} must return one value per completion: {len(values)} values for "

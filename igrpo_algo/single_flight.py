@@ -28,7 +28,12 @@ class SingleFlight(Generic[Result]):
     - An exception reaches every caller that was waiting, and is not kept: the next one tries again.
     - To cancel a caller does not cancel the others; when the last one that waits is cancelled, so
       is the coroutine, and the next caller starts anew.
-    - The results of the last `keep` finished keys are kept; what is running is never dropped.
+    - The results of the last `keep` finished keys are kept; what is running is never dropped. A
+      key whose result was dropped starts anew, so a sibling that comes later than that gets another
+      draft: let `keep` be at least the number of groups in a training step.
+
+    The key must contain the training step, as in (step, prompt id): the same prompt in the next
+    epoch would otherwise get the draft of an old policy.
 
     One event loop at a time, as anything in asyncio.
 
@@ -39,14 +44,14 @@ class SingleFlight(Generic[Result]):
         ValueError: `keep` is below 1.
 
     Example:
-        >>> async def main():
+        >>> async def main(step):
         ...     flight, calls = SingleFlight(), []
         ...     async def draft():
         ...         calls.append("Stage 1")
         ...         return "the best draft"
-        ...     drafts = await asyncio.gather(*(flight.do("q", draft) for _ in range(2)))
+        ...     drafts = await asyncio.gather(*(flight.do((step, "q"), draft) for _ in range(2)))
         ...     return drafts, calls
-        >>> asyncio.run(main())
+        >>> asyncio.run(main(step=0))
         (['the best draft', 'the best draft'], ['Stage 1'])
     """
 
@@ -59,7 +64,7 @@ class SingleFlight(Generic[Result]):
         """Return the key's result; call `start` and run its coroutine only if nobody has.
 
         Args:
-            key: What names the group.
+            key: What names the group, training step included.
             start: Makes the coroutine. Not called where the key is running or kept.
 
         Returns:

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..scoring import RewardError
+
 
 @contextmanager
 def usage_errors(command: str) -> Iterator[None]:
@@ -19,3 +21,17 @@ def usage_errors(command: str) -> Iterator[None]:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"igrpo {command}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+@contextmanager
+def run_errors(command: str) -> Iterator[None]:
+    """Turn what a reward or a prompt turns out to be unfit for into one line and exit 1.
+
+    For the part of a command that runs what the user gave: a reward that raises or returns
+    something else than one number per completion, a prompt that does not fit the model.
+    """
+    try:
+        yield
+    except (RewardError, ValueError, TypeError) as error:
+        print(f"igrpo {command}: {error}", file=sys.stderr)
+        raise SystemExit(1) from error

@@ -6,21 +6,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..data import Row
 from ..drafts import select_best_draft, select_random_draft
+from ..markers import marker_tokens
 from ..rollouts import Group, Stage
 from ..sampling import Sampler, derive_seed
 from ..scoring import Reward, Scorer
+from ..splicing import TextSplice, TokenBudget
 from ..two_stage import two_stage_rollout
 from . import options
-from .errors import usage_errors
+from .errors import run_errors, usage_errors
 from .eval_report import print_report, report
 from .metrics_file import MetricsFile, write_json
 from .run_record import RECORD, check_record, save_record
+
+if TYPE_CHECKING:
+    from ..engines.transformers import TransformersSampler
+
+PAPER_TOP_P = 0.95
 
 
 class DraftChoice(StrEnum):
@@ -83,7 +90,9 @@ def evaluate(
     ] = Path("runs/eval"),
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.6,
-    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 0.95,
+    top_p: Annotated[
+        float | None, typer.Option(help="Nucleus (0.95; all tokens at temperature 0).")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     seed: Annotated[int, typer.Option(help="Fixes the samples.")] = 0,
     split: options.Split = "test",
@@ -98,7 +107,8 @@ def evaluate(
 
     The first reward says what is right; the others are averaged beside it. Temperature and top-p
     are those of the paper's evaluation. Answers are kept prompt by prompt, and the same command
-    goes on where a stopped one was.
+    goes on where a stopped one was. A draft is shown as in training: without its thinking and
+    special tokens, and cut at its head where the prompt would not fit the model's context.
     """
     with usage_errors("eval"):
         drafts, refinements = _parse_split(draft_then_refine)
@@ -115,6 +125,8 @@ def evaluate(
             "system_prompt": system_prompt,
             "limit": limit,
         }
+        if top_p is None:
+            top_p = PAPER_TOP_P if temperature > 0 else 1.0
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         record = {
             "model": model, "dataset": dataset, "reward": reward, **asdict(protocol), **reading,
@@ -126,14 +138,20 @@ def evaluate(
         tokenizer = options.load_tokenizer(model, trust_remote_code=trust_remote_code)
         rows = options.load_rows(dataset, tokenizer, list(rewards.values()), **reading)
         sampler = load_sampler(model, tokenizer, trust_remote_code=trust_remote_code, **sampling)
+        splice = make_splice(tokenizer, sampler.max_prompt_tokens)
     save_record(output_dir, record)
-    answer_all(rows, sampler, rewards, protocol, samples_file)
-    results = report(samples_file.read(), list(rewards), protocol.ks, protocol.success_reward)
+    with run_errors("eval"):
+        answer_all(rows, sampler, rewards, protocol, splice, samples_file)
+    results = report(
+        samples_file.read(), list(rewards), protocol.ks, protocol.success_reward, splice.strip
+    )
     write_json(output_dir / "summary.json", {"settings": record, **results})
     print_report(results, output_dir)
 
 
-def load_sampler(model: str, tokenizer: Any, *, trust_remote_code: bool, **options: Any) -> Sampler:
+def load_sampler(
+    model: str, tokenizer: Any, *, trust_remote_code: bool, **options: Any
+) -> "TransformersSampler":
     """Load a model onto the accelerator, if there is one, and make a sampler of it."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -147,11 +165,18 @@ def load_sampler(model: str, tokenizer: Any, *, trust_remote_code: bool, **optio
     return TransformersSampler(loaded.to(device or "cpu"), tokenizer, **options)
 
 
+def make_splice(tokenizer: Any, max_prompt_tokens: int) -> TextSplice:
+    """Show drafts as the trainer does; they are cut to fit the context, the question never is."""
+    budget = TokenBudget(tokenizer, max_prompt_tokens=max_prompt_tokens)
+    return TextSplice(special_tokens=marker_tokens(tokenizer), budget=budget)
+
+
 def answer_all(
     rows: Sequence[Row],
     sampler: Sampler,
     rewards: Mapping[str, Reward],
     protocol: Protocol,
+    splice: TextSplice,
     file: MetricsFile,
 ) -> None:
     """Answer the prompts that the file does not hold yet, batch by batch."""
@@ -163,7 +188,7 @@ def answer_all(
     file.truncate(lambda row: row["index"] < start)
     for first in track(range(start, len(rows), size), "answering", disable=start == len(rows)):
         batch = rows[first : first + size]
-        file.append(*answer_batch(batch, first, sampler, rewards, protocol))
+        file.append(*answer_batch(batch, first, sampler, rewards, protocol, splice))
 
 
 def answer_batch(
@@ -172,6 +197,7 @@ def answer_batch(
     sampler: Sampler,
     rewards: Mapping[str, Reward],
     protocol: Protocol,
+    splice: TextSplice,
 ) -> Iterator[Row]:
     """Answer one batch of prompts in each way that the protocol names; one record per prompt."""
     prompts = [row["prompt"] for row in rows]
@@ -199,6 +225,7 @@ def answer_batch(
             num_refinements=protocol.refinements,
             columns=columns,
             select=select_best_draft if is_best else select_random_draft,
+            splice=splice,
             seed=derive_seed(seed, 1),
         ).groups
     scorers = {name: Scorer(each, prompts, columns, name) for name, each in rewards.items()}
@@ -208,6 +235,7 @@ def answer_batch(
         if group is not None:
             record["drafts"] = _answers(index, group.drafts, scorers)
             record["chosen"] = group.choices[0].index
+            record["shown"] = group.choices[0].draft
             record["refinements"] = _answers(index, group.refinements[0], scorers)
         yield record
 

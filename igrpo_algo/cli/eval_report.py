@@ -1,7 +1,7 @@
 """From the records of `igrpo eval` to its numbers and its table."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,27 +10,38 @@ import torch
 from torch import Tensor
 
 from ..data import Row
-from ..intervals import Interval, mean_confidence_interval, wilson_interval
+from ..intervals import Interval, bounded_mean_interval, mean_confidence_interval
 from ..metrics import pass_at_k, stage_uplift
+from ..prompts import strip_thinking
 
 STAGES = {"single": "single-shot", "drafts": "drafts", "refinements": "refined"}
 CONFIDENCE = 0.95
+MANY_PROMPTS = 30
+"""Prompts from which the mean over prompts is taken to be normal."""
 
 
 def report(
-    records: Sequence[Row], rewards: Sequence[str], ks: Sequence[int], success_reward: float
+    records: Sequence[Row],
+    rewards: Sequence[str],
+    ks: Sequence[int],
+    success_reward: float,
+    strip: Callable[[str], str] | None = strip_thinking,
 ) -> dict[str, Any]:
     """Compute all results of an evaluation.
 
     Accuracies weigh each prompt the same. Their intervals take prompts, not samples, as what is
-    independent; Wilson's is used where each prompt has one answer. Answers that could not be
-    scored are left out and counted. Intervals are cut to [0, 1].
+    independent. With fewer than 30 scored prompts, with one answer per prompt, and where all
+    prompts come out the same, the interval is Wilson's over prompts (`bounded_mean_interval`), so
+    none is without width; otherwise it is the normal one, cut to [0, 1]. Answers that could not be
+    scored are left out and counted. A refinement is a copy if what is left of it, stripped like a
+    draft, is the draft as the prompt showed it.
 
     Args:
         records: One per prompt, as `samples.jsonl` holds them.
         rewards: Names of the rewards; the first says what is right.
         ks: The k of pass@k; those above a stage's number of answers are left out there.
         success_reward: Score from which an answer is right.
+        strip: What was kept of a draft before it was shown; None kept all.
 
     Returns:
         Results that JSON can say: per stage `pass@k` with mean, low and high, mean rewards, tokens,
@@ -49,7 +60,7 @@ def report(
     if "refinements" in scores:
         right = {name: _success(each, success_reward) for name, each in scores.items()}
         results["uplift"] = float(stage_uplift(right["drafts"], right["refinements"]))
-        results["copied"] = _copied(records)
+        results["copied"] = _copied(records, strip)
     return results
 
 
@@ -70,20 +81,23 @@ def _success(scores: Tensor, threshold: float) -> Tensor:
 
 def _interval(scores: Tensor, k: int, threshold: float) -> dict[str, float]:
     per_prompt = pass_at_k(scores, k, threshold=threshold)
-    if scores.shape[1] == 1:
-        interval = wilson_interval(per_prompt, confidence=CONFIDENCE)
+    scored = per_prompt[~per_prompt.isnan()]
+    one_try = scores.shape[1] == 1
+    if one_try or len(scored) < MANY_PROMPTS or scored.min() == scored.max():
+        # pass@k is a product of ratios: it may leave [0, 1] by a rounding error.
+        interval = bounded_mean_interval(per_prompt.clamp(0, 1), confidence=CONFIDENCE)
     else:
         interval = mean_confidence_interval(per_prompt[:, None], confidence=CONFIDENCE)
     cut = Interval(*(bound.clamp(0, 1) for bound in interval))
     return {name: float(bound) for name, bound in cut._asdict().items()}
 
 
-def _copied(records: Sequence[Row]) -> float:
-    """Share of refinements that repeat their draft, among prompts that were given one."""
+def _copied(records: Sequence[Row], strip: Callable[[str], str] | None) -> float:
+    """Share of refinements that repeat the draft they were shown, among prompts with one."""
     copies = [
-        answer["text"] == row["drafts"][row["chosen"]]["text"]
+        (answer["text"] if strip is None else strip(answer["text"])).strip() == row["shown"].strip()
         for row in records
-        if row["chosen"] >= 0
+        if row["shown"]
         for answer in row["refinements"]
     ]
     return fmean(copies) if copies else math.nan

@@ -42,7 +42,11 @@ TAKEN = frozenset(
 
 def load_rewards(names: str) -> dict[str, Reward]:
     """Load rewards by their names, separated by commas."""
-    rewards = {name: load_reward(name) for name in map(str.strip, names.split(","))}
+    rewards: dict[str, Reward] = {}
+    for name in map(str.strip, names.split(",")):
+        if name in rewards:
+            raise ValueError(f"--reward names {name!r} twice; to count it more, use a weight")
+        rewards[name] = load_reward(name)
     if math_reward in rewards.values():
         shared_judge()  # says now, not at the first score, that math-verify is not installed
     return rewards

@@ -9,10 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from igrpo_kernels.checks import check_number
+
 if TYPE_CHECKING:
     from ..trainers.trl_config import IGRPOConfig
 
 Settings = dict[str, Any]
+
+# What IGRPOConfig takes as it is and only the middle of a run would choke on.
+RANGES: dict[str, dict[str, float]] = {
+    "learning_rate": {"at_least": 0},
+    "temperature": {"above": 0},
+    "top_p": {"above": 0, "at_most": 1},
+    "max_completion_length": {"at_least": 1},
+    "num_train_epochs": {"above": 0},
+    "weight_decay": {"at_least": 0},
+    "max_grad_norm": {"at_least": 0},
+    "beta": {"at_least": 0},
+}
 
 # What a run needs to be resumable and watchable; any of them gives way to the user's own.
 DEFAULTS: Settings = {"save_steps": 100, "save_total_limit": 2, "logging_steps": 1}
@@ -74,6 +88,8 @@ def build_config(
             hint = f"; did you mean {', '.join(close)}?" if close else ""
             raise ValueError(f"IGRPOConfig has no field {name!r}{hint}")
         _check_type(name, value, fields[name].default)
+    for name in RANGES.keys() & settings.keys():
+        check_number(name, settings[name], **RANGES[name])
     if "output_dir" in settings:
         raise ValueError("output_dir is given by --output-dir, not by --config or --set")
     machine = {} if torch.accelerator.is_available() else WITHOUT_ACCELERATOR

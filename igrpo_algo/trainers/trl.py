@@ -322,7 +322,9 @@ class IGRPOTrainer(PolicyLossTrainer):
         self, drafts: Drafts, choice: DraftChoice, refined: list[Refined], group: int
     ) -> None:
         """Log both stages over all ranks, and warn once when copies take over."""
-        counts = count_rows(refined, self._sampled[1], self.accelerator.device)
+        counts = count_rows(
+            refined, self._sampled[1], self.splice, self._tokenizer, self.accelerator.device
+        )
         metrics = stage_metrics(
             drafts.rewards,
             self._total_rewards().view(-1, group),

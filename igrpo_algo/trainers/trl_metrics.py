@@ -2,38 +2,58 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..metrics import copied_share, stage_uplift, zero_variance_share
+from ..metrics import stage_uplift, zero_variance_share
+from ..splicing import TextSplice
 from .trl_drafts import DraftChoice, Refined
 
 
 def count_rows(
-    refined: Sequence[Refined], refinement_ids: Sequence[Sequence[int]], device: torch.device
+    refined: Sequence[Refined],
+    refinement_ids: Sequence[Sequence[int]],
+    splice: TextSplice,
+    tokenizer: Any,
+    device: torch.device,
 ) -> Tensor:
     """Count what `stage_metrics` needs from each rank; the counts of ranks add up.
+
+    A refinement repeats its draft if its text, without special tokens and stripped as `splice`
+    strips drafts, is the draft as it stands in the prompt; space at the ends does not count.
 
     Args:
         refined: The Stage-2 prompt of each row.
         refinement_ids: The token ids of each row's refinement.
+        splice: What put the drafts into their prompts.
+        tokenizer: What turns refinements into text.
         device: Where the counts go.
 
     Returns:
-        Rows, rows with a draft, rows that repeat it token for token, tokens of the drafts as they
+        Rows, rows with a draft, rows that repeat it, tokens of the drafts as they
         stand in prompts, and tokens cut off drafts. Shape [5], float32.
     """
     shown = [row for row in refined if row.draft is not None]
-    copied = copied_share([row.draft_ids for row in refined], [[ids] for ids in refinement_ids])
+    copied = [
+        row.draft.strip() == _kept_text(ids, splice, tokenizer)
+        for row, ids in zip(refined, refinement_ids, strict=True)
+        if row.draft is not None
+    ]
     counts = [
         len(refined),
         len(shown),
-        copied * len(shown) if shown else 0,
+        sum(copied),
         sum(row.length for row in shown),
         sum(row.cut for row in refined),
     ]
     return torch.tensor(counts, dtype=torch.float32, device=device)
+
+
+def _kept_text(ids: Sequence[int], splice: TextSplice, tokenizer: Any) -> str:
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    return (text if splice.strip is None else splice.strip(text)).strip()
 
 
 def stage_metrics(

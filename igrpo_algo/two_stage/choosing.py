@@ -112,7 +112,12 @@ class Choosing:
             seed = self._seed(index, pool, _SELECT)
             options["generator"] = torch.Generator().manual_seed(seed)
         best = self.select(torch.tensor([scores], dtype=torch.float64), **options)
-        return int(best.index)
+        chosen = int(best.index)
+        if not -1 <= chosen < len(pool):
+            raise ValueError(
+                f"select must return an index below {len(pool)}, or -1 for none, got {chosen}"
+            )
+        return chosen
 
     def _seed(self, index: int, pool: Sequence[Completion], purpose: int) -> int:
         # The pool grows by each round, so its size tells the rounds of a prompt apart.

@@ -14,6 +14,9 @@ from ..rollouts import Choice, Group, Stage
 from ..sampling import AnySampler, Prompt, derive_seed
 from ..scoring import Scorer
 from .choosing import Choosing
+from .journal import Header
+
+SKIPPED = Completion([], "", [], "skipped")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class StageFinished:
-    """A prompt's stage was sampled and scored, or passed over (it has no completions then).
+    """A prompt's stage was sampled and scored, or passed over (its completions have no tokens).
 
     Attributes:
         index: Position of the prompt.
@@ -66,6 +69,13 @@ class Plan:
     seed: int | None
     on_progress: OnProgress | None
     began: float = field(default_factory=time.monotonic)
+
+    @property
+    def header(self) -> Header:
+        """Say which rollout this is, for its journal."""
+        return Header.of(
+            self.prompts, self.num_drafts, self.num_refinements, self.rounds, self.seed
+        )
 
     def size(self, number: int) -> int:
         """Count the completions of a stage."""
@@ -105,7 +115,8 @@ class Course:
 
     def ask(self) -> Prompt | None:
         """Give the prompt to draw the next stage from; None passes over a stage without draws."""
-        prompt, draws = self.prompt, self.plan.size(self.number) > 0
+        prompt, n = self.prompt, self.plan.size(self.number)
+        draws = n > 0
         if self.number:
             pool = [completion for stage in self.stages for completion in stage.completions]
             rewards = [reward for stage in self.stages for reward in stage.rewards]
@@ -116,7 +127,8 @@ class Course:
             self._asked = prompt
             return prompt
         now = self.plan.clock()
-        self._finish(Stage(prompt, [], [], now, now))
+        self._scores += [math.nan] * n
+        self._finish(Stage(prompt, [SKIPPED] * n, [math.nan] * n, now, now))
         return None
 
     async def tell(

@@ -14,7 +14,7 @@ from .courses import Course, Plan
 from .journal import Journal
 from .scheduling import Slots
 
-CANCELLED = Completion([], "", None, "cancelled")
+CANCELLED = Completion([], "", [], "cancelled")
 
 
 async def run_in_step(plan: Plan) -> list[Group]:
@@ -47,7 +47,7 @@ async def run_stream(
     for group in finished:
         yield group
     done: asyncio.Queue[asyncio.Task[Group]] = asyncio.Queue()
-    with nullcontext() if path is None else Journal(path) as journal:
+    with nullcontext() if path is None else Journal(path, plan.header) as journal:
 
         async def run(index: int) -> Group:
             group = await _run_alone(Course(plan, index), slots, reward_max)

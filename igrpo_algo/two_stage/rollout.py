@@ -4,11 +4,9 @@ Stage 1: N drafts from q, scored; d* = argmax R. Stage 2: G refinements from q' 
 the same reward on the original q. iGRPO: Hatamizadeh et al. 2026, arXiv:2602.09000.
 """
 
-import json
 import os
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from igrpo_kernels.checks import check_count, check_number, describe
@@ -22,7 +20,7 @@ from ..splicing import DEFAULT_SPLICE, Splice
 from .choosing import Choosing, Fallback, Select, TieScores
 from .courses import OnProgress, Plan
 from .drivers import located, run_in_step, run_stream
-from .journal import check_journal, load_journal
+from .journal import resume_journal
 from .scheduling import Slots
 
 
@@ -63,7 +61,8 @@ def two_stage_rollout(
         reward: TRL's convention: `reward(prompts=..., completions=..., **columns)` returns a float
             or None (not scored) for each completion; a coroutine function may too. It is called
             once per prompt and stage, and always sees the original prompt.
-        num_drafts: N. 0 leaves Stage 1 out: the group is GRPO's.
+        num_drafts: N. 0 leaves Stage 1 out: the group is GRPO's, and options that say which draft
+            is chosen or how it is spliced are refused, unless there is another round.
         num_refinements: G, at least 1.
         rounds: Rounds of refinement. Each chooses among all completions so far, so the best so
             far becomes the draft, and it is spliced into the original prompt.
@@ -78,7 +77,8 @@ def two_stage_rollout(
         failed_below: The drafts of a prompt have all failed if none has a reward of at least this.
             None: no draft counts as failed.
         when_failed: What Stage 2 sees if all drafts failed: the best failure (the paper to the
-            letter), the plain prompt, or nothing (the prompt is skipped and has no refinements).
+            letter), the plain prompt, or nothing (the prompt is skipped: its G refinements have no
+            tokens, a reward of NaN and the finish reason "skipped").
         when_unscored: The same if no draft could be scored: the plain prompt, or nothing.
         splice: Puts the draft into the prompt: `TextSplice` (template, thinking stripped or kept,
             token budget), `TokenSplice` for token ids, or a function of prompt and draft. A draft
@@ -181,14 +181,16 @@ def stream_two_stage_rollout(
             G of a prompt and holds as many slots until the longest is done.
         reward_max: The reward's known maximum, for early selection; None waits for all drafts.
         journal: A file that gets each finished group before it is yielded. Groups that it already
-            holds are yielded first and not drawn again, so a run that died goes on.
+            holds are yielded first and not drawn again, so a run that died goes on. Its first line
+            has sizes, seed and a hash of the prompts, which must be the same then; functions
+            cannot be compared.
 
     Returns:
         An asynchronous generator of groups, in the order in which they finish.
 
     Raises:
         TypeError: As in `two_stage_rollout`; a prompt cannot be written to the journal.
-        ValueError: As there; the journal belongs to other prompts or sizes; a reward exceeds
+        ValueError: As there; the journal belongs to other prompts, sizes or seed; a reward exceeds
             `reward_max`; early selection meets another rule of choice.
         RewardError: The reward raised; the message names the prompt.
 
@@ -224,9 +226,7 @@ def stream_two_stage_rollout(
             raise ValueError("reward_max has no effect with num_drafts = 0")
     finished: list[Group] = []
     if journal is not None:
-        json.dumps(plan.prompts)
-        finished = load_journal(journal) if Path(journal).exists() else []
-        check_journal(finished, plan.prompts, num_drafts, rounds)
+        finished = resume_journal(journal, plan.header)
     return run_stream(plan, slots, reward_max, journal, finished)
 
 
@@ -250,8 +250,8 @@ def _plan(
     check_count("rounds", rounds)
     if seed is not None:
         check_count("seed", seed, at_least=0)
-    if choose.draft_dropout and num_drafts == 0 and rounds == 1:
-        raise ValueError("draft_dropout has no effect: num_drafts = 0 and rounds = 1")
+    if num_drafts == 0 and rounds == 1:
+        _check_nothing_chosen(choose, selection_score)
     if on_progress is not None and not callable(on_progress):
         raise TypeError(f"on_progress must be callable, got {describe(on_progress)}")
     if num_drafts or rounds > 1:
@@ -269,3 +269,18 @@ def _plan(
         checked, sampler, num_drafts, num_refinements, rounds, score, ranking, choose, seed,
         on_progress,
     )  # fmt: skip
+
+
+def _check_nothing_chosen(choose: Choosing, selection_score: Reward | None) -> None:
+    """Name the first rule of choice that is set although there is no draft."""
+    for name, is_set in {
+        "select": choose.select is not select_best_draft,
+        "selection_score": selection_score is not None,
+        "tie_scores": choose.tie_scores is not None,
+        "failed_below": choose.failed_below is not None,
+        "when_unscored": choose.when_unscored is not Fallback.PLAIN_PROMPT,
+        "splice": choose.splice != DEFAULT_SPLICE,
+        "draft_dropout": choose.draft_dropout > 0,
+    }.items():
+        if is_set:
+            raise ValueError(f"{name} has no effect: num_drafts = 0 and rounds = 1")

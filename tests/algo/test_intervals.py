@@ -6,7 +6,12 @@ import statistics
 import pytest
 import torch
 
-from igrpo_algo.intervals import Interval, mean_confidence_interval, wilson_interval
+from igrpo_algo.intervals import (
+    Interval,
+    bounded_mean_interval,
+    mean_confidence_interval,
+    wilson_interval,
+)
 
 NAN = float("nan")
 Z95 = 1.959963984540054
@@ -113,3 +118,36 @@ def test_shapes_are_named() -> None:
         wilson_interval(torch.ones(2, 2))
     with pytest.raises(TypeError, match=r"correct must be a torch\.Tensor"):
         wilson_interval([1, 0])
+
+
+def test_bounded_mean_is_wilson_s_formula_over_prompts() -> None:
+    scores = torch.tensor([0.25, 1.0, 0.5, NAN, 0.0], dtype=torch.float64)
+    p, n, z2 = 1.75 / 4, 4, Z95**2
+    center = (p + z2 / (2 * n)) / (1 + z2 / n)
+    margin = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    found = numbers(bounded_mean_interval(scores))
+    assert found == pytest.approx([p, center - margin, center + margin], rel=1e-12)
+    tries = torch.tensor([1, 0, 0, 1])
+    assert bounded_mean_interval(tries) == wilson_interval(tries)
+
+
+def test_bounded_mean_holds_the_truth_with_few_prompts() -> None:
+    runs, prompts = 400, 6
+    rates = torch.rand(runs, prompts)
+    shares = torch.bernoulli(rates[:, :, None].expand(runs, prompts, 4)).mean(-1)
+    held = sum(bool(each.low <= 0.5 <= each.high) for each in map(bounded_mean_interval, shares))
+    assert held >= 380
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0, 7.0, -1.0, math.inf])
+def test_wilson_refuses_what_is_no_try(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"correct must hold 0, 1 or NaN, got {value}"):
+        wilson_interval(torch.tensor([1.0, NAN, value]))
+
+
+@pytest.mark.parametrize("value", [1.5, -0.25])
+def test_bounded_mean_refuses_what_is_not_bounded(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"scores must be from 0 to 1 or NaN, got {value}"):
+        bounded_mean_interval(torch.tensor([0.5, NAN, value]))
+    with pytest.raises(ValueError, match=r"scores must have shape \[P\], got \[2, 2\]"):
+        bounded_mean_interval(torch.ones(2, 2))

@@ -3,14 +3,16 @@
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from igrpo_algo.advantages import standardize_by_group
 from igrpo_algo.completions import Completion
 from igrpo_algo.rollouts import Choice, Group, Rollouts, Stage
-from igrpo_algo.two_stage.journal import Journal, check_journal, load_journal
+from igrpo_algo.two_stage.journal import Header, Journal, load_journal, resume_journal
 
 NAN = math.nan
 CHAT = [{"role": "user", "content": "große Frage\n"}]
@@ -32,7 +34,7 @@ SKIPPED = Group(
     index=1,
     drafts=Stage(CHAT, [completion(known=False), completion(reason="cancelled")], [NAN, NAN]),
     choices=[Choice(-1, NAN, failed=True, skipped=True)],
-    refinements=[Stage(CHAT, [], [], 1.0, 1.0)],
+    refinements=[Stage(CHAT, [completion(reason="skipped")] * 2, [NAN, NAN], 1.0, 1.0)],
 )
 DROPPED = Group(
     index=2,
@@ -41,6 +43,7 @@ DROPPED = Group(
     refinements=[Stage([7, 8], [completion(9), completion(9)], [0.5, -1.0])],
 )
 ALL = Rollouts([FIRST, SKIPPED, DROPPED])
+HEADER = Header.of(["q", CHAT, [7, 8]], 2, 2, 1, seed=5)
 
 
 def same(actual, expected, dtype):
@@ -73,9 +76,10 @@ def test_completions_of_both_stages_and_their_tensors():
     assert ALL.prompts == ["q", CHAT, [7, 8]]
     assert ALL.drafts.prompts == ["q", CHAT, [7, 8]]
     assert ALL.refinements.prompts == ["q (3,)", CHAT, [7, 8]]
-    assert ALL.refinements.owner.tolist() == [0, 0, 2, 2]
-    assert ALL.refinements.padded().ids.tolist() == [[4, 0, 0], [5, 6, 7], [9, 0, 0], [9, 0, 0]]
-    assert ALL.refinements.packed().cu_seqlens.tolist() == [0, 1, 4, 5, 6]
+    assert ALL.refinements.owner.tolist() == [0, 0, 1, 1, 2, 2]
+    ids = [[4, 0, 0], [5, 6, 7], [0, 0, 0], [0, 0, 0], [9, 0, 0], [9, 0, 0]]
+    assert ALL.refinements.padded().ids.tolist() == ids
+    assert ALL.refinements.packed().cu_seqlens.tolist() == [0, 1, 4, 4, 4, 5, 6]
     torch.testing.assert_close(
         ALL.refinements.packed().logprobs,
         torch.tensor([-0.4, -0.5, -0.6, -0.7, -0.9, -0.9]),
@@ -96,9 +100,15 @@ def test_an_empty_rollout():
     assert empty.until_round(1) == empty
 
 
-def test_all_skipped():
-    rollouts = Rollouts([SKIPPED])
-    assert rollouts.refinement_rewards.shape == (1, 0)
+@pytest.mark.parametrize("groups", [[SKIPPED], [SKIPPED, FIRST], [FIRST, SKIPPED, DROPPED]])
+def test_skipped_prompts_keep_their_rows(groups):
+    rollouts = Rollouts(groups)
+    rewards, batch = rollouts.refinement_rewards, rollouts.refinements.padded()
+    assert rewards.shape == (len(groups), 2)
+    advantages = standardize_by_group(rewards).flatten()
+    assert len(batch.mask) == len(batch.logprobs) == len(advantages)
+    assert batch.mask.any(dim=1).tolist() == (~rollouts.skipped).repeat_interleave(2).tolist()
+    assert advantages[rollouts.skipped.repeat_interleave(2)].tolist() == [0.0, 0.0]
 
 
 def test_join_index_iterate():
@@ -198,30 +208,30 @@ def test_what_json_cannot_say_is_refused(tmp_path):
 
 def test_journal_keeps_each_group(tmp_path):
     path = tmp_path / "journal.jsonl"
-    with Journal(path) as journal:
+    with Journal(path, HEADER) as journal:
         journal.append(SKIPPED)
         assert load_journal(path) == [SKIPPED]
         journal.append(FIRST)
-    with Journal(path) as journal:
+    with Journal(path, HEADER) as journal:
         journal.append(DROPPED)
     assert load_journal(path) == [SKIPPED, FIRST, DROPPED]
     strict = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
     lines = path.read_text().splitlines()
-    assert [json.loads(line, **strict)["index"] for line in lines] == [1, 0, 2]
+    assert [json.loads(line, **strict)["index"] for line in lines[1:]] == [1, 0, 2]
 
 
 def test_a_torn_last_line_is_dropped_and_overwritten(tmp_path):
     path = tmp_path / "journal.jsonl"
-    with Journal(path) as journal:
+    with Journal(path, HEADER) as journal:
         journal.append(FIRST)
         journal.append(DROPPED)
     whole = path.read_bytes()
     for cut in range(1, len(whole)):
         path.write_bytes(whole[:-cut])
         finished = load_journal(path)
-        assert finished == [FIRST, DROPPED][: whole[:-cut].count(b"\n")]
+        assert finished == [FIRST, DROPPED][: max(0, whole[:-cut].count(b"\n") - 1)]
     path.write_bytes(whole[:-5])
-    with Journal(path) as journal:
+    with Journal(path, HEADER) as journal:
         journal.append(SKIPPED)
     assert load_journal(path) == [FIRST, SKIPPED]
 
@@ -229,28 +239,78 @@ def test_a_torn_last_line_is_dropped_and_overwritten(tmp_path):
 def test_a_line_is_on_disk_when_append_returns(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
-    with Journal(tmp_path / "j") as journal:
+    with Journal(tmp_path / "j", HEADER) as journal:
         journal.append(FIRST)
-        assert synced == [(tmp_path / "j").stat().st_size]
+        assert synced[1:] == [(tmp_path / "j").stat().st_size]
 
 
 @pytest.mark.parametrize("line", [b"{}\n", b"not json\n", b"[]\n", b'{"index": 0}\n'])
 def test_a_whole_line_that_is_no_group_is_an_error(tmp_path, line):
     path = tmp_path / "journal.jsonl"
-    with Journal(path) as journal:
+    with Journal(path, HEADER) as journal:
         journal.append(FIRST)
     with open(path, "ab") as file:
         file.write(line)
-    with pytest.raises(ValueError, match=r"line 2 of .*journal\.jsonl holds no group"):
+    with pytest.raises(ValueError, match=r"line 3 of .*journal\.jsonl holds no group"):
         load_journal(path)
 
 
-def test_a_journal_of_another_rollout_is_refused():
-    prompts = ["q", CHAT, [7, 8]]
-    check_journal([DROPPED, FIRST], prompts, 2, 1)
-    with pytest.raises(ValueError, match=r"its group 2 has .*, this rollout 'p'"):
-        check_journal([DROPPED], ["q", CHAT, "p"], 2, 1)
-    with pytest.raises(ValueError, match=r"its group 2 has .*, this rollout None"):
-        check_journal([DROPPED], ["q"], 2, 1)
-    with pytest.raises(ValueError, match=r"= \(2, 1\), this rollout \(4, 1\)"):
-        check_journal([DROPPED], prompts, 4, 1)
+@pytest.mark.parametrize(
+    ("index", "match"),
+    [
+        (0, r"line 3 of .*j repeats index 0"),
+        (-1, r"line 3 of .*j has index -1, but there are 3 prompts"),
+        (3, r"line 3 of .*j has index 3, but there are 3 prompts"),
+    ],
+)
+def test_a_journal_has_each_prompt_once(tmp_path, index, match):
+    with Journal(tmp_path / "j", HEADER) as journal:
+        journal.append(FIRST)
+        journal.append(replace(DROPPED, index=index))
+    with pytest.raises(ValueError, match=match):
+        load_journal(tmp_path / "j")
+
+
+@pytest.mark.parametrize("line", [b"{}", b"[]", b"not json", json.dumps(FIRST.to_json()).encode()])
+def test_a_journal_begins_with_its_header(tmp_path, line):
+    (tmp_path / "j").write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match=r"line 1 of .*j is no header"):
+        load_journal(tmp_path / "j")
+
+
+def test_a_journal_with_a_torn_header_starts_anew(tmp_path):
+    path = tmp_path / "j"
+    path.write_bytes(b'{"num_prom')
+    assert load_journal(path) == resume_journal(path, HEADER) == []
+    with Journal(path, HEADER) as journal:
+        journal.append(FIRST)
+    assert resume_journal(path, HEADER) == [FIRST]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"num_prompts": 4}, "num_prompts = 3, this one 4"),
+        ({"num_drafts": 4}, "num_drafts = 2, this one 4"),
+        ({"num_refinements": 8}, "num_refinements = 2, this one 8"),
+        ({"rounds": 2}, "rounds = 1, this one 2"),
+        ({"seed": None}, "seed = 5, this one None"),
+        ({"prompts": "other"}, "prompts = '[0-9a-f]{32}', this one 'other'"),
+    ],
+)
+def test_a_journal_of_another_rollout_is_refused(tmp_path, change, match):
+    with Journal(tmp_path / "j", HEADER):
+        pass
+    assert resume_journal(tmp_path / "j", HEADER) == []
+    with pytest.raises(ValueError, match=f"belongs to another rollout: .*j has {match}"):
+        resume_journal(tmp_path / "j", replace(HEADER, **change))
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_the_file_has_the_mode_that_the_umask_gives(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        ALL.save(tmp_path / "r")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "r").stat().st_mode & 0o777 == 0o666 & ~mask

@@ -235,3 +235,14 @@ def test_samples_are_prompt_major():
     assert samples.texts == [["a", ""], ["b"]]
     assert samples.padded(pad_token_id=3).ids[2].tolist() == [7, 3, 3]
     assert samples.packed().ids.tolist() == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("seed", [1.5, "a", True, ["a", "b"], {0, 1}])
+def test_what_is_no_seed_is_named(seed):
+    with pytest.raises(TypeError, match="seed must be an int or a list of them, got"):
+        sample_group(["a", "b"], plain, 1, seed=seed)
+
+
+def test_the_class_of_a_sampler_is_no_sampler():
+    with pytest.raises(TypeError, match="sampler must be an instance, got the class Batch"):
+        sample_group(["a"], Batch, 1)

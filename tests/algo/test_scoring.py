@@ -79,7 +79,9 @@ def test_nothing_to_score_is_not_asked():
         ([1.0, math.inf], ValueError, r"must be finite.*got inf on prompt 1"),
         ([-math.inf, 1.0], ValueError, "got -inf"),
         ([1.0, "high"], TypeError, r"numbers or None, got str 'high' on prompt 1 \('b'\)"),
-        (3.0, RewardError, "not iterable"),
+        (3.0, TypeError, r"reward must return a list of numbers, got float 3.0 on prompt 1"),
+        (None, TypeError, r"reward must return a list of numbers, got None"),
+        ("10", TypeError, r"reward must return a list of numbers, got str '10'"),
     ],
 )
 def test_what_a_reward_may_not_return(values, error, match):
@@ -119,3 +121,22 @@ def test_wrong_columns(columns, error, match):
 def test_a_reward_is_called():
     with pytest.raises(TypeError, match=r"selection_score must be callable, got float 1\.0"):
         Scorer(1.0, ["a"], {}, "selection_score")
+
+
+def test_a_reward_may_change_what_it_is_given():
+    def vandal(prompts, completions):
+        prompts[0][0]["content"] = "changed"
+        return [float(prompt[0]["content"] == "q") for prompt in prompts]
+
+    chat = [{"role": "user", "content": "q"}]
+    assert score(vandal, prompts=[chat], index=0) == [0.0, 1.0]
+    assert chat == [{"role": "user", "content": "q"}]
+
+
+def test_a_reward_that_raises_while_it_yields_names_its_prompt():
+    def reward(prompts, completions):
+        yield 1.0
+        raise KeyError("answer")
+
+    with pytest.raises(RewardError, match=r"reward failed on prompt 1 \('b'\): KeyError"):
+        score(reward)

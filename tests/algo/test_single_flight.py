@@ -213,3 +213,18 @@ def test_what_runs_is_never_dropped():
 def test_keep_is_at_least_one():
     with pytest.raises(ValueError, match="keep must be >= 1, got 0"):
         SingleFlight(keep=0)
+
+
+def test_the_training_step_in_the_key_tells_epochs_apart():
+    async def main():
+        flight = SingleFlight(keep=1)
+
+        async def draft(text):
+            return text
+
+        first = await flight.do((0, "q"), lambda: draft("old"))
+        later = await flight.do((1, "q"), lambda: draft("new"))
+        evicted = await flight.do((0, "q"), lambda: draft("drawn anew"))
+        return first, later, evicted
+
+    assert asyncio.run(main()) == ("old", "new", "drawn anew")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from igrpo_algo.completions import Completion
-from igrpo_algo.drafts import select_random_draft, select_worst_draft
+from igrpo_algo.drafts import BestDraft, select_random_draft, select_worst_draft
 from igrpo_algo.prompts import DraftTemplate
 from igrpo_algo.rollouts import Rollouts
 from igrpo_algo.scoring import RewardError
@@ -247,7 +247,7 @@ def test_all_drafts_failed(rule, prompts, skipped):
     assert rollouts.chosen.tolist() == [1]
     assert rollouts.refinements.prompts == prompts
     assert rollouts.skipped.tolist() == [skipped]
-    assert rollouts.refinement_rewards.shape == (1, 0 if skipped else 1)
+    assert rollouts.refinement_rewards.isnan().tolist() == [[skipped]]
     good = drafts(["0", "1"], failed_below=1.0, when_failed=rule)
     assert good.refinements.prompts == ["q -> 1"]
     assert not good.failed.any()
@@ -604,10 +604,12 @@ def test_a_finished_journal_draws_nothing(tmp_path):
 def test_a_journal_of_other_prompts_or_sizes_is_refused_at_once(tmp_path):
     path = tmp_path / "journal.jsonl"
     streamed(PROMPTS, canned, graded, seed=1, journal=path)
-    with pytest.raises(ValueError, match="belongs to other prompts"):
-        stream_two_stage_rollout(PROMPTS[::-1], canned, graded, journal=path)
-    with pytest.raises(ValueError, match="num_drafts, rounds"):
-        stream_two_stage_rollout(PROMPTS, canned, graded, num_drafts=2, journal=path)
+    with pytest.raises(ValueError, match=r"has prompts = .*, this one"):
+        stream_two_stage_rollout(PROMPTS[::-1], canned, graded, seed=1, journal=path)
+    for change in ({"num_drafts": 2}, {"num_refinements": 8}, {"rounds": 2}, {"seed": 2}):
+        ((name, value),) = change.items()
+        with pytest.raises(ValueError, match=f"has {name} = [14], this one {value}"):
+            stream_two_stage_rollout(PROMPTS, canned, graded, **{"seed": 1, **change}, journal=path)
     with pytest.raises(TypeError, match="JSON"):
         stream_two_stage_rollout(
             [[{"role": "user", "content": b"bytes"}]], canned, graded, num_drafts=0, journal=path
@@ -641,7 +643,8 @@ def test_progress_tells_of_skipped_prompts_too(run):
     run(["q"], canned, graded, on_progress=events.append, **rule)
     assert [type(event) for event in events] == [StageStarted, StageFinished, StageFinished]
     assert events[-1].last
-    assert events[-1].stage.completions == []
+    assert [c.finish_reason for c in events[-1].stage.completions] == ["skipped"] * 4
+    assert not any(c.token_ids for c in events[-1].stage.completions)
 
 
 # What is refused, before anything is drawn.
@@ -664,7 +667,18 @@ def test_progress_tells_of_skipped_prompts_too(run):
         ({"when_unscored": Fallback.BEST_FAILURE}, ValueError, "when_unscored must be"),
         ({"failed_below": math.nan}, ValueError, "failed_below must be finite"),
         ({"draft_dropout": 1.5}, ValueError, "draft_dropout must be <= 1, got 1.5"),
-        ({"draft_dropout": 0.5, "num_drafts": 0}, ValueError, "draft_dropout has no effect"),
+        *(
+            ({name: value, "num_drafts": 0}, ValueError, f"{name} has no effect: num_drafts = 0")
+            for name, value in {
+                "select": select_worst_draft,
+                "selection_score": by_text,
+                "tie_scores": len,
+                "failed_below": 0.5,
+                "when_unscored": Fallback.SKIP,
+                "splice": ARROW,
+                "draft_dropout": 0.5,
+            }.items()
+        ),
         (
             {"tie_scores": len, "select": select_random_draft},
             ValueError,
@@ -712,3 +726,49 @@ def test_tie_scores_are_one_per_draft():
 def test_a_sampler_that_returns_too_few():
     with pytest.raises(ValueError, match="n = 4 completions per prompt, got 1"):
         two_stage_rollout(["q"], lambda prompts, n, seed: [[Completion([], "")]], by_text)
+
+
+@pytest.mark.parametrize("index", [9, 2, -2])
+def test_a_select_that_returns_no_index_of_a_draft_is_named(index):
+    select = lambda scores: BestDraft(torch.tensor([index]), scores[:, 0], scores[:, 0] == 0)  # noqa: E731
+    with pytest.raises(ValueError, match=f"select must return an index below 2, .* got {index}"):
+        drafts(["0", "1"], select=select)
+
+
+def test_a_reward_that_changes_its_prompts_changes_nothing_else():
+    def vandal(prompts, completions):
+        for prompt in prompts:
+            prompt[0]["content"] = "changed"
+        return [1.0] * len(completions)
+
+    chat = [{"role": "user", "content": "q"}]
+    rollouts = both([chat], canned, vandal, splice=ARROW, seed=1)
+    assert chat == rollouts.prompts[0] == [{"role": "user", "content": "q"}]
+    assert rollouts.refinements.prompts[0][0]["content"].startswith("q -> ")
+
+
+@in_loop
+async def test_early_selection_leaves_the_others_their_logprobs():
+    class OneFast:
+        calls = 0
+
+        async def sample_one(self, prompt, n, *, seed=None):
+            self.calls += 1
+            if self.calls in (2, 3):
+                await asyncio.sleep(60)
+            return [Completion([1], "1", [-0.5])] * n
+
+    stream = stream_two_stage_rollout(["q"], OneFast(), by_text, num_drafts=3, reward_max=1.0)
+    rollouts = await gather(stream)
+    assert rollouts.cancelled.tolist() == [2]
+    assert rollouts.drafts.padded().logprobs.tolist() == [[-0.5], [0.0], [0.0]]
+
+
+def test_skipped_prompts_stay_skipped_in_later_rounds():
+    rule = {"failed_below": 3.0, "when_failed": Fallback.SKIP, "seed": 1}
+    ties = {"tie_scores": lambda pool: [0.0] * len(pool)}
+    rollouts = both(PROMPTS, canned, graded, rounds=2, num_refinements=3, **rule, **ties)
+    assert rollouts.skipped.all()
+    assert rollouts.refinement_rewards.shape == (5, 3)
+    assert rollouts.refinement_rewards.isnan().all()
+    assert rollouts.chosen.tolist() == rollouts.until_round(1).chosen.tolist()

@@ -11,7 +11,9 @@ from typer.testing import CliRunner, Result
 import igrpo_algo.cli.eval as eval_command
 from igrpo_algo.cli.app import app
 from igrpo_algo.cli.eval_report import print_report, report
+from igrpo_algo.cli.options import load_tokenizer
 from igrpo_algo.completions import Completion
+from igrpo_algo.splicing import TextSplice
 
 REWARD = "def vowels(completions, **columns):\n    return [x(c) for c in completions]\n\n\n" + (
     "def x(c):\n    return float(sum(map(c[-1]['content'].count, 'aeiou')) > 0)\n"
@@ -118,6 +120,8 @@ def test_best_draft_is_refined_on_request(tiny_model: str, problems: str) -> Non
         (["--dataset", "no.jsonl"], "no.jsonl does not exist"),
         (["--model", "./no"], "model ./no is not a folder with a config.json"),
         (["--temperature", "-1"], "temperature must be >= 0, got -1.0"),
+        (["--temperature", "0", "--top-p", "0.9"], "top_p has no effect at temperature 0, got 0.9"),
+        (["--reward", "math,math"], "--reward names 'math' twice"),
     ],
 )
 def test_refusals_are_one_line(
@@ -145,7 +149,11 @@ def test_each_batch_has_its_own_seeds() -> None:
     sampler = Sampler()
     rows = [{"prompt": "same"}] * 2
     for first in (0, 2):
-        list(eval_command.answer_batch(rows, first, sampler, {"zero": reward}, protocol))
+        list(
+            eval_command.answer_batch(
+                rows, first, sampler, {"zero": reward}, protocol, TextSplice()
+            )
+        )
     assert len(sampler.seeds) == len(set(sampler.seeds)) == 12
 
 
@@ -163,27 +171,34 @@ def test_report_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
             "single": answers(1.0, 1.0, 0.0, 0.0),
             "drafts": answers(0.0, 0.5),
             "chosen": 1,
-            "refinements": answers(1.0, 1.0),
+            "shown": "a",
+            "refinements": answers(1.0, 1.0, text="<think>Again?</think>a"),
         },
         {
             "single": answers(0.0, 0.0, 0.0, 0.5, cut=True),
             "drafts": answers(1.0, 0.0),
             "chosen": 0,
+            "shown": "a",
             "refinements": answers(1.0, 0.0, text="b"),
         },
         {
             "single": answers(None, None, None, None),
             "drafts": answers(None, None),
             "chosen": -1,
+            "shown": "",
             "refinements": answers(None, None, text="b"),
         },
     ]
     results = report(rows, ["math"], [1, 2, 4], 1.0)
     single = results["single"]
-    # pass@1 of the prompts: 1/2 and 0. Their deviation is 1/sqrt(8), so 1.96 / 4 on each side.
+    # pass@1 of the prompts: 1/2 and 0. Wilson's bounds for a mean of 1/4 over two prompts:
+    # (1/4 + z^2 / 4 -+ z sqrt(3/32 + z^2 / 16)) / (1 + z^2 / 2).
     assert single["pass@1"]["mean"] == pytest.approx(0.25, abs=1e-12)
-    assert single["pass@1"]["high"] == pytest.approx(0.25 + 1.959964 / 4, abs=1e-6)
-    assert single["pass@1"]["low"] == 0.0
+    z = 1.959963984540054
+    margin = z * (3 / 32 + z**2 / 16) ** 0.5
+    for side, bound in ((-1, "low"), (1, "high")):
+        wanted = (0.25 + z**2 / 4 + side * margin) / (1 + z**2 / 2)
+        assert single["pass@1"][bound] == pytest.approx(wanted, rel=1e-9)
     # pass@2 of the first prompt: 1 - C(2, 2) / C(4, 2) = 5/6.
     assert single["pass@2"]["mean"] == pytest.approx(5 / 12, abs=1e-12)
     assert single["reward/math"] == pytest.approx(2.5 / 8, abs=1e-12)
@@ -203,3 +218,102 @@ def test_report_of_single_answers_takes_wilson_s_interval() -> None:
     z2 = torch.tensor(1.959964**2)
     torch.testing.assert_close(interval["low"], float(4 / (4 + z2)), rtol=1e-5, atol=0)
     assert interval["high"] == 1.0
+
+
+@pytest.mark.parametrize("prompts", [2, 29, 30, 40])
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_no_interval_is_without_width(prompts: int, score: float) -> None:
+    rows = [{"single": answers(score, score)} for _ in range(prompts)]
+    interval = report(rows, ["math"], [1, 2], 1.0)["single"]["pass@1"]
+    assert interval["mean"] == score
+    assert interval["high"] - interval["low"] > 0.05
+
+
+def test_many_prompts_take_the_normal_interval() -> None:
+    rows = [{"single": answers(float(i % 2), 0.0)} for i in range(32)]
+    interval = report(rows, ["math"], [1], 1.0)["single"]["pass@1"]
+    # 16 prompts with 1/2, 16 with 0: the deviation is sqrt(32 / 16 / 31).
+    margin = 1.959964 * (32 / 16 / 31 / 32) ** 0.5
+    assert interval["low"] == pytest.approx(0.25 - margin, abs=1e-6)
+
+
+def test_copies_are_of_what_was_shown() -> None:
+    row = {
+        "single": answers(0.0),
+        "drafts": answers(0.0, text="<think>Two.</think>\n\nIt is 2."),
+        "chosen": 0,
+        "shown": "It is 2.",
+        "refinements": answers(0.0, text="<think>Fine.</think>It is 2.\n")
+        + answers(0.0, text="It is 3."),
+    }
+    assert report([row], ["math"], [1], 1.0)["copied"] == 0.5
+    assert report([row], ["math"], [1], 1.0, None)["copied"] == 0.0
+
+
+def test_drafts_are_shown_as_in_training(tiny_model: str) -> None:
+    class Sampler:
+        def __init__(self) -> None:
+            self.prompts: list[Any] = []
+
+        def sample(self, prompts: Any, n: int, *, seed: Any) -> Any:
+            self.prompts += prompts
+            text = "<think>Hm.</think>head " + "x" * 200 + "<|im_end|><|im_start|>tail"
+            return [[Completion([1], text)] * n for _ in prompts]
+
+    def reward(completions: Any, **columns: Any) -> list[float]:
+        return [0.0 for _ in completions]
+
+    tokenizer = load_tokenizer(tiny_model, trust_remote_code=False)
+    splice = eval_command.make_splice(tokenizer, max_prompt_tokens=600)
+    protocol = eval_command.Protocol(1, 1, 1, eval_command.DraftChoice.RANDOM, 2, 1.0, (1,), 0)
+    sampler = Sampler()
+    rows = [{"prompt": [{"role": "user", "content": "q"}]}]
+    (record,) = eval_command.answer_batch(rows, 0, sampler, {"zero": reward}, protocol, splice)
+    spliced = sampler.prompts[-1][0]["content"]
+    assert spliced.startswith("q\n\nHere is an earlier attempt")
+    assert "tail\n</earlier_attempt>" in spliced
+    for absent in ("<|im_end|>", "<|im_start|>", "Hm.", "head"):
+        assert absent not in spliced
+    assert len(splice.budget.encode_prompt(sampler.prompts[-1])) <= 600
+    assert record["shown"].endswith("tail")
+
+
+BROKEN = """
+def raises(completions, **columns):
+    raise KeyError("solution")
+
+def short(completions, **columns):
+    return [0.0]
+
+def words(completions, **columns):
+    return ["good" for _ in completions]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", "KeyError('solution')"),
+        ("short", "must return one value per completion: 1 values for 4"),
+        ("words", "must return numbers or None"),
+    ],
+)
+def test_broken_rewards_end_with_one_line(
+    tiny_model: str, problems: str, name: str, message: str
+) -> None:
+    Path("broken_rewards.py").write_text(BROKEN)
+    done = igrpo_eval(tiny_model, problems, "--reward", f"broken_rewards:{name}")
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("igrpo eval:")]) == 1
+    assert "Traceback" not in done.output
+
+
+def test_greedy_needs_no_word_on_top_p(tiny_model: str, problems: str) -> None:
+    done = CliRunner().invoke(app, [
+        *("eval", "--model", tiny_model, "--dataset", problems, "--reward", "any_vowel:vowels"),
+        *("--samples", "1", "--limit", "1", "--max-new-tokens", "2", "--temperature", "0"),
+        *("--output-dir", "out"),
+    ])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads(Path("out/summary.json").read_text())["settings"]["top_p"] == 1.0

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from igrpo_algo.cli.app import app
-from igrpo_algo.cli.train import last_checkpoint
+from igrpo_algo.cli.train import FREE_ON_RESUME, last_checkpoint
+from igrpo_algo.trainers.trl_config import IGRPOConfig
 
 # Warnings that TRL and its dependencies give about themselves.
 pytestmark = pytest.mark.filterwarnings(
@@ -143,6 +145,12 @@ def test_resume_without_a_checkpoint_starts_afresh_and_adapters_evaluate(
     ("options", "message"),
     [
         (["--reward", "maths"], "reward must be one of math, exact, format"),
+        (["--reward", "format, format"], "--reward names 'format' twice"),
+        (["--learning-rate", "nan"], "learning_rate must be >= 0, got nan"),
+        (["--set", "learning_rate=-1"], "learning_rate must be >= 0, got -1"),
+        (["--temperature", "0"], "temperature must be > 0, got 0.0"),
+        (["--set", "top_p=2"], "top_p must be <= 1, got 2"),
+        (["--max-completion-length", "0"], "max_completion_length must be >= 1, got 0"),
         (["--reward", "nowhere:f"], "reward module 'nowhere' could not be imported"),
         (["--reward-weights", "1"], "must have one number per reward: 1 for 2"),
         (["--reward-weights", "1,b"], "--reward-weights wants numbers by commas, got '1,b'"),
@@ -212,3 +220,19 @@ def test_settings_come_from_preset_file_options_and_set(
     assert config.max_completion_length == 4096
     assert [message["role"] for message in job.rows[0]["prompt"]] == ["system", "user"]
     assert [row["answer"] for row in job.rows] == ["3", "5", "7", "9", "11", "13"]
+
+
+def test_help_states_defaults_and_what_may_change_on_resume() -> None:
+    command: Any = get_command(app)
+    train = command.commands["train"]
+    helps = {parameter.name: parameter.help for parameter in train.params}
+    plain = IGRPOConfig("out", use_cpu=True, bf16=False)
+    paper = IGRPOConfig.paper("out", use_cpu=True, bf16=False)
+    assert f"({plain.temperature}; paper {paper.temperature})" in helps["temperature"]
+    lengths = f"({plain.max_completion_length}; paper {paper.max_completion_length})"
+    assert lengths in helps["max_completion_length"]
+    epochs = f"({plain.num_train_epochs:g} epochs; paper {paper.num_train_epochs:g})"
+    assert epochs in helps["max_steps"]
+    assert f"({plain.seed})" in helps["seed"]
+    named = train.help.partition("only these may change:")[2].rstrip(".\n")
+    assert set(named.replace(",", " ").split()) - {"and"} == FREE_ON_RESUME

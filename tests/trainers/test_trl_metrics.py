@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_qwen import third_party
 
+from igrpo_algo.splicing import DEFAULT_SPLICE, TextSplice
 from igrpo_algo.trainers.trl_drafts import DraftChoice, Refined
 from igrpo_algo.trainers.trl_metrics import count_rows, stage_metrics
 
@@ -16,10 +17,36 @@ CHOICE = DraftChoice(
     torch.tensor([1, -1]), torch.tensor([3.0, math.nan]), torch.tensor([True, False]), NONE, NONE
 )
 
+WORDS = {0: "<eos>", 1: "<think>", 2: "</think>"}
+
+
+class Numbers:
+    """A tokenizer to which a token says its own number, and 0 ends a text."""
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return " ".join(WORDS.get(token, str(token)) for token in ids if token)
+
+
+def counted(
+    refined: list[Refined], ids: list[list[int]], splice: TextSplice = DEFAULT_SPLICE
+) -> torch.Tensor:
+    return count_rows(refined, ids, splice, Numbers(), torch.device("cpu"))
+
+
+def test_a_copy_is_of_the_draft_as_shown() -> None:
+    cut_draft = Refined("q [5 6]", "5 6", [5, 6], 2)
+    with_thinking = Refined("q [5 6]", "5 6", [1, 9, 2, 5, 6, 0], 2)
+    tail = Refined("q [5 6]", " 5 6", [3, 4, 5, 6, 0], 2, 2)
+    for shown in (cut_draft, with_thinking, tail):
+        assert counted([shown] * 4, [[5, 6, 0], [1, 4, 2, 5, 6, 0], [5, 6], [5, 7, 0]])[2] == 3
+    whole = TextSplice(strip=None)
+    assert counted([cut_draft] * 2, [[1, 4, 2, 5, 6, 0], [5, 6, 0]], whole)[2] == 1
+
 
 def test_plain_prompts_are_left_out_of_what_is_said_about_drafts() -> None:
-    refined = [Refined("q [d]", "d", [7, 8], 2, 5)] * 2 + [Refined("p")] * 2
-    counts = count_rows(refined, [[7, 8], [7], [7, 8], []], torch.device("cpu"))
+    refined = [Refined("q [7 8]", "7 8", [7, 8], 2, 5)] * 2 + [Refined("p")] * 2
+    counts = counted(refined, [[7, 8], [7], [7, 8], []])
     assert counts.tolist() == [4, 2, 1, 4, 10]
     metrics = stage_metrics(
         torch.tensor([[1.0, 3.0], [math.nan, math.nan]]),
@@ -45,7 +72,7 @@ def test_plain_prompts_are_left_out_of_what_is_said_about_drafts() -> None:
 
 
 def test_without_a_draft_there_is_nothing_to_copy() -> None:
-    counts = count_rows([Refined("p")] * 2, [[1], [2]], torch.device("cpu")).tolist()
+    counts = counted([Refined("p")] * 2, [[1], [2]]).tolist()
     metrics = stage_metrics(torch.zeros(2, 2), torch.zeros(2, 2), CHOICE, counts)
     assert math.isnan(metrics["copied"])
     assert math.isnan(metrics["draft_length"])
