@@ -19,7 +19,7 @@ class Completion:
         logprobs: Log-probability of each token under the distribution that drew it (temperature
             and top-p applied), or None where the sampler does not know them.
         finish_reason: "stop" (a stop token or string), "length" (ran into its token limit),
-            "cancelled" (never finished: early selection), or what else the sampler says.
+            "cancelled" (early selection), "skipped" (its prompt was), or what the sampler says.
 
     Raises:
         ValueError: `logprobs` and `token_ids` differ in length.
