@@ -178,6 +178,12 @@ class TokenSplice:
     max_prompt_tokens: int | None = None
     keep: Keep = "tail"
 
+    def __post_init__(self) -> None:
+        for name in ("max_draft_tokens", "max_prompt_tokens"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_keep(self.keep)
+
     def __call__(self, prompt: Prompt, draft: Completion) -> Spliced:
         """Return the spliced prompt.
 

@@ -14,7 +14,8 @@ def describe(value: object) -> str:
     """Name a value in a few words: a tensor by dtype and shape, anything else by its type."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 80 else shown[:77] + '...'}"
 
 
 def check_tensor(name: str, value: object) -> Tensor:

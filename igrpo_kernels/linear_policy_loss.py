@@ -16,7 +16,7 @@ from .kl import K3, KlEstimator
 from .linear_head import cast_for_autocast, check_head
 from .linear_policy_pass import LinearPolicyFunction, LinearPolicyPass, RowLosses
 from .linear_token_logprobs import linear_token_logprobs
-from .policy_loss import PolicyLoss, policy_loss, prepare_tokens
+from .policy_loss import PolicyLoss, check_parts, policy_loss, prepare_tokens
 from .row_chunks import (
     check_rows,
     check_targets,
@@ -134,6 +134,7 @@ def linear_policy_loss(
         "entropy_coef": entropy_coef,
         "cu_seqlens": cu_seqlens,
     }
+    check_parts(surrogate, aggregate, kl)
     if not surrogate.per_token or torch.compiler.is_compiling():
         score = partial(linear_token_logprobs, hidden, weight, targets, mask=mask, bias=bias)
         score = partial(score, temperature=temperature, softcap=softcap, logit_scale=logit_scale)

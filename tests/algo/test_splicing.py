@@ -153,3 +153,10 @@ def test_each_splice_names_the_other():
         TokenSplice()("text", draft(""))
     with pytest.raises(TypeError, match="TextSplice"):
         TokenSplice()([{"role": "user", "content": "q"}], draft(""))
+
+
+def test_limits_of_a_token_splice_are_checked_when_it_is_made():
+    with pytest.raises(ValueError, match=r"max_draft_tokens must be >= 1, got -1"):
+        TokenSplice(max_draft_tokens=-1)
+    with pytest.raises(ValueError, match=r"keep"):
+        TokenSplice(keep="middle")

@@ -19,6 +19,7 @@ from igrpo_kernels import (
     TokenMean,
     Vespo,
     clipped_policy_loss,
+    linear_policy_loss,
     policy_loss,
 )
 
@@ -134,3 +135,18 @@ def test_clipped_policy_loss_refuses_what_policy_loss_refuses():
         clipped_policy_loss(LOGPROBS, ONES, clip_low=-1.0)
     with pytest.raises(TypeError, match=r"logprobs must be a floating-point tensor"):
         clipped_policy_loss(LOGPROBS.long(), ONES)
+
+
+@pytest.mark.parametrize("surrogate", ["grpo", Clip])
+def test_linear_policy_loss_refuses_what_is_no_surrogate(surrogate):
+    hidden, weight, targets = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3).long()
+    with pytest.raises(TypeError, match=r"surrogate must be a value such as Clip\(\)"):
+        linear_policy_loss(
+            hidden, weight, targets, ONES, surrogate=surrogate, aggregate=SequenceMean()
+        )
+
+
+def test_errors_do_not_print_whole_inputs():
+    with pytest.raises(TypeError) as error:
+        call(logprobs=[0.0] * 1000)
+    assert len(str(error.value)) < 200
