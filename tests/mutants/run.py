@@ -13,6 +13,7 @@ selected, a file that no longer imports, a test that was red without the fault.
 """
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -23,11 +24,10 @@ import tempfile
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from queue import SimpleQueue
@@ -35,7 +35,9 @@ from queue import SimpleQueue
 PROJECT = Path(__file__).resolve().parents[2]
 NOT_COPIED = (".*", "__pycache__", "*.egg-info", "build", "dist", "site", "runs", "results")
 PACKAGES = ("igrpo_algo", "igrpo_kernels")
-GREEN, RED = 0, 1
+WARM = Path(__file__).resolve().with_name("warm.py")
+HEAVY = "torch hypothesis matplotlib.pyplot transformers trl.trainer.grpo_trainer"
+GREEN, RED, TIMED_OUT = 0, 1, -1
 
 
 @dataclass(frozen=True)
@@ -78,24 +80,42 @@ def load_mutants(root: Path, only: str = "") -> list[Mutant]:
     return [mutant for mutant in mutants if re.search(only, f"{mutant.source} {mutant}")]
 
 
-def run_tests(tree: Path, selection: str, timeout: float) -> int:
-    """Run pytest in a copy of the project, which wins over an installed one; its exit code."""
-    quiet = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(tree),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-        "CI": "1",
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *quiet, *shlex.split(selection)],
-        cwd=tree,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        timeout=timeout,
-    ).returncode
+class Copy:
+    """A copy of the project, and a process that runs pytest in it without importing torch anew."""
+
+    def __init__(self, root: Path, tree: Path, modules: Sequence[str], timeout: float) -> None:
+        shutil.copytree(root, tree, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        check_origin(tree)
+        self.tree = tree
+        self.timeout = timeout
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(tree),  # wins over an installed one
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "MPLBACKEND": "agg",
+            "CI": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, WARM, str(timeout), *modules],
+            cwd=tree,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run_tests(self, selection: str) -> int:
+        """Run pytest and return its exit code."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(shlex.split(selection)), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
 
 
 def check_origin(tree: Path) -> None:
@@ -124,33 +144,37 @@ def planted(tree: Path, mutant: Mutant) -> Iterator[None]:
         path.write_text(sound)
 
 
-def judge(mutant: Mutant, trees: "SimpleQueue[Path]", timeout: float) -> str:
-    """Run a fault's tests in a free copy and name the outcome."""
-    tree = trees.get()
-    try:
-        with planted(tree, mutant):
-            code = run_tests(tree, mutant.test, timeout)
-    except subprocess.TimeoutExpired:
+def name_outcome(code: int, timeout: float) -> str:
+    """Say what an exit code of pytest means for a fault."""
+    if code == TIMED_OUT:
         return f"error: no end after {timeout:.0f} s"
-    finally:
-        trees.put(tree)
     return {GREEN: "SURVIVED", RED: "killed"}.get(code, f"error: pytest ended with {code}")
 
 
-def judge_sound(selection: str, trees: "SimpleQueue[Path]", timeout: float) -> str:
-    """Run a selection without any fault: it must be green, or its red means nothing."""
-    tree = trees.get()
+def judge(mutant: Mutant, copies: "SimpleQueue[Copy]") -> str:
+    """Run a fault's tests in a free copy and name the outcome."""
+    copy = copies.get()
     try:
-        code = run_tests(tree, selection, timeout)
-    except subprocess.TimeoutExpired:
-        return f"error: no end after {timeout:.0f} s"
+        with planted(copy.tree, mutant):
+            return name_outcome(copy.run_tests(mutant.test), copy.timeout)
     finally:
-        trees.put(tree)
-    return "green" if code == GREEN else f"error: pytest ended with {code} without any fault"
+        copies.put(copy)
+
+
+def judge_sound(selection: str, copies: "SimpleQueue[Copy]") -> str:
+    """Run a selection without any fault: it must be green, or its red means nothing."""
+    copy = copies.get()
+    try:
+        code = copy.run_tests(selection)
+        if code in (GREEN, TIMED_OUT):
+            return "green" if code == GREEN else name_outcome(code, copy.timeout)
+        return f"error: pytest ended with {code} without any fault"
+    finally:
+        copies.put(copy)
 
 
 def outcomes(
-    root: Path, mutants: Iterable[Mutant], workers: int, timeout: float
+    root: Path, mutants: Iterable[Mutant], modules: Sequence[str], workers: int, timeout: float
 ) -> Iterator[tuple[Mutant, str]]:
     """Yield each fault with its outcome as soon as it is known."""
     usable = []
@@ -159,24 +183,25 @@ def outcomes(
             yield mutant, f"error: {defect}"
         else:
             usable.append(mutant)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
-        trees: SimpleQueue[Path] = SimpleQueue()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(workers) as pool,
+        ExitStack() as stack,
+    ):
+        copies: SimpleQueue[Copy] = SimpleQueue()
         for worker in range(workers):
-            tree = Path(folder).resolve() / str(worker)
-            shutil.copytree(root, tree, ignore=shutil.ignore_patterns(*NOT_COPIED))
-            check_origin(tree)
-            trees.put(tree)
-        selections = sorted({mutant.test for mutant in usable})
-        sound = partial(judge_sound, trees=trees, timeout=timeout)
-        verdicts = dict(zip(selections, pool.map(sound, selections), strict=True))
-        pending = {}
-        for mutant in usable:
-            if verdicts[mutant.test] == "green":
-                pending[pool.submit(judge, mutant, trees, timeout)] = mutant
-            else:
-                yield mutant, verdicts[mutant.test]
+            copy = Copy(root, Path(folder).resolve() / str(worker), modules, timeout)
+            stack.callback(copy.close)
+            copies.put(copy)
+        sound = {
+            selection: pool.submit(judge_sound, selection, copies)
+            for selection in sorted({mutant.test for mutant in usable})
+        }
+        pending = {pool.submit(judge, mutant, copies): mutant for mutant in usable}
         for future in as_completed(pending):
-            yield pending[future], future.result()
+            mutant = pending[future]
+            verdict = sound[mutant.test].result()
+            yield mutant, future.result() if verdict == "green" else verdict
 
 
 def main() -> int:
@@ -184,6 +209,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="regular expression: toml name, file or text")
     parser.add_argument("--workers", type=int, default=2, help="copies tested at once (2)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one fault (300)")
+    parser.add_argument("--import", default=HEAVY, dest="modules", help=f"before all ({HEAVY})")
     parser.add_argument("--root", type=Path, default=PROJECT, help="the project (this one)")
     options = parser.parse_args()
 
@@ -191,7 +217,8 @@ def main() -> int:
     if not mutants:
         raise SystemExit("no fault selected")
     start, tallies = time.monotonic(), {mutant.source: Counter() for mutant in mutants}
-    results = outcomes(options.root, mutants, options.workers, options.timeout)
+    modules = options.modules.split()
+    results = outcomes(options.root, mutants, modules, options.workers, options.timeout)
     for done, (mutant, outcome) in enumerate(results, 1):
         tallies[mutant.source][outcome.split(":")[0]] += 1
         print(f"[{done}/{len(mutants)}] {outcome:8}  {mutant}", flush=True)

@@ -25,7 +25,7 @@ def run_on(project: Path, *entries: tuple[str, str, str]) -> subprocess.Complete
     (project / "tests" / "test_it.py").write_text(TESTS)
     toml = "".join(ENTRY.format(old, new, f"tests/test_it.py{test}") for old, new, test in entries)
     (project / "tests" / "mutants" / "it.toml").write_text(toml)
-    command = [sys.executable, RUNNER, "--root", project, "--workers", "1"]
+    command = [sys.executable, RUNNER, "--root", project, "--workers", "1", "--import", ""]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
