@@ -195,9 +195,8 @@ def _backward(
             head.transform.take(chunk),
             entropy=grad_entropy is not None,
         )
-        gradients.add(
-            chunk, some, softmax.gradient_(take(grad_logprobs, chunk), take(grad_entropy, chunk))
-        )
+        upstream = take(grad_logprobs, chunk), take(grad_entropy, chunk)
+        gradients.add(chunk, some, softmax.gradient_(*upstream, dtype=gradients.operand_dtype))
     return [gradient.to(hidden.dtype) for gradient in gradients.finish()]
 
 
