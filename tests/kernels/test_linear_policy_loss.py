@@ -561,7 +561,7 @@ def test_views_and_autocast() -> None:
 
 
 @pytest.mark.parametrize("surrogate", [Clip(), SequenceClip()], ids=repr)
-def test_compiles_without_a_graph_break(surrogate: Any) -> None:
+def test_compiles_without_a_graph_break_liger_1364(surrogate: Any) -> None:
     case = make_case(torch.float32)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def test_clipped_policy_loss(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kernel", ROW_KERNELS, ids=lambda kernel: kernel.fn.__name__)
-def test_rows_are_addressed_in_64_bits_fla_1082(kernel: Any) -> None:
+def test_rows_are_addressed_in_64_bits_fla_1082_trl_7266(kernel: Any) -> None:
     constants: dict[str, Any] = dict.fromkeys((*FLAGS, "NARROWS"), False)
     constants |= {
         "BLOCK_V": kernels.BLOCK_V,

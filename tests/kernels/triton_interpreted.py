@@ -4,6 +4,8 @@ Run by `test_triton_interpreter.py` in a process of its own: TRITON_INTERPRET ha
 triton is first imported.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -175,6 +177,27 @@ def test_keeping_rows_and_narrowing_in_place(
         assert grad.untyped_storage().data_ptr() == memory.data_ptr()
     rounding = torch.finfo(dtype).eps  # the interpreter truncates
     torch.testing.assert_close(grad.float(), exact, rtol=rounding + 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(70_000, 3), (2, 66_000, 3)])
+def test_rows_are_on_the_axis_of_the_grid_that_has_no_limit_liger_1294(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in ("softmax_rows_fwd_kernel", "softmax_rows_bwd_kernel"):
+        monkeypatch.setattr(kernels, name, Recorder())
+    logits, heat = torch.zeros(shape), torch.ones(1)
+    count = logits[..., 0].numel()
+    targets = torch.zeros(count, dtype=torch.long)
+    on_logits.forward(logits, targets, None, heat, False)
+    on_logits.backward(logits, targets, None, heat, torch.ones(count), None)
+    assert grids == [(count,)] * 3
 
 
 def test_no_rows() -> None:
