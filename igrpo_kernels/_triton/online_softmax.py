@@ -35,15 +35,19 @@ def transform(products, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP: 
 
 @triton.jit
 def fold(maximum, normalizer, moment, logits, HAS_MOMENT: tl.constexpr):
-    """Take a block into each lane's maximum m, sum of exp(z - m) and sum of exp(z - m) (z - m)."""
-    new_maximum = tl.maximum(maximum, logits)
+    """Take a block [LANES, W] into each lane's max m, sum of exp(z - m) and of exp(z - m) (z - m).
+
+    A lane rescales once for its W logits, which one thread holds: 1 + 1/W exponentials a logit.
+    """
+    new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
     rescale = tl.exp(maximum - new_maximum)
-    exponentials = tl.exp(logits - new_maximum)
+    shifted = logits - new_maximum[:, None]
+    exponentials = tl.exp(shifted)
     if HAS_MOMENT:
         moved = normalizer * tl.maximum(maximum - new_maximum, LEAST)
-        added = exponentials * tl.maximum(logits - new_maximum, LEAST)
+        added = tl.sum(exponentials * tl.maximum(shifted, LEAST), axis=1)
         moment = rescale * (moment + moved) + added
-    return new_maximum, normalizer * rescale + exponentials, moment
+    return new_maximum, normalizer * rescale + tl.sum(exponentials, axis=1), moment
 
 
 @triton.jit

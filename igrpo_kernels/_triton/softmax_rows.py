@@ -28,7 +28,7 @@ def softmax_rows_fwd_kernel(
     vocabulary, inner_size,  # sizes
     outer_stride, inner_stride, temperature_stride,  # strides
     HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr, LANE_WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     inverse_temperature = 1.0 / tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
@@ -39,11 +39,15 @@ def softmax_rows_fwd_kernel(
         target = tl.where(counts, target, 0)
         readable = tl.where(counts, vocabulary, 0)
     products_ptr += row_start(row, inner_size, outer_stride, inner_stride)
-    maximum = tl.full((BLOCK_V,), FLOOR, tl.float32)
-    normalizer = tl.zeros((BLOCK_V,), tl.float32)
-    moment = tl.zeros((BLOCK_V,), tl.float32)
+    LANES: tl.constexpr = BLOCK_V // LANE_WIDTH
+    maximum = tl.full((LANES,), FLOOR, tl.float32)
+    normalizer = tl.zeros((LANES,), tl.float32)
+    moment = tl.zeros((LANES,), tl.float32)
+    lane = tl.arange(0, LANES)[:, None]
+    within = tl.arange(0, LANE_WIDTH)[None, :]
+    lanes = LANE_WIDTH * lane + within if ALIGNED else lane + LANES * within
     for start in range(0, vocabulary, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
+        columns = start + lanes
         products = tl.load(products_ptr + columns, mask=columns < readable, other=0.0)
         logits = transform(
             products.to(tl.float32), logit_scale, softcap, inverse_temperature, HAS_SOFTCAP
@@ -91,6 +95,7 @@ def softmax_rows_bwd_kernel(
     inverse_temperature = 1.0 / tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
     maximum = tl.load(maximum_ptr + row)
     normalizer = tl.load(normalizer_ptr + row)
+    inverse_normalizer = 1.0 / normalizer
     target = tl.load(targets_ptr + row)
     readable = tl.where(active, vocabulary, 0)
     products_ptr += row_start(row, inner_size, outer_stride, inner_stride)
@@ -100,7 +105,7 @@ def softmax_rows_bwd_kernel(
         products = tl.load(products_ptr + columns, mask=columns < readable, other=0.0)
         products = products.to(tl.float32)
         logits = transform(products, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP)
-        probs = tl.exp(logits - maximum) / normalizer
+        probs = tl.exp(logits - maximum) * inverse_normalizer
         grad = grad_logprob * (tl.where(columns == target, 1.0, 0.0) - probs)
         if HAS_ENTROPY:
             log_probs = tl.maximum(logits - maximum, LEAST) - tl.log(normalizer)
@@ -138,6 +143,18 @@ def with_row_layout(values: Tensor) -> Tensor:
     if values.dim() not in (2, 3):
         values = values.reshape(-1, values.shape[-1])
     return values if values.stride(-1) == 1 else values.contiguous()
+
+
+def lanes(products: Tensor, layout: RowLayout) -> dict[str, int | bool]:
+    """Deal a block's logits to lanes so that one thread holds a lane: no shuffles in the loop.
+
+    Where rows are aligned a thread loads 16 bytes at once, and that is its lane; elsewhere it loads
+    one logit at a time, a warp's side by side, and a lane is what a thread sees of a block.
+    """
+    steps = (products.shape[-1], layout.outer_stride, layout.inner_stride)
+    aligned = products.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps)
+    width = 16 // products.element_size() if aligned else BLOCK_V // (32 * LAUNCH["num_warps"])
+    return {"LANE_WIDTH": max(1, width), "ALIGNED": aligned}
 
 
 @dataclass(frozen=True)
@@ -192,6 +209,7 @@ def softmax_rows_forward(
             HAS_ENTROPY=entropy,
             HAS_SOFTCAP=transform.softcap is not None,
             BLOCK_V=BLOCK_V,
+            **lanes(products, layout),
             **LAUNCH,
         )
     return result

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -26,6 +27,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 FLAGS = ("HAS_MASK", "HAS_ENTROPY", "HAS_SOFTCAP")
 FLAG_SETS = [(False, False, False), (True, True, False), (True, True, True)]
 ROW_KERNELS = [kernels.softmax_rows_fwd_kernel, kernels.softmax_rows_bwd_kernel]
+THREADS = 32 * kernels.LAUNCH["num_warps"]
 SCALARS = ("logit_scale", "softcap", "low", "high", "dual")
 
 
@@ -88,6 +90,8 @@ def test_row_kernels(
     constants: dict[str, Any] = dict(zip(FLAGS, flags, strict=True))
     constants["BLOCK_V"] = kernels.BLOCK_V
     has_mask, has_entropy, _ = flags
+    if kernel is kernels.softmax_rows_fwd_kernel:
+        constants |= {"LANE_WIDTH": kernels.BLOCK_V // THREADS, "ALIGNED": False}
     if not has_mask:
         constants["mask_ptr"] = None
     if kernel is kernels.softmax_rows_bwd_kernel:
@@ -95,6 +99,32 @@ def test_row_kernels(
         if not has_entropy:
             constants |= {"entropy_ptr": None, "grad_entropy_ptr": None}
     check(source(kernel, dtype, constants), name, kernels.LAUNCH, tmp_path)
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("vocabulary", [50257, 151936])
+def test_the_forward_takes_little_more_than_one_exponential_a_logit(
+    vocabulary: int, dtype: str, has_mask: bool
+) -> None:
+    kernel = kernels.softmax_rows_fwd_kernel
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    logits = torch.empty(2, vocabulary, dtype=dtypes[dtype])
+    lanes = kernels.lanes(logits, kernels.RowLayout.of(logits))
+    constants = dict.fromkeys(FLAGS, False) | {"BLOCK_V": kernels.BLOCK_V, "HAS_MASK": has_mask}
+    constants |= lanes if has_mask else lanes | {"mask_ptr": None}
+    src = source(kernel, dtype, constants)
+    aligned = [name for name in kernel.arg_names if name.endswith("_ptr")]
+    if vocabulary % 16 == 0:  # what a launch finds of its arguments
+        aligned += ["vocabulary", "outer_stride", "inner_stride"]
+    for name in set(aligned) - constants.keys():
+        src.attrs[(kernel.arg_names.index(name),)] = [["tt.divisibility", 16]]
+    ptx = triton.compile(src, target=TARGETS["sm_90"], options=kernels.LAUNCH).asm["ptx"]
+    of_thread = kernels.BLOCK_V // THREADS
+    # one rescale a lane, and one where the lanes merge; rescaling with each logit takes twice
+    assert 0 < ptx.count("ex2.approx") <= of_thread + 2 * of_thread // lanes["LANE_WIDTH"]
+    assert ("ld.global.v4.b32" in ptx) == (vocabulary % 16 == 0)
+    assert ptx.count("shfl") <= 16  # the lanes' maximum and sum merge once, after the loop
 
 
 @pytest.mark.parametrize("name", TARGETS)
