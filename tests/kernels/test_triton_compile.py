@@ -150,12 +150,8 @@ def test_clipped_policy_loss(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kernel", ROW_KERNELS, ids=lambda kernel: kernel.fn.__name__)
 def test_rows_are_addressed_in_64_bits_fla_1082_trl_7266(kernel: Any) -> None:
     constants: dict[str, Any] = dict.fromkeys((*FLAGS, "NARROWS"), False)
-    constants |= {
-        "BLOCK_V": kernels.BLOCK_V,
-        "mask_ptr": None,
-        "entropy_ptr": None,
-        "grad_entropy_ptr": None,
-    }
+    constants |= {"mask_ptr": None, "entropy_ptr": None, "grad_entropy_ptr": None}
+    constants |= {"BLOCK_V": kernels.BLOCK_V, "LANE_WIDTH": 8, "ALIGNED": True}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     options = kernels.LAUNCH
     compiled = triton.compile(source(kernel, "bf16", constants), TARGETS["sm_90"], options)

@@ -235,12 +235,13 @@ def test_float64_is_refused_in_words() -> None:
 @pytest.mark.parametrize("dual", [None, 3.0])
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1025), (0, 3)])
 def test_clipped_policy_loss(shape: tuple[int, int], dual: float | None) -> None:
-    logprobs = (-torch.rand(shape)).requires_grad_()
-    old = logprobs.detach() + torch.randn(shape)
+    mask = torch.rand(shape) < 0.7
+    drawn = -torch.rand(shape)
+    old = drawn + torch.randn(shape)
     if old.numel():
         old[0, 0] = -40.0  # beyond the largest log-ratio
     advantages = torch.randn(shape[0])
-    mask = torch.rand(shape) < 0.7
+    logprobs = torch.where(mask, drawn, torch.nan).requires_grad_()
     options = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": dual}
     wanted = clipped_policy_loss(logprobs, advantages, mask, old_logprobs=old, **options)
     junk = torch.where(mask, old, torch.nan)
