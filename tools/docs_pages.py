@@ -34,7 +34,7 @@ REFERENCE = {
         "igrpo_algo",
         ("advantages", "baselines", "advantage_presets", "groups"),
     ),
-    "algo/losses.md": ("Losses", "igrpo_algo", ("losses", "corrections", "lengths")),
+    "algo/losses.md": ("Losses", "igrpo_algo", ("losses", "corrections", "lengths", "shared_prompt")),
     "algo/metrics.md": ("Metrics", "igrpo_algo", ("metrics", "intervals")),
     "kernels/logprobs.md": (
         "Log-probs",
