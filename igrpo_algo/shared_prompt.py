@@ -5,8 +5,9 @@ model G times; here it stands in the row once, and the refinements after it all 
 the rows run through is `igrpo_algo.trainers.transformers`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +18,7 @@ from igrpo_kernels.checks import (
     check_count,
     check_integral,
     check_rank,
+    check_shape,
     check_tensor,
     describe,
 )
@@ -40,6 +42,7 @@ class SharedPromptRow:
         lengths: For each prompt, its tokens and then those of each of its completions.
         index: Which completion each sequence is, counted through all prompts in the order given.
             Shape [B], int64.
+        count: Completions of all rows together.
         cu_seqlens: Offsets of the completions among the L tokens. Shape [B + 1], int32.
         targets: The L completion tokens. Shape [L], int64.
         predictors: The position in the row that predicts each target. Shape [L], int64.
@@ -56,15 +59,19 @@ class SharedPromptRow:
     position_ids: Tensor
     lengths: tuple[tuple[int, ...], ...]
     index: Tensor
+    count: int
     cu_seqlens: Tensor
     targets: Tensor
     predictors: Tensor
 
     def to(self, device: torch.device | str) -> "SharedPromptRow":
         """Move the tensors; `lengths` stays, so that no layer waits for the device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
-        return SharedPromptRow(**moved)
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     def model_inputs(self) -> dict[str, Any]:
         """Give the keyword arguments of a transformers model that `enable_shared_prompt` was given.
@@ -111,37 +118,39 @@ class SharedPromptRow:
 
         Returns:
             Shape [B].
+
+        Raises:
+            TypeError: `values` is no tensor.
+            ValueError: `values` does not hold one value per completion of all rows.
         """
-        return self._pick("values", check_tensor("values", values).flatten())
+        flat = check_tensor("values", values).flatten()
+        check_shape("values", flat, [self.count], "[P, G] or [P * G], in all")
+        return flat[self.index.to(flat.device)]
 
     def per_token(self, values: Tensor) -> Tensor:
         """Pick this row's values, such as sampler log-probs, from a padded tensor of all tokens.
 
         Args:
-            values: One row per completion, prompt-major, padded on the right. Shape [P * G, T].
+            values: One row per completion, prompt-major, padded on the right, as of
+                `rollouts.refinements.padded()`. Shape [P * G, T].
 
         Returns:
             Shape [L].
+
+        Raises:
+            TypeError: `values` is no tensor.
+            ValueError: `values` does not hold one row per completion of all rows, or is too short.
         """
         check_rank("values", check_tensor("values", values), 2, "[P * G, T]")
-        lengths = self.cu_seqlens.diff()
-        if self.targets.device.type == "cpu" and max(lengths.tolist()) > values.shape[1]:
+        sizes = [size for group in self.lengths for size in group[1:]]
+        if len(values) != self.count or max(sizes) > values.shape[1]:
             raise ValueError(
-                f"values must have T >= {max(lengths.tolist())} columns, got {list(values.shape)}"
+                f"values must have shape [P * G, T] = [{self.count}, at least {max(sizes)}], "
+                f"got {list(values.shape)}"
             )
-        starts = self.cu_seqlens[:-1].repeat_interleave(lengths, output_size=len(self.targets))
-        columns = torch.arange(len(self.targets), device=starts.device) - starts
-        owners = self.index.repeat_interleave(lengths, output_size=len(self.targets))
-        return self._pick("values", values, owners).gather(1, columns[:, None])[:, 0]
-
-    def _pick(self, name: str, values: Tensor, index: Tensor | None = None) -> Tensor:
-        last = int(self.index.max()) if self.index.device.type == "cpu" else -1
-        if last >= len(values):
-            raise ValueError(
-                f"{name} must hold one row per completion packed, more than {last}, "
-                f"got {len(values)}"
-            )
-        return values[(self.index if index is None else index).to(values.device)]
+        columns = torch.arange(values.shape[1], device=values.device)
+        taken = columns < torch.tensor(sizes, device=values.device)[:, None]
+        return values[self.index.to(values.device)][taken]
 
 
 def pack_shared_prompt(
@@ -156,9 +165,9 @@ def pack_shared_prompt(
     own is laid again in the next one; others stay whole. A completion without tokens keeps its
     place in `index` and `cu_seqlens`.
 
-    Each row is a micro-batch. With `SequenceMean(denominator=number of completions)` the losses of
-    the rows add up to that of all completions. Without `max_tokens` there is one row, whose tokens
-    are in the order of `pack_completions`.
+    Each row is a micro-batch: with `SequenceMean(denominator=row.count)` the losses of the rows add
+    up to that of all completions. Without `max_tokens` there is one row, whose completion tokens
+    stand in the order of `rollouts.refinements.packed()`.
 
     Args:
         prompt_ids: P prompts (q', the draft spliced in), as token ids; none may be empty.
@@ -186,23 +195,25 @@ def pack_shared_prompt(
         )
     if len(prompt_ids) == 0:
         raise ValueError("prompt_ids must hold at least one prompt, got none")
-    limit = None if max_tokens is None else check_count("max_tokens", max_tokens)
+    limit = math.inf if max_tokens is None else check_count("max_tokens", max_tokens)
     rows: list[list[_Group]] = [[]]
     index = 0
     for number, (prompt, drawn) in enumerate(zip(prompt_ids, completions, strict=True)):
         name = f"completions[{number}]"
-        if isinstance(drawn, str | Completion) or len(drawn) == 0:
-            raise ValueError(f"{name} must hold at least one completion, got {describe(drawn)}")
+        if isinstance(drawn, str) or not isinstance(drawn, Sequence):
+            raise TypeError(f"{name} must be a list of completions, got {describe(drawn)}")
+        if not drawn:
+            raise ValueError(f"{name} must hold at least one completion, got none")
         ids = _token_ids(f"prompt_ids[{number}]", prompt)
         if not ids:
             raise ValueError(f"prompt_ids[{number}] must have at least one token, got none")
         tails = [_token_ids(f"{name}[{at}]", tail) for at, tail in enumerate(drawn)]
         for group in _split(_Group(ids, tails, index), limit, number):
-            if limit is not None and sum(map(len, [*rows[-1], group])) > limit:
+            if sum(map(len, [*rows[-1], group])) > limit:
                 rows.append([])
             rows[-1].append(group)
         index += len(tails)
-    return [_lay_out(row) for row in rows]
+    return [_lay_out(row, index) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -217,23 +228,23 @@ class _Group:
         return len(self.prompt) + sum(map(len, self.tails))
 
 
-def _split(group: _Group, limit: int | None, number: int) -> Iterator[_Group]:
+def _split(group: _Group, limit: float, number: int) -> Iterator[_Group]:
     """Cut a group that no row can hold into groups that fit, each with the whole prompt."""
     start, size = 0, len(group.prompt)
     for at, tail in enumerate(group.tails):
-        if limit is not None and len(group.prompt) + len(tail) > limit:
+        if len(group.prompt) + len(tail) > limit:
             raise ValueError(
                 f"max_tokens must hold prompt_ids[{number}] and completions[{number}]"
                 f"[{at}] = {len(group.prompt)} + {len(tail)} tokens, got {limit}"
             )
-        if limit is not None and size + len(tail) > limit:
+        if size + len(tail) > limit:
             yield _Group(group.prompt, group.tails[start:at], group.first + start)
             start, size = at, len(group.prompt)
         size += len(tail)
     yield _Group(group.prompt, group.tails[start:], group.first + start)
 
 
-def _lay_out(groups: list[_Group]) -> SharedPromptRow:
+def _lay_out(groups: list[_Group], count: int) -> SharedPromptRow:
     ids: list[int] = []
     positions: list[int] = []
     targets: list[int] = []
@@ -254,13 +265,14 @@ def _lay_out(groups: list[_Group]) -> SharedPromptRow:
         position_ids=torch.tensor([positions], dtype=torch.int64),
         lengths=tuple((len(group.prompt), *map(len, group.tails)) for group in groups),
         index=torch.tensor(index, dtype=torch.int64),
+        count=count,
         cu_seqlens=torch.tensor([0, *accumulate(map(len, tails))], dtype=torch.int32),
         targets=torch.tensor(targets, dtype=torch.int64),
         predictors=torch.tensor(predictors, dtype=torch.int64),
     )
 
 
-def _token_ids(name: str, value: object) -> list[int]:
+def _token_ids(name: str, value: Any) -> list[int]:
     if isinstance(value, Completion):
         value = value.token_ids
     if isinstance(value, Tensor):

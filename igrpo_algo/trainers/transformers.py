@@ -90,7 +90,9 @@ def shared_prompt_hidden(model: PreTrainedModel, row: SharedPromptRow) -> Tensor
     """
     actual = model.config.get_text_config()._attn_implementation
     if actual != SHARED_PROMPT:
-        raise ValueError(f"model must have gone through enable_shared_prompt, attends by {actual!r}")
+        raise ValueError(
+            f"model must have gone through enable_shared_prompt, attends by {actual!r}"
+        )
     inputs = row.to(model.device).model_inputs()
     return model.get_decoder()(**inputs).last_hidden_state
 
