@@ -1,7 +1,8 @@
 """Attention over a row whose prompts stand once: the reference is each completion by itself.
 
 A prompt attends to itself; its completions attend, as a batch, to the prompt's keys and to their
-own. Nothing of the size of the row squared exists: the largest mask is that of one completion.
+own. Nothing of the size of the row squared exists: completions of T tokens share one mask of size
+[T, P + T], and a prompt has one, of [P, P], only where a window cuts it.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 
 MOST_PADDING = 0.25
@@ -53,7 +53,7 @@ def attend_shared_prompt(
     Returns:
         Shape [1, S, heads, D].
     """
-    if query.device.type != "cpu":  # CUDA: with grouped heads, a mask or fp32 takes the math path
+    if query.device.type != "cpu":  # CUDA's kernels take a mask or grouped heads, not both
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     sizes = [size for group in lengths for size in group]
     split = (states[0].transpose(0, 1).split(sizes) for states in (query, key, value))
@@ -100,11 +100,10 @@ def _attend(
         key, value = torch.cat([shared_key, key], 1), torch.cat([shared_value, value], 1)
     tokens, seen = query.shape[1], key.shape[1]
     mask: Tensor | None = None
-    if window is not None and window < seen:
-        ones = torch.ones(tokens, seen, dtype=torch.bool, device=query.device)
-        mask = ones.tril(seen - tokens).triu(seen - tokens - window + 1)
-    elif tokens < seen:
-        mask = causal_lower_right(tokens, seen)
+    if tokens < seen or (window is not None and window < seen):
+        mask = torch.ones(tokens, seen, dtype=torch.bool, device=query.device)
+        mask = mask.tril_(seen - tokens)
+        mask = mask if window is None else mask.triu_(seen - tokens - window + 1)
     attended = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),

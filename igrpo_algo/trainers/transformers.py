@@ -22,7 +22,8 @@ def enable_shared_prompt(model: PreTrainedModel) -> None:
 
     Sets the model's attention to one that is transformers' "sdpa" for every other input, so leave
     it on: a gradient checkpoint runs the layers again during the backward. The log-probs and
-    gradients of a row are those of its completions run as sequences of their own.
+    gradients of a row are those of its completions run as sequences of their own (where rotary
+    scaling is dynamic, as one batch: the longest decides). On CUDA not yet run.
 
     Args:
         model: A causal language model whose layers all attend through transformers' attention
@@ -90,9 +91,7 @@ def shared_prompt_hidden(model: PreTrainedModel, row: SharedPromptRow) -> Tensor
     """
     actual = model.config.get_text_config()._attn_implementation
     if actual != SHARED_PROMPT:
-        raise ValueError(
-            f"model must have gone through enable_shared_prompt, attends by {actual!r}"
-        )
+        raise ValueError(f"model must have been given to enable_shared_prompt, got {actual!r}")
     inputs = row.to(model.device).model_inputs()
     return model.get_decoder()(**inputs).last_hidden_state
 
