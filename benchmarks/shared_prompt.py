@@ -276,6 +276,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axes.axhline(1.0, color="#999999", linewidth=0.8)
         axes.set_title(f"{what.capitalize()} of a step, unshared over shared")
         axes.set_xlabel("draft length / completion length")
+        axes.set_xticks(sorted({row["draft"] for row in record["rows"]}))
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
     left.plot([1.0], [1.6], "k_", markersize=14, label="bar for G = 8: 1.6")

@@ -63,12 +63,12 @@ def attend_shared_prompt(
     for group in lengths:
         prompt, *completions = (next(states) for _ in group)
         shared = prompt if window is None else _States(*(x[-window:] for x in prompt))
-        rows = [prompt.query[:0]] * len(completions)
+        rows: dict[int, Tensor] = {}
         for batch in _batches(group[1:]):
             together = attend([completions[at] for at in batch], after=shared)
             for at, result in zip(batch, together, strict=True):
                 rows[at] = result[: group[1 + at]]
-        attended += [attend([prompt])[0], *rows]
+        attended += [attend([prompt])[0], *(rows[at] for at in sorted(rows))]
     return torch.cat(attended)[None]
 
 

@@ -16,9 +16,10 @@ sizes = st.tuples(st.integers(1, 7), st.lists(st.integers(0, 7), min_size=1, max
 rows = st.lists(sizes.map(lambda group: (group[0], *group[1])), min_size=1, max_size=3)
 
 
-def states_of(lengths, heads=4, key_heads=2) -> list[Tensor]:
+def states_of(lengths, heads=4, key_heads=2, value_width=WIDTH) -> list[Tensor]:
     size = sum(map(sum, lengths))
-    shapes = [(1, count, size, WIDTH) for count in (heads, key_heads, key_heads)]
+    shapes = [(1, count, size, WIDTH) for count in (heads, key_heads)]
+    shapes.append((1, key_heads, size, value_width))
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
@@ -26,7 +27,7 @@ def plain(
     query: Tensor, key: Tensor, value: Tensor, lengths, scale: float, window: int | None
 ) -> Tensor:
     """Take the tokens of each [prompt, completion] out, and attend to them with a dense softmax."""
-    result = torch.empty_like(query)
+    result = value.new_empty(*query.shape[:3], value.shape[3])
     start = 0
     for prompt, *tails in lengths:
         shared = list(range(start, start + prompt))
@@ -48,8 +49,8 @@ def plain(
     return result.transpose(1, 2)
 
 
-def check(lengths, window: int | None, heads: int = 4, key_heads: int = 2) -> None:
-    states = states_of(lengths, heads, key_heads)
+def check(lengths, window: int | None, *sizes: int) -> None:
+    states = states_of(lengths, *sizes)
     wanted = plain(*states, lengths, 0.7, window)
     actual = attend_shared_prompt(*states, lengths, scale=0.7, window=window)
     upstream = torch.randn_like(wanted)
@@ -68,7 +69,11 @@ def test_equals_each_sequence_by_itself(lengths, window, seed) -> None:
 @pytest.mark.parametrize("window", [None, 1, 4, 5, 6, 20])
 @pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (4, 1)])
 def test_windows_and_grouped_heads(window: int | None, heads: int, key_heads: int) -> None:
-    check([(5, 3, 1, 0, 8), (1, 1), (6, 0)], window, heads, key_heads)
+    check([(5, 7, 1, 0, 8, 6), (1, 1), (6, 0)], window, heads, key_heads)
+
+
+def test_values_may_be_narrower_than_keys() -> None:
+    check([(3, 2, 0, 2)], None, 2, 2, WIDTH - 1)
 
 
 def test_gradients_are_finite_differences() -> None:
@@ -121,3 +126,15 @@ def test_completions_of_unlike_length_are_not_padded_to_the_longest() -> None:
     with Sizes() as sizes:
         attend_shared_prompt(*states, lengths)
     assert sizes.largest == 394 * 8 * WIDTH  # the row itself; 22 times 104 keys would be 73,216
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 40])
+def test_cuda_gives_what_the_cpu_gives(window: int | None) -> None:
+    lengths = [(70, 50, 33, 0, 1), (5, 64)]
+    states = states_of(lengths, 4, 2, 64)
+    states[:2] = [torch.randn(*state.shape[:3], 64).double() for state in states[:2]]
+    wanted = plain(*states, lengths, 0.125, window)
+    on_device = [state.detach().float().cuda() for state in states]
+    actual = attend_shared_prompt(*on_device, lengths, scale=0.125, window=window)
+    torch.testing.assert_close(actual.cpu().double(), wanted, rtol=1e-5, atol=1e-5)
