@@ -133,6 +133,22 @@ def test_the_loss_is_that_of_sequences_and_their_gradients_add_up() -> None:
     torch.testing.assert_close(rows_of_one_axis, hidden[0, row.predictors], rtol=0, atol=0)
 
 
+def test_a_prompt_whose_completions_are_all_empty_has_a_loss_of_zero() -> None:
+    (row,) = pack_shared_prompt([[5, 6]], [[[], []]])
+    hidden = torch.randn(1, 2, 3, requires_grad=True)
+    loss = linear_policy_loss(
+        **row.loss_inputs(hidden),
+        weight=torch.randn(10, 3),
+        advantages=row.per_completion(torch.tensor([1.0, -1.0])),
+        surrogate=Clip(),
+        aggregate=SequenceMean(),
+    ).loss
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
