@@ -79,6 +79,7 @@ from .metrics import (
 from .prompts import CONCATENATION, DEFAULT_TEMPLATE, DraftTemplate, splice_prompt, strip_thinking
 from .rollouts import Rollouts
 from .sampling import Sampler, Samples, sample_group
+from .shared_prompt import SharedPromptRow, pack_shared_prompt
 from .single_flight import SingleFlight
 from .splicing import TextSplice, TokenSplice
 from .two_stage import Fallback, stream_two_stage_rollout, two_stage_rollout
@@ -112,6 +113,7 @@ __all__ = [
     "SequenceClip",
     "SequenceMean",
     "SequenceTokenClip",
+    "SharedPromptRow",
     "SingleFlight",
     "Sum",
     "TextSplice",
@@ -135,6 +137,7 @@ __all__ = [
     "near_copied_share",
     "off_policy_sequence_mask",
     "overlong_penalty",
+    "pack_shared_prompt",
     "pass_at_k",
     "policy_loss",
     "random_ties",

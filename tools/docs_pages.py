@@ -35,6 +35,7 @@ REFERENCE = {
         ("advantages", "baselines", "advantage_presets", "groups"),
     ),
     "algo/losses.md": ("Losses", "igrpo_algo", ("losses", "corrections", "lengths")),
+    "algo/shared_prompt.md": ("Shared prompts", "igrpo_algo", ("shared_prompt",)),
     "algo/metrics.md": ("Metrics", "igrpo_algo", ("metrics", "intervals")),
     "kernels/logprobs.md": (
         "Log-probs",

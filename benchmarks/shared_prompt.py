@@ -1,0 +1,331 @@
+"""Stage 2 trained with its prompt shared, beside the same step on a padded and on a packed batch.
+
+    python -m benchmarks.shared_prompt            # minutes; --quick for a look, --device cuda
+
+times forward and backward of a small Qwen3 over one prompt, q' = question + draft, and its G
+completions, up to the gradients of all weights, through `linear_policy_loss` in every form:
+
+    shared  q' once, the completions after it
+    padded  G sequences side by side through transformers' "sdpa", which needs no mask for them
+    packed  G sequences in one row, each attended to by itself: what a varlen kernel computes
+            (transformers' own packed rows need a dense [S, S] mask where there is no such kernel)
+
+Times are medians over rounds that run the forms in turn, with quartiles; ratios are medians over
+the rounds. The peak memory above weights and gradients is that of a fresh process on the CPU. All
+completions are of equal length, so that the padded form has no padding, unless `--spread` is given.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from igrpo_algo import SharedPromptRow, pack_shared_prompt
+from igrpo_algo.trainers.transformers import enable_shared_prompt, shared_prompt_hidden
+from igrpo_kernels import Clip, SequenceMean, linear_policy_loss
+
+RESULTS = Path(__file__).resolve().parent / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+QUESTION = 0.25  # of a completion
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and one group of completions; lengths are in tokens of a completion."""
+
+    refinements: int = 8
+    draft: float = 1.0
+    tokens: int = 256
+    spread: float = 0.0
+    width: int = 512
+    layers: int = 4
+    vocabulary: int = 4096
+    dtype: str = "fp32"
+    device: str = "cpu"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    model: PreTrainedModel
+    prompt: list[int]
+    completions: list[list[int]]
+    advantages: Tensor
+
+
+def make_problem(case: Case) -> Problem:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=case.vocabulary,
+        hidden_size=case.width,
+        intermediate_size=3 * case.width,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.width // 64,
+        num_key_value_heads=case.width // 128,
+        head_dim=64,
+        max_position_embeddings=16 * case.tokens,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+    )
+    model = Qwen3ForCausalLM(config).to(case.device, DTYPES[case.dtype])
+    enable_shared_prompt(model)  # which is transformers' "sdpa" for the other forms
+    shares = torch.linspace(1 - case.spread, 1 + case.spread, case.refinements)
+
+    def ids(count: float) -> list[int]:
+        return torch.randint(1, case.vocabulary, (round(count),)).tolist()
+
+    prompt = ids((QUESTION + case.draft) * case.tokens)
+    completions = [ids(share * case.tokens) for share in shares.tolist()]
+    advantages = torch.where(torch.arange(case.refinements) % 2 == 0, 1.0, -1.0)
+    return Problem(model, prompt, completions, advantages.to(case.device))
+
+
+def loss_of(problem: Problem, inputs: dict[str, Tensor]) -> Tensor:
+    return linear_policy_loss(
+        **inputs,
+        weight=problem.model.lm_head.weight,
+        advantages=problem.advantages,
+        surrogate=Clip(),
+        aggregate=SequenceMean(),
+    ).loss
+
+
+def shared(problem: Problem) -> Tensor:
+    (row,) = pack_shared_prompt([problem.prompt], [problem.completions])
+    row = row.to(problem.model.device)
+    return loss_of(problem, row.loss_inputs(shared_prompt_hidden(problem.model, row)))
+
+
+def packed(problem: Problem) -> Tensor:
+    """Sequences in one row, as prompts without completions where attention is concerned."""
+    count = len(problem.completions)
+    (row,) = pack_shared_prompt([problem.prompt] * count, [[c] for c in problem.completions])
+    alone = tuple((sum(group),) for group in row.lengths)
+    apart: SharedPromptRow = replace(row, lengths=alone).to(problem.model.device)
+    return loss_of(problem, apart.loss_inputs(shared_prompt_hidden(problem.model, apart)))
+
+
+def padded(problem: Problem) -> Tensor:
+    device, first = problem.model.device, len(problem.prompt)
+    tails = [torch.tensor(completion) for completion in problem.completions]
+    targets = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True)
+    lengths = torch.tensor([len(tail) for tail in tails])
+    mask = torch.arange(targets.shape[1]) < lengths[:, None]
+    prompts = torch.tensor(problem.prompt).expand(len(tails), -1)
+    ids = torch.cat([prompts, targets], 1).to(device)
+    hidden = problem.model.get_decoder()(ids, use_cache=False).last_hidden_state
+    rows = {"hidden": hidden[:, first - 1 : -1], "targets": targets.to(device)}
+    return loss_of(problem, {**rows, "mask": mask.to(device)})
+
+
+FORMS: dict[str, Callable[[Problem], Tensor]] = {
+    "shared": shared,
+    "padded": padded,
+    "packed": packed,
+}
+
+
+def step(form: str, problem: Problem) -> None:
+    """Forward and backward; the gradients are added to those that are there."""
+    FORMS[form](problem).backward()
+    if problem.model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def gradient(form: str, problem: Problem) -> Tensor:
+    problem.model.zero_grad()
+    step(form, problem)
+    grads = [weight.grad for weight in problem.model.parameters() if weight.grad is not None]
+    return torch.cat([grad.flatten() for grad in grads]).double()
+
+
+def times(case: Case, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a step of each form in each round."""
+    problem = make_problem(case)
+    seconds: dict[str, list[float]] = {form: [] for form in FORMS}
+    for number in range(rounds + 1):  # the first one warms up
+        for form in FORMS:
+            start = time.perf_counter()
+            step(form, problem)
+            if number:
+                seconds[form].append(time.perf_counter() - start)
+    return seconds
+
+
+def error(case: Case) -> float:
+    """Largest relative difference, in the Frobenius norm, of a form's gradient from `padded`."""
+    problem = make_problem(case)
+    exact = gradient("padded", problem)
+    others = [gradient(form, problem) for form in FORMS if form != "padded"]
+    return max(((other - exact).norm() / exact.norm()).item() for other in others)
+
+
+def peak_bytes(form: str, case: Case) -> int:
+    """Peak memory of a step above weights and gradients; on the CPU, of a fresh process."""
+    if case.device == "cuda":
+        problem = make_problem(case)
+        step(form, problem)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(form, problem)
+        return torch.cuda.max_memory_allocated() - before
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_send_peak, args=(form, case, queue))
+    process.start()
+    result = queue.get()
+    process.join()
+    return result
+
+
+def _send_peak(form: str, case: Case, queue: multiprocessing.Queue) -> None:
+    torch.set_num_threads(case.threads)
+    problem = make_problem(case)
+    small = replace(problem, prompt=problem.prompt[:2], completions=[[1, 2]] * case.refinements)
+    step(form, small)  # imports, thread pools and gradients are no part of the peak
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
+    before = _resident("VmRSS")
+    step(form, problem)
+    queue.put(_resident("VmHWM") - before)
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """One row of the results: the case, and each form's time, memory and what sharing saves."""
+    seconds = times(case, rounds)
+    peaks = {form: peak_bytes(form, case) for form in FORMS}
+    row: dict[str, Any] = {**asdict(case), "gradient_error": error(case), "forms": {}}
+    for form, values in seconds.items():
+        over = [other / own for other, own in zip(values, seconds["shared"], strict=True)]
+        row["forms"][form] = {
+            "seconds": quartiles(values),
+            "peak_bytes": peaks[form],
+            "speedup_of_shared": quartiles(over),
+            "memory_over_shared": peaks[form] / peaks["shared"],
+        }
+    return row
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "q1": low, "q3": high}
+
+
+def machine(device: str) -> dict[str, str | int | None]:
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    models = Path("/proc/cpuinfo").read_text().splitlines()
+    changed = "+" if git("status", "--short", "--untracked-files=no") else ""
+    return {
+        "date": date.today().isoformat(),
+        "commit": git("rev-parse", "--short", "HEAD") + changed,
+        "cpu": next((m.split(": ")[1] for m in models if m.startswith("model name")), "unknown"),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Time and memory of the unshared forms over the shared one, by length of the draft."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    sizes = sorted({row["refinements"] for row in record["rows"]})
+    colors = dict(zip(sizes, ["#56B4E9", "#0072B2", "#D55E00", "#009E73"], strict=False))
+    for size in sizes:
+        rows = [row for row in record["rows"] if row["refinements"] == size]
+        drafts = [row["draft"] for row in rows]
+        for form, style in {"padded": "-", "packed": "--"}.items():
+            results = [row["forms"][form] for row in rows]
+            ratios = [result["speedup_of_shared"] for result in results]
+            middle = [ratio["median"] for ratio in ratios]
+            low = [ratio["median"] - ratio["q1"] for ratio in ratios]
+            high = [ratio["q3"] - ratio["median"] for ratio in ratios]
+            look = {"color": colors[size], "linestyle": style, "marker": "o", "markersize": 4}
+            left.errorbar(drafts, middle, [low, high], label=f"G = {size}, {form}", **look)
+            right.plot(drafts, [result["memory_over_shared"] for result in results], **look)
+    for axes, what in ((left, "time"), (right, "peak memory")):
+        axes.axhline(1.0, color="#999999", linewidth=0.8)
+        axes.set_title(f"{what.capitalize()} of a step, unshared over shared")
+        axes.set_xlabel("draft length / completion length")
+        axes.set_xticks(sorted({row["draft"] for row in record["rows"]}))
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.plot([1.0], [1.6], "k_", markersize=14, label="bar for G = 8: 1.6")
+    left.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--refinements", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--drafts", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one small case, three rounds")
+    parser.add_argument("--output", type=Path, help="without ending; default: under results/")
+    for name in ("tokens", "width", "layers", "vocabulary"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Case, name))
+    parser.add_argument("--spread", type=float, default=Case.spread)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    options = parser.parse_args()
+    sizes, drafts, rounds = options.refinements, options.drafts, options.rounds
+    case = Case(
+        **{name: getattr(options, name) for name in Case.__annotations__.keys() & vars(options)}
+        | {"refinements": 8}
+    )
+    if options.quick:
+        sizes, drafts, rounds, case = [8], [1.0], 3, replace(case, tokens=64, layers=2)
+    torch.set_num_threads(case.threads)
+    record: dict[str, Any] = {**machine(case.device), "rounds": rounds, "rows": []}
+    name = f"{record['date']}-shared-prompt-{case.device}"
+    output = options.output or RESULTS / name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for size in sizes:
+        for draft in drafts:
+            row = measure(replace(case, refinements=size, draft=draft), rounds)
+            record["rows"].append(row)
+            print(f"G={size} draft={draft}: gradient error {row['gradient_error']:.1e}")
+            for form, result in row["forms"].items():
+                ratio, mib = result["speedup_of_shared"], result["peak_bytes"] / 2**20
+                print(
+                    f"  {form:7} {result['seconds']['median']:8.3f} s {mib:7.0f} MiB, over shared: "
+                    f"{ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f}) in time, "
+                    f"{result['memory_over_shared']:.2f} in memory",
+                    flush=True,
+                )
+            output.with_name(output.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, output.with_name(output.name + ".png"))
+
+
+if __name__ == "__main__":
+    main()
