@@ -41,8 +41,8 @@ from igrpo_kernels import (
 B, T, H, V = 4, 5, 6, 507
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 1, 0], [1, 0, 0, 0, 0]])
 SPLITS = {  # rows of the weight on each rank
-    2: {"even": (254, 253), "uneven": (400, 107), "empty": (507, 0)},
-    3: {"even": (169, 169, 169), "uneven": (1, 505, 1), "empty": (200, 0, 307)},
+    2: {"uneven": (400, 107), "empty": (0, 507)},
+    3: {"uneven": (1, 505, 1), "empty": (200, 0, 307)},
 }
 
 Outputs = list[tuple[str, Tensor]]

@@ -82,7 +82,7 @@ def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Run(seen, torch.load(folder / "unsharded.pt"))
 
 
-each_split = pytest.mark.parametrize("split", ["even", "uneven", "empty"])
+each_split = pytest.mark.parametrize("split", ["uneven", "empty"])
 each_case = pytest.mark.parametrize("name", ranks.CASES)
 
 

@@ -23,8 +23,13 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FLAGS = ("HAS_MASK", "HAS_ENTROPY", "HAS_SOFTCAP")
-FLAG_SETS = [(False, False, False), (True, True, False), (True, True, True)]
+FLAGS = ("HAS_MASK", "HAS_ENTROPY", "HAS_SOFTCAP", "IS_SLICE")
+FLAG_SETS = [
+    (False, False, False, False),
+    (True, True, False, False),
+    (True, True, True, False),
+    (False, True, True, True),
+]
 ROW_KERNELS = [kernels.softmax_rows_fwd_kernel, kernels.softmax_rows_bwd_kernel]
 SCALARS = ("logit_scale", "softcap", "low", "high", "dual")
 
@@ -83,11 +88,12 @@ def check(src: ASTSource, name: str, options: dict[str, Any], folder: Path) -> N
 @pytest.mark.parametrize("flags", FLAG_SETS)
 @pytest.mark.parametrize("kernel", ROW_KERNELS, ids=lambda kernel: kernel.fn.__name__)
 def test_row_kernels(
-    kernel: Any, flags: tuple[bool, bool, bool], dtype: str, name: str, tmp_path: Path
+    kernel: Any, flags: tuple[bool, ...], dtype: str, name: str, tmp_path: Path
 ) -> None:
     constants: dict[str, Any] = dict(zip(FLAGS, flags, strict=True))
     constants["BLOCK_V"] = kernels.BLOCK_V
-    has_mask, has_entropy, _ = flags
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    has_mask, has_entropy, *_ = flags
     if not has_mask:
         constants["mask_ptr"] = None
     if not has_entropy and kernel is kernels.softmax_rows_bwd_kernel:
