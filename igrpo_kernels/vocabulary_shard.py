@@ -20,12 +20,15 @@ class VocabularyShard:
     `linear_token_logprobs` or `linear_policy_loss` as `shard`, beside the slices of weight and
     bias. Then:
 
-    - Every rank makes the same calls with the same hidden states, targets and other arguments, but
-      its own weight and bias, and runs the same backwards. Targets index the whole vocabulary. The
-      number of rows must agree; where it does not, every rank raises.
-    - Log-probs, entropies, loss and metrics have the same bits on every rank: each gathers every
-      rank's statistics (maximum, sum, target's logit and, for the entropy, first moment: 12 or 16
-      bytes per row and rank) once per chunk of rows, and merges them in rank order.
+    - Every rank makes the same calls with the same hidden states, targets and other arguments
+      (generators in the same state), but its own weight and bias, and runs the same backwards.
+      Targets index the whole vocabulary. The number of rows that count is compared once per pass;
+      where it differs every rank raises. Any other error of one rank alone leaves the others
+      waiting until the group's timeout.
+    - Log-probs, entropies, loss and metrics have the same bits on every rank, and so all skip the
+      same rows: each rank gathers the statistics of every rank (maximum, sum, target's logit and,
+      for the entropy, first moment: 12 or 16 bytes per row and rank) once per chunk of rows, and
+      merges them in rank order.
     - Weight and bias get the gradient of their slice. Hidden states get the whole gradient, summed
       in fp32 over the ranks (one all-reduce per chunk), not this rank's share: where the layer
       below sums it itself, as Megatron's `copy_to_tensor_model_parallel_region` does, leave that
@@ -33,7 +36,7 @@ class VocabularyShard:
 
     A value of plain numbers and the group's name: it compares, prints and works under
     torch.compile. Collectives run on the tensors' device: gloo for the CPU, NCCL for CUDA, where it
-    is not yet measured.
+    is not yet measured. The cut is that of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053).
 
     Attributes:
         sizes: Rows of the weight on each rank of the group; their sum is V.
@@ -131,7 +134,13 @@ class VocabularyShard:
     def _group(self) -> "dist.ProcessGroup":
         from torch.distributed.distributed_c10d import _resolve_process_group
 
-        return _resolve_process_group(self.group_name)  # type: ignore[arg-type]
+        group = _resolve_process_group(self.group_name)  # type: ignore[arg-type]
+        if (group.rank(), group.size()) != (self.rank, len(self.sizes)):
+            raise ValueError(
+                f"shard must be of rank {group.rank()} of the {group.size()} of its group, got "
+                f"{self}; make one on each rank with VocabularyShard.of(weight, group)"
+            )
+        return group
 
 
 def check_slice(weight: Tensor, shard: object) -> None:

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -290,7 +291,9 @@ def main(rank: int, world: int, folder: Path) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
     seen: dict[str, Any] = {"shards": {}, "cases": {}, "rounded": {}}
     for split, sizes in SPLITS[world].items():
         shard = VocabularyShard.of(torch.empty(sizes[rank], H))

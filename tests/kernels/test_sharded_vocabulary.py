@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import igrpo_kernels.row_chunks as row_chunks
 from igrpo_kernels import VocabularyShard, linear_policy_loss, linear_token_logprobs
+from igrpo_kernels.linear_head import HeadGradients, LinearHead
 from igrpo_kernels.softmax_rows import LogitTransform, softmax_rows_
 from igrpo_kernels.softmax_statistics import SoftmaxStatistics
 
@@ -210,6 +212,15 @@ def test_one_merge_per_chunk_and_one_sum_of_the_hidden_gradient(
     assert not [call for call in collectives if call[0] == "reduce"]
 
 
+def test_chunks_are_cut_by_the_widest_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 4 * 9 * 5)
+    shard = VocabularyShard((3, 9), rank=0, group_name="0")
+    head = LinearHead(torch.ones(3, 2), None, LogitTransform(torch.ones(1)), shard)
+    assert head.new_buffer(100).shape == (5, 3)
+    assert not HeadGradients(head, torch.ones(6, 2), [True] * 3, 6).one_chunk
+    assert HeadGradients(head, torch.ones(6, 2), [True] * 3, 5).one_chunk
+
+
 @pytest.mark.usefixtures("alone")
 def test_opcheck() -> None:
     op = getattr(torch.ops, row_chunks.NAMESPACE).linear_token_logprobs
@@ -238,6 +249,7 @@ def test_bad_input() -> None:
         ({"targets": targets - 1}, ValueError, r"targets must lie in \[0, V\) = \[0, 12\)"),
         ({"bias": torch.zeros(12)}, ValueError, r"bias must have shape \[V\] = \[5\]"),
         ({"shard": dist.group.WORLD}, TypeError, "shard must be a VocabularyShard, such as"),
+        ({}, ValueError, "shard must be of rank 0 of the 1 of its group, got VocabularyShard"),
         ({"shard": None}, ValueError, r"targets must lie in \[0, V\) = \[0, 5\)"),
     ]:
         given = {"weight": weight, "targets": targets, "shard": shard, **change}
@@ -320,6 +332,16 @@ def test_slices_merge_to_the_softmax_of_the_whole(data: st.DataObject) -> None:
     torch.testing.assert_close(whole.entropy, entropy, **close)
     got = torch.cat([rows.gradient_(*upstream) for rows in slices], 1)
     torch.testing.assert_close(got, grad.nan_to_num(), **close)
+
+
+def test_a_slice_without_columns_beside_the_largest_logits() -> None:
+    products = torch.tensor([[3e38, 3e38]])
+    whole, slices = in_slices(products, torch.tensor([1]), LogitTransform(torch.ones(1)), [0])
+    assert whole.logprobs.item() == pytest.approx(-math.log(2), rel=1e-6)
+    assert whole.entropy is not None
+    assert whole.entropy.item() == pytest.approx(math.log(2), rel=1e-6)
+    grads = [rows.gradient_(torch.ones(1), torch.ones(1)) for rows in slices]
+    torch.testing.assert_close(torch.cat(grads, 1), torch.tensor([[-0.5, 0.5]]))
 
 
 def test_a_row_of_minus_infinity_alone_gives_nan_as_unsharded() -> None:
