@@ -107,10 +107,12 @@ def linear_policy_loss(
         bias; and the metrics of `policy_loss`.
 
     Raises:
-        TypeError: A dtype is wrong, or hidden, weight and bias differ in it.
+        TypeError: A dtype is wrong, hidden, weight and bias differ in it, or `shard` is no
+            VocabularyShard.
         ValueError: Shapes do not fit, a number is out of range, `kl_coef` is set without
-            `ref_logprobs`, or a target is outside the vocabulary on a row that counts (a device
-            assertion for CUDA tensors).
+            `ref_logprobs`, a target is outside the whole vocabulary on a row that counts (a device
+            assertion for CUDA tensors), `weight` is not the slice that `shard` describes, or the
+            ranks differ in the rows that count.
 
     Example:
         >>> from igrpo_kernels import Clip, SequenceMean

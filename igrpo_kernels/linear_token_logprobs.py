@@ -99,9 +99,11 @@ def linear_token_logprobs(
         flows to hidden, weight and bias.
 
     Raises:
-        TypeError: A dtype is wrong, or hidden, weight and bias differ in it.
-        ValueError: Shapes do not fit, a number is out of range, or a target is outside the
-            vocabulary on a row that counts (a device assertion for CUDA tensors).
+        TypeError: A dtype is wrong, hidden, weight and bias differ in it, or `shard` is no
+            VocabularyShard.
+        ValueError: Shapes do not fit, a number is out of range, a target is outside the whole
+            vocabulary on a row that counts (a device assertion for CUDA tensors), `weight` is not
+            the slice that `shard` describes, or the ranks differ in the rows that count.
 
     Example:
         >>> hidden, weight = torch.ones(2, 3), torch.eye(4, 3)

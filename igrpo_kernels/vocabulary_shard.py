@@ -48,9 +48,20 @@ class VocabularyShard:
         ValueError: A size is negative, all are zero, or `rank` is not below their number.
 
     Example:
+        On the last of three ranks, of 170, 170 and 167 tokens:
+
         >>> shard = VocabularyShard(sizes=(170, 170, 167), rank=2, group_name="tp")
         >>> shard.start, shard.size, shard.vocabulary
         (340, 167, 507)
+
+        On one rank alone:
+
+        >>> from igrpo_kernels import linear_token_logprobs
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> hidden, weight, targets = torch.ones(2, 3), torch.eye(4, 3), torch.tensor([0, 3])
+        >>> linear_token_logprobs(hidden, weight, targets, shard=VocabularyShard.of(weight))
+        tensor([-1.2143, -2.2143])
+        >>> dist.destroy_process_group()
     """
 
     sizes: tuple[int, ...]

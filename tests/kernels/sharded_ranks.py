@@ -261,6 +261,17 @@ def compiled(shard: VocabularyShard) -> dict[str, tuple[Outputs, Outputs]]:
     return found
 
 
+def in_a_smaller_group(rank: int) -> list[Outputs] | str:
+    """Ranks 0 and 2 of three by themselves; what the other is told."""
+    group = dist.new_group([0, 2])
+    size = SPLITS[2]["uneven"][rank // 2]
+    try:
+        shard = VocabularyShard.of(torch.empty(size, H), group)
+    except ValueError as error:
+        return str(error)
+    return [run_case(make_batch, run, shard) for run in (of_logprobs, of_loss)]
+
+
 def exact(name: str, dtype: torch.dtype) -> Outputs:
     """The unsharded result of a rounded case in float64."""
     make, run = ROUNDED[name]
@@ -278,6 +289,7 @@ def unsharded() -> dict[str, Any]:
     """What every sharded result is compared with."""
     rounded = [(name, dtype) for name in ROUNDED for dtype in DTYPES]
     return {
+        "smaller": [run_case(make_batch, run, None) for run in (of_logprobs, of_loss)],
         "wanted": {name: run_case(*case, None) for name, case in CASES.items()},
         "exact": {(name, dtype): exact(name, dtype) for name, dtype in rounded},
         "rounded": {
@@ -307,6 +319,8 @@ def main(rank: int, world: int, folder: Path) -> None:
         seen["refused", split] = refused(shard)
     if world == 2:
         seen["compiled"] = compiled(seen["shards"]["uneven"])
+    if world == 3:
+        seen["smaller"] = in_a_smaller_group(rank)
     if rank == 0:
         torch.save(unsharded(), folder / "unsharded.pt")
     seen["shards"] = {name: (shard.sizes, shard.rank) for name, shard in seen["shards"].items()}

@@ -145,6 +145,17 @@ def test_compiles_without_a_graph_break(group: Run, name: str) -> None:
             torch.testing.assert_close(value, eager, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("group", [3], indirect=True)
+def test_a_group_of_some_ranks(group: Run) -> None:
+    first, outsider, last = [seen["smaller"] for seen in group.ranks]
+    assert "group must be a process group of this rank" in outsider
+    for rows, outputs in [(slice(0, 400), first), (slice(400, 507), last)]:
+        for op, unsharded in zip(outputs, group.unsharded["smaller"], strict=True):
+            for (name, value), (_, whole) in zip(op, unsharded, strict=True):
+                wanted = whole[rows] if name in OF_A_SLICE else whole
+                torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+
+
 @each_split
 def test_ranks_that_count_other_rows_are_all_told(group: Run, split: str) -> None:
     rows = [8] + [9] * (len(group.ranks) - 1)  # of 12, less 3 of advantage zero
