@@ -91,14 +91,25 @@ class HeadGradients:
 
     def __init__(self, head: LinearHead, hidden: Tensor, needed: list[bool], rows: int) -> None:
         """Prepare for chunks of `rows` rows in all; `needed` says of hidden, weight and bias."""
-        needs_hidden, needs_weight, needs_bias = needed
         self.head = head
+        self.needs_hidden, self.needs_weight, needs_bias = needed
+        self.needs_bias = needs_bias and head.bias is not None
         self.one_chunk = rows <= rows_per_chunk(head.widest, hidden.device)
         dtype = gradient_dtype(hidden.dtype)
-        self.hidden = torch.zeros_like(hidden, dtype=dtype) if needs_hidden else None
-        self.weight = torch.zeros_like(head.weight, dtype=dtype) if needs_weight else None
-        bias = head.bias if needs_bias else None
-        self.bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
+        self.hidden = torch.zeros_like(hidden, dtype=dtype) if self.needs_hidden else None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """The dtype in which `add` wants the gradient of the products.
+
+        That of the inputs where the products with it can leave in another: a CPU's cannot, so there
+        a weight's gradient of several chunks is summed from operands in fp32.
+        """
+        dtype = self.head.weight.dtype
+        summed_on_cpu = self.needs_weight and not self.one_chunk and not self.head.weight.is_cuda
+        return working_dtype(dtype) if summed_on_cpu else gradient_dtype(dtype)
 
     def add(self, rows: Tensor, hidden: Tensor, grad: Tensor) -> None:
         """Add the share of a chunk.
@@ -106,38 +117,51 @@ class HeadGradients:
         Args:
             rows: Where the rows stand in the batch. Shape [N].
             hidden: Their hidden states. Shape [N, H].
-            grad: The gradient of their products. Shape [N, V].
+            grad: The gradient of their products, in `operand_dtype`. Shape [N, V].
         """
-        operand = grad.to(gradient_dtype(hidden.dtype))
         if self.hidden is not None:
-            self.hidden[rows] = self._hidden_product(grad, operand).to(self.hidden.dtype)
-        if self.weight is not None:
-            self.weight = self._weight_plus(self.weight, hidden, grad, operand)
-        if self.bias is not None:
-            self.bias = self.bias.to(grad.dtype) + grad.sum(0)
+            self.hidden[rows] = self._hidden_product(grad).to(self.hidden.dtype)
+        if self.needs_weight:
+            self.weight = self._weight_plus(hidden, grad)
+        if self.needs_bias:
+            share = grad.sum(0, dtype=working_dtype(grad.dtype))
+            self.bias = share if self.bias is None else self.bias.add_(share)
 
-    def _hidden_product(self, grad: Tensor, operand: Tensor) -> Tensor:
+    def _hidden_product(self, grad: Tensor) -> Tensor:
+        """Return the gradient of a chunk's hidden states, summed over the slices."""
         weight, shard = self.head.weight, self.head.shard
         if shard is None:
+            operand = grad.to(gradient_dtype(weight.dtype))
             return torch.mm(operand, weight.to(operand.dtype))
         wide = working_dtype(weight.dtype)  # a slice's share is not rounded before all are summed
-        if operand.is_cuda and operand.dtype != wide:
-            return shard.sum_(torch.mm(operand, weight, out_dtype=wide))
+        if grad.is_cuda and grad.dtype != wide:
+            return shard.sum_(torch.mm(grad, weight, out_dtype=wide))
         return shard.sum_(torch.mm(grad.to(wide), weight.to(wide)))
 
-    def _weight_plus(self, total: Tensor, hidden: Tensor, grad: Tensor, operand: Tensor) -> Tensor:
+    def _weight_plus(self, hidden: Tensor, grad: Tensor) -> Tensor:
+        """Return the weight's gradient so far plus that of a chunk."""
+        hidden = hidden.to(grad.dtype)
         if self.one_chunk:  # its product is the sum, and rounded once
-            return torch.mm(operand.t(), hidden.to(operand.dtype))
-        total = total.to(grad.dtype)
-        if grad.is_cuda and operand.dtype != grad.dtype:
-            return torch.addmm(total, operand.t(), hidden, out_dtype=grad.dtype, out=total)
-        return total.addmm_(grad.t(), hidden.to(grad.dtype))
+            return torch.mm(grad.t(), hidden)
+        total, dtype = self.weight, working_dtype(grad.dtype)
+        if grad.dtype == dtype:
+            product = torch.mm if total is None else total.addmm_
+            return product(grad.t(), hidden)
+        if total is None:
+            return torch.mm(grad.t(), hidden, out_dtype=dtype)
+        return torch.addmm(total, grad.t(), hidden, out_dtype=dtype, out=total)
 
     def finish(self) -> list[Tensor]:
         """Return those that were needed, in `gradient_dtype`."""
         dtype = gradient_dtype(self.head.weight.dtype)
-        gradients = (self.hidden, self.weight, self.bias)
-        return [gradient.to(dtype) for gradient in gradients if gradient is not None]
+        gradients = [] if self.hidden is None else [self.hidden]
+        for needed, total, like in (
+            (self.needs_weight, self.weight, self.head.weight),
+            (self.needs_bias, self.bias, self.head.bias),
+        ):
+            if needed and like is not None:
+                gradients.append(torch.zeros_like(like) if total is None else total)
+        return [gradient.to(dtype) for gradient in gradients]
 
 
 def check_head(

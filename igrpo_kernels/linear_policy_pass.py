@@ -184,7 +184,8 @@ class LinearPolicyPass:
         if len(active) < len(rows):
             rows, hidden, softmax = rows[active], hidden[active], softmax.keep_(active)
             by_logprob, by_entropy = by_logprob[active], take(by_entropy, active)
-        gradients.add(rows, hidden, softmax.gradient_(by_logprob, by_entropy))
+        grad = softmax.gradient_(by_logprob, by_entropy, dtype=gradients.operand_dtype)
+        gradients.add(rows, hidden, grad)
         return loss
 
 
@@ -209,7 +210,12 @@ class LinearPolicyFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Multiply by the upstream scalar, out of place: a second backward finds them unchanged."""
+        """Multiply by the upstream scalar: in place, unless a second backward may follow."""
+        may_follow = torch._C._autograd._get_current_graph_task_keep_graph()
+        multiply = torch.mul if may_follow else Tensor.mul_
         gradients = iter(ctx.saved_tensors)
-        scaled = [(next(gradients) * grad_loss).to(ctx.dtype) if n else None for n in ctx.needed]
+        scaled = [
+            multiply(next(gradients), grad_loss).to(ctx.dtype) if need else None
+            for need in ctx.needed
+        ]
         return *scaled, None

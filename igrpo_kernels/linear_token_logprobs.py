@@ -216,9 +216,8 @@ def _backward(
             entropy=grad_entropy is not None,
             shard=shard,
         )
-        gradients.add(
-            chunk, some, softmax.gradient_(take(grad_logprobs, chunk), take(grad_entropy, chunk))
-        )
+        upstream = take(grad_logprobs, chunk), take(grad_entropy, chunk)
+        gradients.add(chunk, some, softmax.gradient_(*upstream, dtype=gradients.operand_dtype))
     return [gradient.to(hidden.dtype) for gradient in gradients.finish()]
 
 

@@ -21,9 +21,9 @@ class PolicyLoss(NamedTuple):
 
     Attributes:
         loss: Scalar in float32 (float64 for float64 inputs); the gradient flows through it.
-        metrics: Detached 0-d tensors, means over the counted tokens: `ratio`; where the surrogate
-            clips `clip_fraction_low` and `clip_fraction_high`; where given `kl`, `entropy` and
-            `importance_weight`.
+        metrics: Detached 0-d tensors, means over the counted tokens: `logprob` and `ratio`; where
+            the surrogate clips `clip_fraction_low` and `clip_fraction_high`; where given `kl`,
+            `entropy` and `importance_weight`.
     """
 
     loss: Tensor
@@ -229,6 +229,7 @@ def token_means(
 ) -> dict[str, Tensor]:
     """Average over the counted tokens what a trainer logs."""
     values: dict[str, Tensor | None] = {
+        "logprob": tokens.logprobs,
         "ratio": tokens.ratio,
         "clip_fraction_low": per_token.clipped_low,
         "clip_fraction_high": per_token.clipped_high,

@@ -71,7 +71,13 @@ class RowSoftmax(Protocol):
         """Keep some rows, in ascending order; drop the others."""
         ...
 
-    def gradient_(self, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None) -> Tensor:
+    def gradient_(
+        self,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """Overwrite the buffer by the gradient of the products; to be called once."""
         ...
 
@@ -113,7 +119,13 @@ class SoftmaxRows:
             None if self.slope is None else _move_to_front(self.slope, rows),
         )
 
-    def gradient_(self, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None) -> Tensor:
+    def gradient_(
+        self,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """Overwrite the buffer by the gradient of the products; to be called once.
 
         d logprob / d z_j = 1[j = target] - p_j,   d entropy / d z_j = -p_j (log p_j + entropy)
@@ -121,9 +133,10 @@ class SoftmaxRows:
         Args:
             grad_logprobs: Upstream gradient of the log-probs; None is zero. Shape [N].
             grad_entropy: Upstream gradient of the entropy; None is zero. Shape [N].
+            dtype: What to round the gradient to; None: that of the buffer.
 
         Returns:
-            The buffer, shape [N, V].
+            The gradient, in the memory of the buffer. Shape [N, V].
         """
         grad = self.exponentials
         scale = self.transform.logit_scale / self.transform.temperature.to(grad.dtype)
@@ -139,7 +152,9 @@ class SoftmaxRows:
             factor.mul_(grad_entropy[:, None]).add_(grad_logprobs[:, None])
             grad.mul_(factor).mul_((-scale / self.normalizer)[:, None])
         add_at_targets_(grad, self.targets, scale * grad_logprobs)
-        return grad if self.slope is None else grad.mul_(self.slope)
+        if self.slope is not None:
+            grad.mul_(self.slope)
+        return grad if dtype in (None, grad.dtype) else _narrow(grad, dtype)
 
 
 def softmax_rows_(
@@ -189,6 +204,15 @@ def softmax_rows_(
         shifted,
         slope,
     )
+
+
+def _narrow(values: Tensor, dtype: torch.dtype, block: int = 64) -> Tensor:
+    """Round contiguous rows to a narrower dtype within their memory, from the front."""
+    narrow = values.view(dtype).view(-1)[: values.numel()].view(values.shape)
+    for start in range(0, len(values), block):
+        some = slice(start, start + block)
+        narrow[some] = values[some].to(dtype)
+    return narrow
 
 
 def _move_to_front(values: Tensor, rows: Tensor, block: int = 64) -> Tensor:

@@ -5,7 +5,7 @@ One program per row, on axis 0 of the grid alone (the others end at 65,535). Log
 bf16 or fp16 and are cast to fp32 right after the load; scalars are run-time arguments.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -75,7 +75,7 @@ def softmax_rows_fwd_kernel(
 
 @triton.jit
 def softmax_rows_bwd_kernel(
-    grad_ptr,  # output [N, V]; may be products_ptr
+    grad_ptr,  # output [N, V]; may be products_ptr, in its dtype or (NARROWS) in half its width
     products_ptr, targets_ptr, mask_ptr, temperature_ptr,  # inputs, as in the forward
     maximum_ptr, normalizer_ptr, entropy_ptr,  # what the forward left, [N]
     grad_logprobs_ptr, grad_entropy_ptr,  # upstream gradients, [N]
@@ -83,7 +83,7 @@ def softmax_rows_bwd_kernel(
     vocabulary, inner_size,  # sizes
     grad_outer_stride, grad_inner_stride, outer_stride, inner_stride, temperature_stride,
     HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    NARROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     grad_logprob = tl.load(grad_logprobs_ptr + row)
@@ -117,6 +117,8 @@ def softmax_rows_bwd_kernel(
             slope = cap(products * logit_scale, softcap)
             grad *= 1 - slope * slope
         grad = tl.where(active, grad, 0.0).to(grad_ptr.dtype.element_ty)
+        if NARROWS:  # the first block's gradients lie on products that other threads still load
+            tl.debug_barrier()
         tl.store(grad_ptr + columns, grad, mask=columns < vocabulary)
 
 
@@ -218,7 +220,10 @@ def softmax_rows_backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> Tensor:
-    """Launch the backward: write the products' gradient to `grad`, which may be `products`."""
+    """Launch the backward: write the products' gradient to `grad`.
+
+    That may be `products`, or the first half of each of its rows seen in a dtype of half the width.
+    """
     layout, grad_layout = RowLayout.of(products), RowLayout.of(grad)
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(statistics.logprobs)
@@ -248,6 +253,7 @@ def softmax_rows_backward(
             HAS_MASK=mask is not None,
             HAS_ENTROPY=grad_entropy is not None,
             HAS_SOFTCAP=transform.softcap is not None,
+            NARROWS=grad.data_ptr() == products.data_ptr() and grad.dtype != products.dtype,
             BLOCK_V=BLOCK_V,
             **LAUNCH,
         )
@@ -256,46 +262,77 @@ def softmax_rows_backward(
 
 @dataclass(frozen=True)
 class TritonSoftmaxRows:
-    """A chunk of rows after the forward kernel: `SoftmaxRows`, with the products left in place."""
+    """A chunk of rows after the forward kernel: `SoftmaxRows`, with the products left in place.
+
+    Attributes:
+        products: In the caller's buffer. Shape [N, V].
+        targets: Index into the vocabulary. Shape [N].
+        transform: Scale, cap and temperature of these rows.
+        statistics: What the forward kernel left.
+        kept: Index of the rows that `keep_` left; None for all.
+    """
 
     products: Tensor
     targets: Tensor
     transform: LogitTransform
     statistics: RowStatistics
+    kept: Tensor | None = None
 
     @property
     def logprobs(self) -> Tensor:
         """Log softmax(logits)[target]. Shape [N]."""
-        return self.statistics.logprobs
+        return self._take(self.statistics.logprobs)
 
     @property
     def entropy(self) -> Tensor | None:
         """Entropy of each row, where it was asked for. Shape [N]."""
-        return self.statistics.entropy
+        entropy = self.statistics.entropy
+        return None if entropy is None else self._take(entropy)
+
+    def _take(self, values: Tensor) -> Tensor:
+        return values if self.kept is None else values[self.kept]
 
     def keep_(self, rows: Tensor) -> "TritonSoftmaxRows":
-        """Keep some rows; these are copied."""
-        old = self.statistics
-        entropy = None if old.entropy is None else old.entropy[rows]
-        return TritonSoftmaxRows(
-            self.products[rows],
-            self.targets[rows],
-            self.transform.take(rows),
-            RowStatistics(old.logprobs[rows], entropy, old.maximum[rows], old.normalizer[rows]),
-        )
+        """Keep some rows, in ascending order; nothing moves before the gradient is there."""
+        return replace(self, kept=rows if self.kept is None else self.kept[rows])
 
-    def gradient_(self, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None) -> Tensor:
-        """Overwrite the products by their gradient; to be called once. Shape [N, V]."""
-        return softmax_rows_backward(
-            self.products,
-            self.products,
+    def gradient_(
+        self,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Overwrite the products by their gradient; to be called once. Shape [N, V].
+
+        In half the width it takes the first half of each row's memory, and the rows that are kept
+        move to the second halves: neither needs memory of its own.
+        """
+        products, vocabulary = self.products, self.products.shape[1]
+        halves = products if dtype in (None, products.dtype) else products.view(dtype)
+        grad = softmax_rows_backward(
+            halves[:, :vocabulary],
+            products,
             self.targets,
             None,
             self.transform,
             self.statistics,
-            grad_logprobs,
-            grad_entropy,
+            self._spread(grad_logprobs),
+            self._spread(grad_entropy),
         )
+        if self.kept is None:
+            return grad
+        if halves is products:
+            return grad[self.kept]
+        second = halves[: len(self.kept), vocabulary:]
+        return torch.index_select(grad, 0, self.kept, out=second)
+
+    def _spread(self, upstream: Tensor | None) -> Tensor | None:
+        """Give every row of the products its upstream gradient: zero unless it was kept."""
+        if upstream is None or self.kept is None:
+            return upstream
+        every = upstream.new_zeros(len(self.products))
+        return every.index_copy_(0, self.kept, upstream)
 
 
 def softmax_rows_(

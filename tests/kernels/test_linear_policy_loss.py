@@ -39,6 +39,7 @@ from igrpo_kernels import (
     linear_token_logprobs,
     policy_loss,
 )
+from igrpo_kernels.softmax_rows import LogitTransform, softmax_rows_
 
 B, T, H, V = 4, 5, 3, 11
 TOKEN_LEVEL = [
@@ -472,6 +473,16 @@ def test_second_backward_gives_the_same_gradient_quack_209() -> None:
             torch.testing.assert_close(grad, factor * wanted, rtol=1e-12, atol=0)
 
 
+def test_no_second_backward_and_no_second_copy_of_the_gradients() -> None:
+    case = make_case()
+    loss = case.fused(surrogate=Clip(), aggregate=TokenMean()).loss
+    saved = [grad.data_ptr() for grad in loss.grad_fn.saved_tensors]
+    (2.0 * loss).backward()
+    assert [leaf.grad.data_ptr() for leaf in case.leaves if leaf.grad is not None] == saved
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
 def test_accumulating_over_two_backwards_leaves_the_saved_gradients_alone() -> None:
     case = make_case()
     loss = case.fused(surrogate=Clip(), aggregate=TokenMean()).loss
@@ -491,6 +502,20 @@ def test_gradients_of_fp16_do_not_underflow_before_the_loss_scale() -> None:
     for grad, exact in zip(scaled, wanted, strict=True):
         assert grad.dtype == torch.float16
         torch.testing.assert_close(grad, exact, rtol=2e-3, atol=2e-3)  # one rounding to fp16
+
+
+@pytest.mark.parametrize("rows", [1, 64, 150])
+def test_rounding_in_place_is_rounding(rows: int) -> None:
+    products, targets = torch.randn(rows, 33), torch.randint(0, 33, (rows,))
+    upstream = torch.randn(rows)
+
+    def gradient(dtype: torch.dtype | None) -> Tensor:
+        softmax = softmax_rows_(products.clone(), targets, LogitTransform(torch.ones(1)))
+        return softmax.gradient_(upstream, dtype=dtype)
+
+    torch.testing.assert_close(
+        gradient(torch.bfloat16), gradient(None).bfloat16(), rtol=0.0, atol=0.0
+    )
 
 
 def test_weight_gradient_is_not_summed_in_bf16_axolotl_1601(
@@ -536,7 +561,7 @@ def test_views_and_autocast() -> None:
 
 
 @pytest.mark.parametrize("surrogate", [Clip(), SequenceClip()], ids=repr)
-def test_compiles_without_a_graph_break(surrogate: Any) -> None:
+def test_compiles_without_a_graph_break_liger_1364(surrogate: Any) -> None:
     case = make_case(torch.float32)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

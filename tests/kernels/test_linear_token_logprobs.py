@@ -133,7 +133,9 @@ def test_error_against_float64_is_that_of_plain_torch(
     bound = 2 * (wide - exact).abs().max() + 4 * EPS * exact.abs().max()
     assert (values - exact).abs().max() <= bound
     for grad, plain_grad, exact_grad in zip(grads, plain_grads, exact_grads, strict=True):
-        rounding = torch.finfo(dtype).eps * exact_grad.abs().max()
+        # a chunk of one row is multiplied by a BLAS's loop over V, all rows at once in its blocks:
+        # an accumulator of V terms is off by about sqrt(V) roundings
+        rounding = (torch.finfo(dtype).eps + EPS * shape[2] ** 0.5) * exact_grad.abs().max()
         bound = 2 * (plain_grad - exact_grad).abs().max() + rounding
         assert (grad - exact_grad).abs().max() <= bound
 

@@ -309,7 +309,7 @@ def test_masked_slots_do_not_count_whatever_a_surrogate_returns():
     torch.testing.assert_close(loss, expected.sum(), **EXACT)
     torch.testing.assert_close(grad[batch["mask"]], expected, **EXACT)
     assert (grad[~batch["mask"]] == 0).all()
-    assert metrics.keys() == {"ratio"}
+    assert metrics.keys() == {"logprob", "ratio"}
 
 
 @pytest.mark.parametrize("name", ["sequence-mean", "token-mean", "fixed-length", "sum"])
@@ -459,9 +459,9 @@ def test_clip_fractions_and_ratio_by_hand():
     # losses: 0.8, -0.7, 1.5, -1.2, -1.0
     torch.testing.assert_close(out.loss, torch.tensor(-0.6 / 5, dtype=torch.float64), **EXACT)
     metrics = {k: v.item() for k, v in out.metrics.items()}
-    assert metrics == pytest.approx(
-        {"ratio": 5.4 / 5, "clip_fraction_low": 0.2, "clip_fraction_high": 0.2}
-    )
+    logprob = math.log(0.7 * 0.7 * 1.5 * 1.5) / 5
+    clipped = {"clip_fraction_low": 0.2, "clip_fraction_high": 0.2}
+    assert metrics == pytest.approx({"logprob": logprob, "ratio": 5.4 / 5} | clipped)
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)

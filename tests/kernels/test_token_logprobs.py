@@ -328,7 +328,7 @@ def compiled(function: object) -> object:
 
 
 @pytest.mark.parametrize("entropy", [False, True])
-def test_compiles_without_a_graph_break(entropy: bool) -> None:
+def test_compiles_without_a_graph_break_liger_1364(entropy: bool) -> None:
     logits = torch.randn(2, 3, 11, requires_grad=True)
     targets = torch.randint(0, 11, (2, 3))
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])

@@ -96,9 +96,25 @@ def test_row_kernels(
     has_mask, has_entropy, *_ = flags
     if not has_mask:
         constants["mask_ptr"] = None
-    if not has_entropy and kernel is kernels.softmax_rows_bwd_kernel:
-        constants |= {"entropy_ptr": None, "grad_entropy_ptr": None}
+    if kernel is kernels.softmax_rows_bwd_kernel:
+        constants["NARROWS"] = False
+        if not has_entropy:
+            constants |= {"entropy_ptr": None, "grad_entropy_ptr": None}
     check(source(kernel, dtype, constants), name, kernels.LAUNCH, tmp_path)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_gradient_over_the_products_in_half_their_width(name: str, tmp_path: Path) -> None:
+    kernel = kernels.softmax_rows_bwd_kernel
+    constants = dict.fromkeys(FLAGS, False) | {"NARROWS": True, "BLOCK_V": kernels.BLOCK_V}
+    constants |= {"mask_ptr": None, "entropy_ptr": None, "grad_entropy_ptr": None}
+    src = source(kernel, "fp32", constants)
+    src.signature["grad_ptr"] = "*bf16"
+    check(src, name, kernels.LAUNCH, tmp_path)
+    ttgir = triton.compile(src, target=TARGETS[name], options=kernels.LAUNCH).asm["ttgir"]
+    loop = ttgir[ttgir.index("scf.for") :]
+    # every thread has its products before any thread writes over them
+    assert loop.index("tt.load") < loop.index("barrier") < loop.index("tt.store")
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -108,9 +124,14 @@ def test_clipped_policy_loss(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kernel", ROW_KERNELS, ids=lambda kernel: kernel.fn.__name__)
-def test_rows_are_addressed_in_64_bits_fla_1082(kernel: Any) -> None:
-    constants: dict[str, Any] = dict.fromkeys(FLAGS, False) | {"BLOCK_V": kernels.BLOCK_V}
-    constants |= {"mask_ptr": None, "entropy_ptr": None, "grad_entropy_ptr": None}
+def test_rows_are_addressed_in_64_bits_fla_1082_trl_7266(kernel: Any) -> None:
+    constants: dict[str, Any] = dict.fromkeys((*FLAGS, "NARROWS"), False)
+    constants |= {
+        "BLOCK_V": kernels.BLOCK_V,
+        "mask_ptr": None,
+        "entropy_ptr": None,
+        "grad_entropy_ptr": None,
+    }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     options = kernels.LAUNCH
     compiled = triton.compile(source(kernel, "bf16", constants), TARGETS["sm_90"], options)

@@ -4,7 +4,7 @@ Run by `test_triton_interpreter.py` in a process of its own: TRITON_INTERPRET ha
 triton is first imported.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
@@ -156,16 +156,52 @@ def test_rows_left_out_and_rows_of_no_gradient_are_written_prime_rl_1525() -> No
     torch.testing.assert_close(grad[kept], wanted.gradient_(torch.ones(2)), rtol=1e-5, atol=1e-6)
 
 
-def test_keeping_rows() -> None:
-    products, targets = rows(131, torch.float32)
+@pytest.mark.parametrize("kept", [None, [0, 2], [2], []])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [7, 131, 512])
+def test_keeping_rows_and_narrowing_in_place(
+    vocabulary: int, dtype: torch.dtype, kept: list[int] | None
+) -> None:
+    products, targets = rows(vocabulary, torch.float32)
+    memory = products.untyped_storage()
     transform = LogitTransform(torch.tensor([0.5, 1.0, 2.0]))
-    kept = torch.tensor([0, 2])
-    wanted = twin.softmax_rows_(products.clone(), targets, transform, entropy=True).keep_(kept)
-    got = kernels.softmax_rows_(products, targets, transform, entropy=True).keep_(kept)
-    upstream = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.1])
-    torch.testing.assert_close(
-        got.gradient_(*upstream), wanted.gradient_(*upstream), rtol=1e-5, atol=1e-6
-    )
+    wanted = twin.softmax_rows_(products.clone(), targets, transform, entropy=True)
+    got = kernels.softmax_rows_(products, targets, transform, entropy=True)
+    upstream = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.1, 0.0])
+    if kept is not None:
+        index = torch.tensor(kept, dtype=torch.long)
+        wanted, got = wanted.keep_(index), got.keep_(index)
+        upstream = upstream[0][index], upstream[1][index]
+    torch.testing.assert_close(got.logprobs, wanted.logprobs, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(got.entropy, wanted.entropy, rtol=2e-6, atol=2e-6)
+    grad = got.gradient_(*upstream, dtype=dtype)
+    exact = wanted.gradient_(*upstream)
+    assert grad.dtype == dtype
+    if kept is None or dtype == torch.bfloat16:
+        assert grad.untyped_storage().data_ptr() == memory.data_ptr()
+    rounding = torch.finfo(dtype).eps  # the interpreter truncates
+    torch.testing.assert_close(grad.float(), exact, rtol=rounding + 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(70_000, 3), (2, 66_000, 3)])
+def test_rows_are_on_the_axis_of_the_grid_that_has_no_limit_liger_1294(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in ("softmax_rows_fwd_kernel", "softmax_rows_bwd_kernel"):
+        monkeypatch.setattr(kernels, name, Recorder())
+    logits, heat = torch.zeros(shape), torch.ones(1)
+    count = logits[..., 0].numel()
+    targets = torch.zeros(count, dtype=torch.long)
+    on_logits.forward(logits, targets, None, heat, False)
+    on_logits.backward(logits, targets, None, heat, torch.ones(count), None)
+    assert grids == [(count,)] * 3
 
 
 def test_no_rows() -> None:

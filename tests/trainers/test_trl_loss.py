@@ -102,7 +102,7 @@ def test_an_unknown_loss_is_refused() -> None:
         ({"off_policy_mask_threshold": 0.5, "loss_type": "vespo"}, (None, None), "folds them"),
     ],
 )
-def test_options_that_would_not_be_honored_are_refused(
+def test_options_that_would_not_be_honored_are_refused_trl_6808_trl_5595(
     options: dict[str, Any], values: tuple[Any, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -274,7 +274,7 @@ def test_given_values_keep_their_own_denominator(make_trainer: MakeTrainer) -> N
     assert aggregate == FixedLength(10, denominator=3)
 
 
-def test_token_mean_counts_one_accumulation_window(make_trainer: MakeTrainer) -> None:
+def test_token_mean_counts_one_accumulation_window_trl_5890(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(
         surrogate=Clip(),
         aggregate=TokenMean(),

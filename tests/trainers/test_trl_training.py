@@ -131,7 +131,7 @@ def test_lora_trains_the_adapter_alone(make_trainer: MakeTrainer) -> None:
 
 
 @pytest.mark.parametrize("use_trl_loss", [True, False])
-def test_an_adapter_on_the_head_is_refused_not_ignored(
+def test_an_adapter_on_the_head_is_refused_not_ignored_trl_4612(
     make_trainer: MakeTrainer, use_trl_loss: bool
 ) -> None:
     adapter = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
