@@ -175,7 +175,7 @@ def check_head(
     """Check what the ops over hidden states have in common; return the whole vocabulary's size.
 
     Raises:
-        TypeError: A tensor is not floating point, the dtypes differ, or `shard` is none.
+        TypeError: A tensor is not floating point, the dtypes differ, or `shard` is no shard.
         ValueError: The shapes do not fit, or `softcap` or `logit_scale` is out of range.
     """
     check_floating("hidden", hidden)

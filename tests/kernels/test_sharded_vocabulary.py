@@ -232,6 +232,24 @@ def test_chunks_are_cut_by_the_widest_slice(monkeypatch: pytest.MonkeyPatch) -> 
     assert HeadGradients(head, torch.ones(6, 2), [True] * 3, 5).one_chunk
 
 
+class BesideAShareOf255(VocabularyShard):
+    """A shard whose other rank has a share of -255 in every gradient."""
+
+    def sum_(self, values: Tensor) -> Tensor:
+        return values.sub_(255)
+
+
+def test_shares_are_summed_before_they_are_rounded() -> None:
+    weight = torch.tensor([[255], [2**-7]]).bfloat16()  # their sum has more bits than bf16
+    shard = BesideAShareOf255((2, 1), rank=0, group_name="0")
+    head = LinearHead(weight, None, LogitTransform(torch.ones(1)), shard)
+    one = torch.ones(1, 1).bfloat16()
+    gradients = HeadGradients(head, one, [True, False, False], 1)
+    gradients.add(torch.tensor([0]), one, torch.ones(1, 2).bfloat16())
+    (gradient,) = gradients.finish()
+    assert gradient.item() == 2**-7
+
+
 @pytest.mark.usefixtures("alone")
 def test_opcheck() -> None:
     op = getattr(torch.ops, row_chunks.NAMESPACE).linear_token_logprobs
