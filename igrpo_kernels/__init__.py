@@ -31,6 +31,7 @@ from .surrogates import (
     Vespo,
 )
 from .token_logprobs import token_logprobs
+from .vocabulary_shard import VocabularyShard
 
 __all__ = [
     "K1",
@@ -61,6 +62,7 @@ __all__ = [
     "TokenMean",
     "Tokens",
     "Vespo",
+    "VocabularyShard",
     "clipped_policy_loss",
     "linear_policy_loss",
     "linear_token_logprobs",

@@ -3,14 +3,16 @@
 Products of bf16 inputs accumulate and stay in fp32; nothing of shape [rows, V] outlives its chunk.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .checks import check_floating, check_number, check_rank, check_shape, describe
-from .row_chunks import rows_per_chunk, working_dtype
+from .row_chunks import row_chunks, rows_per_chunk, working_dtype
 from .softmax_rows import LogitTransform
+from .vocabulary_shard import VocabularyShard, check_slice
 
 # Elements of the weight that a CPU holds in fp32 at a time, where the weight is in half precision
 CAST_ELEMENTS = 2**22
@@ -21,23 +23,40 @@ class LinearHead:
     """logits = cap(logit_scale * (x @ W.T + b)) / temperature.
 
     Attributes:
-        weight: Shape [V, H].
+        weight: Shape [V, H], here and below of the slice's V where there is a shard.
         bias: Shape [V], or None.
         transform: Scale, cap and temperature of every row.
+        shard: Which slice of the vocabulary this is; None: all of it.
     """
 
     weight: Tensor
     bias: Tensor | None
     transform: LogitTransform
+    shard: VocabularyShard | None = None
 
     @property
     def vocabulary(self) -> int:
         """V, the number of logits of a row."""
         return self.weight.shape[0]
 
+    @property
+    def widest(self) -> int:
+        """The most logits of a row that any rank has: what chunks are cut by."""
+        return self.vocabulary if self.shard is None else self.shard.widest
+
+    def chunks(self, rows: Tensor) -> Iterator[Tensor]:
+        """Cut an index of rows into chunks, alike on every rank."""
+        if self.shard is not None:
+            self.shard.check_rows(rows)
+        return row_chunks(rows, self.widest)
+
+    def columns(self, targets: Tensor) -> Tensor:
+        """Where targets stand among this weight's rows; outside of them for another slice's."""
+        return targets if self.shard is None else targets - self.shard.start
+
     def new_buffer(self, rows: int) -> Tensor:
         """Memory for the products of a chunk of a batch of `rows` rows."""
-        size = min(rows, rows_per_chunk(self.vocabulary, self.weight.device))
+        size = min(rows, rows_per_chunk(self.widest, self.weight.device))
         dtype = working_dtype(self.weight.dtype)
         return self.weight.new_empty((size, self.vocabulary), dtype=dtype)
 
@@ -75,7 +94,7 @@ class HeadGradients:
         self.head = head
         self.needs_hidden, self.needs_weight, needs_bias = needed
         self.needs_bias = needs_bias and head.bias is not None
-        self.one_chunk = rows <= rows_per_chunk(head.vocabulary, hidden.device)
+        self.one_chunk = rows <= rows_per_chunk(head.widest, hidden.device)
         dtype = gradient_dtype(hidden.dtype)
         self.hidden = torch.zeros_like(hidden, dtype=dtype) if self.needs_hidden else None
         self.weight: Tensor | None = None
@@ -101,13 +120,23 @@ class HeadGradients:
             grad: The gradient of their products, in `operand_dtype`. Shape [N, V].
         """
         if self.hidden is not None:
-            operand = grad.to(self.hidden.dtype)
-            self.hidden[rows] = torch.mm(operand, self.head.weight.to(operand.dtype))
+            self.hidden[rows] = self._hidden_product(grad).to(self.hidden.dtype)
         if self.needs_weight:
             self.weight = self._weight_plus(hidden, grad)
         if self.needs_bias:
             share = grad.sum(0, dtype=working_dtype(grad.dtype))
             self.bias = share if self.bias is None else self.bias.add_(share)
+
+    def _hidden_product(self, grad: Tensor) -> Tensor:
+        """Return the gradient of a chunk's hidden states, summed over the slices."""
+        weight, shard = self.head.weight, self.head.shard
+        if shard is None:
+            operand = grad.to(gradient_dtype(weight.dtype))
+            return torch.mm(operand, weight.to(operand.dtype))
+        wide = working_dtype(weight.dtype)  # a slice's share is not rounded before all are summed
+        if grad.is_cuda and grad.dtype != wide:
+            return shard.sum_(torch.mm(grad, weight, out_dtype=wide))
+        return shard.sum_(torch.mm(grad.to(wide), weight.to(wide)))
 
     def _weight_plus(self, hidden: Tensor, grad: Tensor) -> Tensor:
         """Return the weight's gradient so far plus that of a chunk."""
@@ -136,17 +165,24 @@ class HeadGradients:
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
-) -> None:
-    """Check what the ops over hidden states have in common.
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    shard: VocabularyShard | None,
+) -> int:
+    """Check what the ops over hidden states have in common; return the whole vocabulary's size.
 
     Raises:
-        TypeError: A tensor is not floating point, or the dtypes differ.
+        TypeError: A tensor is not floating point, the dtypes differ, or `shard` is no shard.
         ValueError: The shapes do not fit, or `softcap` or `logit_scale` is out of range.
     """
     check_floating("hidden", hidden)
     check_rank("weight", check_floating("weight", weight), 2, "[V, H]")
-    if weight.shape[0] == 0:
+    if shard is not None:
+        check_slice(weight, shard)
+    elif weight.shape[0] == 0:
         raise ValueError(f"weight must have shape [V, H] with V >= 1, got {list(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -165,6 +201,7 @@ def check_head(
     if softcap is not None:
         check_number("softcap", softcap, above=0)
     check_number("logit_scale", logit_scale)
+    return weight.shape[0] if shard is None else shard.vocabulary
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -28,6 +28,7 @@ from .row_chunks import (
 from .sequences import Sequences
 from .softmax_rows import LogitTransform
 from .surrogates.base import Surrogate
+from .vocabulary_shard import VocabularyShard
 
 
 def linear_policy_loss(
@@ -49,6 +50,7 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    shard: VocabularyShard | None = None,
     cu_seqlens: Tensor | None = None,
     with_entropy: bool = False,
     all_metrics: bool = False,
@@ -74,7 +76,8 @@ def linear_policy_loss(
     Args:
         hidden: Last hidden state of the position that predicts each target. Shape [B, T, H], or
             [L, H] packed.
-        weight: The head's weight; where it needs no gradient, none is computed. Shape [V, H].
+        weight: The head's weight; where it needs no gradient, none is computed. With `shard`, this
+            rank's rows of it. Shape [V, H].
         targets: Index of each sampled token. Shape [B, T], or [L] packed.
         advantages: One per sequence, [B] or [B, 1], or one per token. Treated as constants.
         mask: 1 (or True) where a token counts; None counts every token. Shape of `targets`.
@@ -89,9 +92,11 @@ def linear_policy_loss(
         entropy_coef: Weight of the entropy bonus.
         importance_weights: Correction for the sampler, one per token or per sequence. Constants.
         temperature: Divides the logits: a number, or one per token. Treated as a constant.
-        bias: The head's bias. Shape [V].
+        bias: The head's bias; with `shard`, this rank's part of it. Shape [V].
         softcap: Bound on the logits before the temperature (Gemma 2).
         logit_scale: Factor on the products before the cap (Cohere, Granite).
+        shard: Which slice of the vocabulary `weight` is, of those that the ranks of a process group
+            hold. Same results on every rank; see `VocabularyShard`.
         cu_seqlens: Packed only: offsets of the sequences. Shape [B + 1].
         with_entropy: Put the entropy into the metrics also where `entropy_coef` is zero.
         all_metrics: Average the metrics over all counted tokens, at the price of a forward of those
@@ -102,10 +107,12 @@ def linear_policy_loss(
         bias; and the metrics of `policy_loss`.
 
     Raises:
-        TypeError: A dtype is wrong, or hidden, weight and bias differ in it.
+        TypeError: A dtype is wrong, hidden, weight and bias differ in it, or `shard` is no
+            VocabularyShard.
         ValueError: Shapes do not fit, a number is out of range, `kl_coef` is set without
-            `ref_logprobs`, or a target is outside the vocabulary on a row that counts (a device
-            assertion for CUDA tensors).
+            `ref_logprobs`, a target is outside the whole vocabulary on a row that counts (a device
+            assertion for CUDA tensors), `weight` is not the slice that `shard` describes, or the
+            ranks differ in the rows that count.
 
     Example:
         >>> from igrpo_kernels import Clip, SequenceMean
@@ -138,6 +145,7 @@ def linear_policy_loss(
     if not surrogate.per_token or torch.compiler.is_compiling():
         score = partial(linear_token_logprobs, hidden, weight, targets, mask=mask, bias=bias)
         score = partial(score, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+        score = partial(score, shard=shard)
         logprobs, entropy = score(return_entropy=True) if wants_entropy else (score(), None)
         return policy_loss(logprobs, advantages, mask, entropy=entropy, **terms)
 
@@ -145,12 +153,12 @@ def linear_policy_loss(
     head_hidden, head_weight, head_bias = cast_for_autocast(*inputs)
     assert head_hidden is not None
     assert head_weight is not None
-    check_head(head_hidden, head_weight, head_bias, softcap, logit_scale)
+    vocabulary = check_head(head_hidden, head_weight, head_bias, softcap, logit_scale, shard)
     flat, counted = check_targets(targets, mask, hidden.shape[:-1])
     dtype = working_dtype(head_weight.dtype)
     heat = row_temperature(temperature, targets, dtype)
     losses = _row_losses(torch.zeros_like(targets, dtype=dtype), advantages, mask, **terms)
-    check_rows(flat, counted, heat, head_weight.shape[0])
+    check_rows(flat, counted, heat, vocabulary)
     rows = counted_rows(flat, counted)
     matter = losses.matter()[rows]
     pass_ = LinearPolicyPass(
@@ -161,6 +169,7 @@ def linear_policy_loss(
         others=rows[~matter] if all_metrics else rows[:0],
         with_entropy=wants_entropy,
         with_gradients=torch.is_grad_enabled(),
+        shard=shard,
     )
     with torch.autocast(hidden.device.type, enabled=False):
         loss, logprobs, entropy = LinearPolicyFunction.apply(

@@ -10,10 +10,11 @@ from torch.autograd.function import once_differentiable
 from .kl import KlEstimator
 from .linear_head import HeadGradients, LinearHead
 from .policy_loss import token_losses, token_means
-from .row_chunks import active_rows, row_chunks, take
+from .row_chunks import active_rows, take
 from .sequences import Sequences
 from .softmax_rows import LogitTransform, RowSoftmax, softmax_rows_
 from .surrogates.base import Surrogate, TokenLosses, Tokens
+from .vocabulary_shard import VocabularyShard
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class LinearPolicyPass:
         others: Index of further rows whose log-probs the metrics want.
         with_entropy: Whether to take the entropy too.
         with_gradients: Whether to take the gradients.
+        shard: Which slice of the vocabulary the head is; None: all of it.
     """
 
     losses: RowLosses
@@ -137,6 +139,7 @@ class LinearPolicyPass:
     others: Tensor
     with_entropy: bool
     with_gradients: bool
+    shard: VocabularyShard | None = None
 
     def run(
         self, hidden: Tensor, head: LinearHead, needed: list[bool]
@@ -146,7 +149,7 @@ class LinearPolicyPass:
         loss = scores.logprobs.new_zeros(())
         gradients = HeadGradients(head, hidden, needed, len(self.rows))
         buffer = head.new_buffer(max(len(self.rows), len(self.others)))
-        for rows in row_chunks(self.rows, head.vocabulary):
+        for rows in head.chunks(self.rows):
             some = hidden[rows]
             softmax = self._softmax(head, buffer, some, rows)
             scores.record(rows, softmax)
@@ -154,7 +157,7 @@ class LinearPolicyPass:
                 loss += self._add_gradients(gradients, rows, some, softmax)
             else:
                 loss += self.losses.loss(rows, softmax.logprobs, softmax.entropy)
-        for rows in row_chunks(self.others, head.vocabulary):
+        for rows in head.chunks(self.others):
             scores.record(rows, self._softmax(head, buffer, hidden[rows], rows))
         return loss, scores, gradients.finish()
 
@@ -162,8 +165,13 @@ class LinearPolicyPass:
         self, head: LinearHead, buffer: Tensor, hidden: Tensor, rows: Tensor
     ) -> RowSoftmax:
         products = head.products_(buffer, hidden)
-        transform = self.transform.take(rows)
-        return softmax_rows_(products, self.targets[rows], transform, entropy=self.with_entropy)
+        return softmax_rows_(
+            products,
+            head.columns(self.targets[rows]),
+            self.transform.take(rows),
+            entropy=self.with_entropy,
+            shard=head.shard,
+        )
 
     def _add_gradients(
         self, gradients: HeadGradients, rows: Tensor, hidden: Tensor, softmax: RowSoftmax
@@ -190,7 +198,7 @@ class LinearPolicyFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the loss, and the rows' log-probs and entropies without a graph."""
         ctx.needed = [needs and pass_.with_gradients for needs in ctx.needs_input_grad[:3]]
-        head = LinearHead(weight, bias, pass_.transform)
+        head = LinearHead(weight, bias, pass_.transform, pass_.shard)
         loss, scores, gradients = pass_.run(hidden, head, ctx.needed)
         ctx.save_for_backward(*gradients)
         ctx.dtype = hidden.dtype

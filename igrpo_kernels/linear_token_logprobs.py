@@ -13,12 +13,12 @@ from .row_chunks import (
     check_rows,
     check_targets,
     counted_rows,
-    row_chunks,
     row_temperature,
     take,
     working_dtype,
 )
 from .softmax_rows import LogitTransform, softmax_rows_
+from .vocabulary_shard import VocabularyShard, from_schema, to_schema
 
 
 @overload
@@ -32,6 +32,7 @@ def linear_token_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    shard: VocabularyShard | None = None,
     return_entropy: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -47,6 +48,7 @@ def linear_token_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    shard: VocabularyShard | None = None,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -61,6 +63,7 @@ def linear_token_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    shard: VocabularyShard | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the log-prob of each target from hidden states and the head's weight.
@@ -78,15 +81,17 @@ def linear_token_logprobs(
 
     Args:
         hidden: Last hidden state of the position that predicts each target. Shape [..., H].
-        weight: The head's weight. Shape [V, H].
+        weight: The head's weight; with `shard`, this rank's rows of it. Shape [V, H].
         targets: Index of each sampled token. Shape [...].
         mask: 1 (or True) where a row counts; None counts every row. Other rows give 0 and get a
             gradient of 0, whatever they hold. Shape [...].
-        bias: The head's bias. Shape [V].
+        bias: The head's bias; with `shard`, this rank's part of it. Shape [V].
         temperature: Divides the logits: a number, or one per row. Treated as a constant. Shape
             [...].
         softcap: Bound on the logits before the temperature (Gemma 2).
         logit_scale: Factor on the products before the cap (Cohere, Granite).
+        shard: Which slice of the vocabulary `weight` is, of those that the ranks of a process group
+            hold. Same results on every rank; see `VocabularyShard`.
         return_entropy: Also return the entropy.
 
     Returns:
@@ -94,9 +99,11 @@ def linear_token_logprobs(
         flows to hidden, weight and bias.
 
     Raises:
-        TypeError: A dtype is wrong, or hidden, weight and bias differ in it.
-        ValueError: Shapes do not fit, a number is out of range, or a target is outside the
-            vocabulary on a row that counts (a device assertion for CUDA tensors).
+        TypeError: A dtype is wrong, hidden, weight and bias differ in it, or `shard` is no
+            VocabularyShard.
+        ValueError: Shapes do not fit, a number is out of range, a target is outside the whole
+            vocabulary on a row that counts (a device assertion for CUDA tensors), `weight` is not
+            the slice that `shard` describes, or the ranks differ in the rows that count.
 
     Example:
         >>> hidden, weight = torch.ones(2, 3), torch.eye(4, 3)
@@ -107,7 +114,7 @@ def linear_token_logprobs(
     head_hidden, head_weight, head_bias = cast_for_autocast(*inputs)
     assert head_hidden is not None
     assert head_weight is not None
-    check_head(head_hidden, head_weight, head_bias, softcap, logit_scale)
+    check_head(head_hidden, head_weight, head_bias, softcap, logit_scale, shard)
     flat, counted = check_targets(targets, mask, hidden.shape[:-1])
     logprobs, entropy = _forward(
         head_hidden.reshape(-1, hidden.shape[-1]),
@@ -119,6 +126,7 @@ def linear_token_logprobs(
         softcap,
         float(logit_scale),
         return_entropy,
+        *to_schema(shard),
     )
     logprobs = logprobs.view(targets.shape)
     return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs
@@ -135,17 +143,24 @@ def _forward(
     softcap: float | None,
     logit_scale: float,
     with_entropy: bool,
+    slices: list[int] | None = None,
+    group: str = "",
 ) -> tuple[Tensor, Tensor]:
-    head = LinearHead(weight, bias, LogitTransform(temperature, softcap, logit_scale))
-    check_rows(targets, mask, temperature, head.vocabulary)
+    shard = from_schema(slices, group)
+    head = LinearHead(weight, bias, LogitTransform(temperature, softcap, logit_scale), shard)
+    check_rows(targets, mask, temperature, head.vocabulary if shard is None else shard.vocabulary)
     rows = counted_rows(targets, mask)
     logprobs = hidden.new_zeros(targets.shape, dtype=working_dtype(hidden.dtype))
     entropy = torch.zeros_like(logprobs) if with_entropy else logprobs.new_zeros(0)
     buffer = head.new_buffer(len(rows))
-    for chunk in row_chunks(rows, head.vocabulary):
+    for chunk in head.chunks(rows):
         products = head.products_(buffer, hidden[chunk])
         softmax = softmax_rows_(
-            products, targets[chunk], head.transform.take(chunk), entropy=with_entropy
+            products,
+            head.columns(targets[chunk]),
+            head.transform.take(chunk),
+            entropy=with_entropy,
+            shard=shard,
         )
         logprobs[chunk] = softmax.logprobs
         if softmax.entropy is not None:
@@ -164,6 +179,8 @@ def _(
     softcap: float | None,
     logit_scale: float,
     with_entropy: bool,
+    slices: list[int] | None = None,
+    group: str = "",
 ) -> tuple[Tensor, Tensor]:
     logprobs = hidden.new_empty(targets.shape, dtype=working_dtype(hidden.dtype))
     return logprobs, torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
@@ -182,18 +199,22 @@ def _backward(
     softcap: float | None,
     logit_scale: float,
     needed: list[bool],
+    slices: list[int] | None = None,
+    group: str = "",
 ) -> list[Tensor]:
-    head = LinearHead(weight, bias, LogitTransform(temperature, softcap, logit_scale))
+    shard = from_schema(slices, group)
+    head = LinearHead(weight, bias, LogitTransform(temperature, softcap, logit_scale), shard)
     rows = active_rows(mask, grad_logprobs, grad_entropy)
     gradients = HeadGradients(head, hidden, needed, len(rows))
     buffer = head.new_buffer(len(rows))
-    for chunk in row_chunks(rows, head.vocabulary):
+    for chunk in head.chunks(rows):
         some = hidden[chunk]
         softmax = softmax_rows_(
             head.products_(buffer, some),
-            targets[chunk],
+            head.columns(targets[chunk]),
             head.transform.take(chunk),
             entropy=grad_entropy is not None,
+            shard=shard,
         )
         upstream = take(grad_logprobs, chunk), take(grad_entropy, chunk)
         gradients.add(chunk, some, softmax.gradient_(*upstream, dtype=gradients.operand_dtype))
@@ -213,6 +234,8 @@ def _(
     softcap: float | None,
     logit_scale: float,
     needed: list[bool],
+    slices: list[int] | None = None,
+    group: str = "",
 ) -> list[Tensor]:
     inputs = (hidden, weight, bias)
     return [
@@ -223,7 +246,8 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.softcap, ctx.logit_scale, ctx.with_entropy = inputs
+    *tensors, ctx.softcap, ctx.logit_scale, ctx.with_entropy = inputs[:9]
+    ctx.shard = inputs[9:]
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
@@ -244,10 +268,11 @@ def _run_backward(
                 ctx.softcap,
                 ctx.logit_scale,
                 needed,
+                *ctx.shard,
             )
         )
         gradients = [next(computed) if need else None for need in needed]
-    return *gradients, None, None, None, None, None, None
+    return *gradients, *[None] * 8
 
 
 _forward.register_autograd(_run_backward, setup_context=_save_for_backward)

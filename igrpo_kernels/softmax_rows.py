@@ -10,8 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Far above this exp is zero already, in fp64 too; a logit of -inf would make p log p = 0 * -inf
-LOGIT_FLOOR = -1e4
+from .softmax_statistics import (
+    LOGIT_FLOOR,
+    SoftmaxStatistics,
+    add_at_targets_,
+    row_maximum,
+    target_logits,
+)
+from .vocabulary_shard import VocabularyShard
 
 
 @dataclass(frozen=True)
@@ -83,10 +89,10 @@ class SoftmaxRows:
     Attributes:
         logprobs: log softmax(logits)[target]. Shape [N].
         entropy: -sum p log p, where it was asked for. Shape [N].
-        targets: Index into the vocabulary. Shape [N].
+        targets: Index of a column; outside of them for a target of another slice. Shape [N].
         transform: Scale, cap and temperature of these rows.
         exponentials: exp(logits - max), in the caller's buffer. Shape [N, V].
-        normalizer: Sum of the exponentials. Shape [N].
+        normalizer: Sum of the exponentials, over all slices. Shape [N].
         shifted: logits - max, bounded below, where the entropy was asked for. Shape [N, V].
         slope: d cap / d input, where there is a cap. Shape [N, V].
     """
@@ -145,14 +151,19 @@ class SoftmaxRows:
             factor = self.shifted.add_((self.entropy - self.normalizer.log())[:, None])
             factor.mul_(grad_entropy[:, None]).add_(grad_logprobs[:, None])
             grad.mul_(factor).mul_((-scale / self.normalizer)[:, None])
-        grad.scatter_add_(1, self.targets[:, None], (scale * grad_logprobs)[:, None])
+        add_at_targets_(grad, self.targets, scale * grad_logprobs)
         if self.slope is not None:
             grad.mul_(self.slope)
         return grad if dtype in (None, grad.dtype) else _narrow(grad, dtype)
 
 
 def softmax_rows_(
-    products: Tensor, targets: Tensor, transform: LogitTransform, *, entropy: bool = False
+    products: Tensor,
+    targets: Tensor,
+    transform: LogitTransform,
+    *,
+    entropy: bool = False,
+    shard: VocabularyShard | None = None,
 ) -> "RowSoftmax":
     """Take log-probs (and entropy) of a chunk of rows, overwriting the chunk.
 
@@ -160,31 +171,36 @@ def softmax_rows_(
 
     Args:
         products: x @ W.T + b in fp32 or fp64; overwritten. Shape [N, V].
-        targets: Index into the vocabulary. Shape [N].
+        targets: Index of a column; outside of them for a target of another slice. Shape [N].
         transform: Scale, cap and temperature, already taken for these rows.
         entropy: Also take the entropy, at the price of one more [N, V] buffer.
+        shard: Where the columns are a slice of the vocabulary: max and sum go over all slices.
     """
     if products.is_cuda:
         from ._triton import softmax_rows as kernels
 
-        return kernels.softmax_rows_(products, targets, transform, entropy=entropy)
+        return kernels.softmax_rows_(products, targets, transform, entropy=entropy, shard=shard)
     slope = transform.apply_(products)
-    products.sub_(products.amax(-1, keepdim=True))
-    target_shifted = products.gather(1, targets[:, None]).squeeze(1)
+    target = target_logits(products, targets)
+    maximum = row_maximum(products)
+    products.sub_(maximum[:, None])
     shifted = products.clamp(min=LOGIT_FLOOR) if entropy else None
     exponentials = products.exp_()
     normalizer = exponentials.sum(-1)
-    log_normalizer = normalizer.log()
-    mean_surprise = None
-    if shifted is not None:
-        mean_surprise = log_normalizer - torch.linalg.vecdot(exponentials, shifted) / normalizer
+    moment = None if shifted is None else torch.linalg.vecdot(exponentials, shifted)
+    statistics = SoftmaxStatistics(maximum, normalizer, target, moment)
+    if shard is not None:
+        statistics = shard.merge(statistics)
+        moved = (maximum - statistics.maximum)[:, None]
+        exponentials.mul_(moved.exp())
+        shifted = None if shifted is None else shifted.add_(moved).clamp_(min=LOGIT_FLOOR)
     return SoftmaxRows(
-        target_shifted - log_normalizer,
-        mean_surprise,
+        statistics.logprobs,
+        statistics.entropy,
         targets,
         transform,
         exponentials,
-        normalizer,
+        statistics.normalizer,
         shifted,
         slope,
     )

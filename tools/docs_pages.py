@@ -40,7 +40,7 @@ REFERENCE = {
     "kernels/logprobs.md": (
         "Log-probs",
         "igrpo_kernels",
-        ("token_logprobs", "linear_token_logprobs"),
+        ("token_logprobs", "linear_token_logprobs", "vocabulary_shard"),
     ),
     "kernels/policy_loss.md": (
         "Policy loss",

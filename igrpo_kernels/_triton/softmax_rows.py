@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..checks import describe
 from ..softmax_rows import LogitTransform
+from ..softmax_statistics import SoftmaxStatistics
+from ..vocabulary_shard import VocabularyShard
 from .online_softmax import FLOOR, LEAST, cap, fold, merge, row_start, transform
 
 BLOCK_V = 4096
@@ -28,7 +30,7 @@ def softmax_rows_fwd_kernel(
     vocabulary, inner_size,  # sizes
     outer_stride, inner_stride, temperature_stride,  # strides
     HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr, LANE_WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+    IS_SLICE: tl.constexpr, BLOCK_V: tl.constexpr, LANE_WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     inverse_temperature = 1.0 / tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
@@ -56,10 +58,15 @@ def softmax_rows_fwd_kernel(
         maximum, normalizer, moment = fold(maximum, normalizer, moment, logits, HAS_ENTROPY)
     maximum, normalizer, moment = merge(maximum, normalizer, moment, HAS_ENTROPY)
 
-    product = tl.load(products_ptr + target).to(tl.float32)
+    inside = (target >= 0) & (target < vocabulary)
+    product = tl.load(products_ptr + target, mask=inside, other=0.0).to(tl.float32)
     logit = transform(product, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP)
-    logprob = (logit - maximum) - tl.log(normalizer)
-    entropy = tl.log(normalizer) - moment / normalizer
+    if IS_SLICE:  # what merges, instead of what it merges to
+        logprob = tl.where(inside, logit, -float("inf"))
+        entropy = moment
+    else:
+        logprob = (logit - maximum) - tl.log(normalizer)
+        entropy = tl.log(normalizer) - moment / normalizer
     if HAS_MASK:
         logprob = tl.where(counts, logprob, 0.0)
         entropy = tl.where(counts, entropy, 0.0)
@@ -182,8 +189,13 @@ def softmax_rows_forward(
     transform: LogitTransform,
     *,
     entropy: bool,
+    is_slice: bool = False,
 ) -> RowStatistics:
-    """Launch the forward over the rows of `products`, which it leaves as they are."""
+    """Launch the forward over the rows of `products`, which it leaves as they are.
+
+    Of a slice of the vocabulary it finds the target's logit (-inf where the target is outside of
+    the slice) in place of the log-prob, and the moment in place of the entropy.
+    """
     _check_dtype(products)
     layout = RowLayout.of(products)
     statistics = [targets.new_empty(layout.rows, dtype=torch.float32) for _ in range(4)]
@@ -208,6 +220,7 @@ def softmax_rows_forward(
             HAS_MASK=mask is not None,
             HAS_ENTROPY=entropy,
             HAS_SOFTCAP=transform.softcap is not None,
+            IS_SLICE=is_slice,
             BLOCK_V=BLOCK_V,
             **lanes(products, layout),
             **LAUNCH,
@@ -341,8 +354,22 @@ class TritonSoftmaxRows:
 
 
 def softmax_rows_(
-    products: Tensor, targets: Tensor, transform: LogitTransform, *, entropy: bool = False
+    products: Tensor,
+    targets: Tensor,
+    transform: LogitTransform,
+    *,
+    entropy: bool = False,
+    shard: VocabularyShard | None = None,
 ) -> TritonSoftmaxRows:
     """Take log-probs (and entropy) of a chunk of rows. See the twin in `..softmax_rows`."""
-    statistics = softmax_rows_forward(products, targets, None, transform, entropy=entropy)
+    statistics = softmax_rows_forward(
+        products, targets, None, transform, entropy=entropy, is_slice=shard is not None
+    )
+    if shard is not None:
+        whole = shard.merge(
+            SoftmaxStatistics(
+                statistics.maximum, statistics.normalizer, statistics.logprobs, statistics.entropy
+            )
+        )
+        statistics = RowStatistics(whole.logprobs, whole.entropy, whole.maximum, whole.normalizer)
     return TritonSoftmaxRows(products, targets, transform, statistics)

@@ -24,8 +24,13 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FLAGS = ("HAS_MASK", "HAS_ENTROPY", "HAS_SOFTCAP")
-FLAG_SETS = [(False, False, False), (True, True, False), (True, True, True)]
+FLAGS = ("HAS_MASK", "HAS_ENTROPY", "HAS_SOFTCAP", "IS_SLICE")
+FLAG_SETS = [
+    (False, False, False, False),
+    (True, True, False, False),
+    (True, True, True, False),
+    (False, True, True, True),
+]
 ROW_KERNELS = [kernels.softmax_rows_fwd_kernel, kernels.softmax_rows_bwd_kernel]
 THREADS = 32 * kernels.LAUNCH["num_warps"]
 SCALARS = ("logit_scale", "softcap", "low", "high", "dual")
@@ -41,7 +46,8 @@ def argument_type(name: str, dtype: str) -> str:
 
 
 def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
-    """What a launch with these constants compiles."""
+    """What a launch with these constants compiles; a kernel takes those that it knows."""
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {
         name: "constexpr" if name in constants else argument_type(name, dtype)
         for name in kernel.arg_names
@@ -85,11 +91,11 @@ def check(src: ASTSource, name: str, options: dict[str, Any], folder: Path) -> N
 @pytest.mark.parametrize("flags", FLAG_SETS)
 @pytest.mark.parametrize("kernel", ROW_KERNELS, ids=lambda kernel: kernel.fn.__name__)
 def test_row_kernels(
-    kernel: Any, flags: tuple[bool, bool, bool], dtype: str, name: str, tmp_path: Path
+    kernel: Any, flags: tuple[bool, ...], dtype: str, name: str, tmp_path: Path
 ) -> None:
     constants: dict[str, Any] = dict(zip(FLAGS, flags, strict=True))
     constants["BLOCK_V"] = kernels.BLOCK_V
-    has_mask, has_entropy, _ = flags
+    has_mask, has_entropy, *_ = flags
     if kernel is kernels.softmax_rows_fwd_kernel:
         constants |= {"LANE_WIDTH": kernels.BLOCK_V // THREADS, "ALIGNED": False}
     if not has_mask:

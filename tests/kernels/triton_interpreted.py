@@ -4,15 +4,18 @@ Run by `test_triton_interpreter.py` in a process of its own: TRITON_INTERPRET ha
 triton is first imported.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from igrpo_kernels import (
     Clip,
     TokenMean,
+    VocabularyShard,
     clipped_policy_loss,
     linear_policy_loss,
     linear_policy_pass,
@@ -23,6 +26,7 @@ from igrpo_kernels._triton import clipped_policy_loss as clipped
 from igrpo_kernels._triton import softmax_rows as kernels
 from igrpo_kernels._triton import token_logprobs as on_logits
 from igrpo_kernels.softmax_rows import LogitTransform
+from igrpo_kernels.softmax_statistics import SoftmaxStatistics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMS = {
@@ -208,6 +212,49 @@ def test_no_rows() -> None:
     assert got.gradient_(torch.empty(0)).shape == (0, 5)
 
 
+class Given:
+    """In place of a shard: keeps a slice's statistics, and hands back what it was told to."""
+
+    def __init__(self, whole: SoftmaxStatistics | None = None) -> None:
+        self.whole = whole
+
+    def merge(self, statistics: SoftmaxStatistics) -> SoftmaxStatistics:
+        self.seen = statistics
+        return statistics if self.whole is None else self.whole
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("cuts", [[200], [1, 130], [0, 131, 131, 507]])
+def test_slices_of_the_vocabulary(cuts: list[int], name: str, entropy: bool) -> None:
+    transform = LogitTransform(**TRANSFORMS[name])
+    products, _ = rows(507, torch.float32)
+    products[0] += 1e3
+    products[1, 131:] = -torch.inf  # the whole of a slice
+    targets = torch.tensor([0, 130, 506])
+    products[1, 130] = products[2, 506] = -1.0  # below the zero of a column that is not there
+    wanted = twin.softmax_rows_(products.clone(), targets, transform, entropy=entropy)
+    parts = [(products[:, a:b], targets - a) for a, b in pairwise([0, *cuts, 507])]
+    seen = []
+    for part, local in parts:
+        shard = Given()
+        kernels.softmax_rows_(part, local, transform, entropy=entropy, shard=shard)
+        seen.append(shard.seen.stack())
+    whole = Given(SoftmaxStatistics.unstack(torch.stack(seen)).merge())
+    upstream = torch.tensor([1.0, -0.5, 2.0])
+    on_entropy = torch.tensor([0.3, -1.0, 0.0]) if entropy else None
+    grads = []
+    for part, local in parts:
+        copy = part.clone()
+        got = kernels.softmax_rows_(copy, local, transform, entropy=entropy, shard=whole)
+        torch.testing.assert_close(got.logprobs, wanted.logprobs, rtol=2e-6, atol=2e-6)
+        if entropy:
+            torch.testing.assert_close(got.entropy, wanted.entropy, rtol=2e-6, atol=2e-6)
+        grads.append(got.gradient_(upstream, on_entropy))
+    exact = wanted.gradient_(upstream, on_entropy)
+    torch.testing.assert_close(torch.cat(grads, 1), exact, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 2, 2), (0, 3)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_token_logprobs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -265,15 +312,26 @@ def test_opcheck_of_the_clipped_policy_loss() -> None:
     )
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_linear_policy_loss_over_the_kernels(
-    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    softcap: float | None, sharded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hidden = torch.randn(3, 4, 6, requires_grad=True)
     weight = torch.randn(131, 6, requires_grad=True)
     old_logprobs = -4 - torch.rand(3, 4)
     targets = torch.randint(0, 131, (3, 4))
     mask = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [0, 1, 1, 0]])
+    shard = VocabularyShard.of(weight) if sharded else None
 
     def run() -> list[Tensor]:
         out = linear_policy_loss(
@@ -288,6 +346,7 @@ def test_linear_policy_loss_over_the_kernels(
             softcap=softcap,
             temperature=torch.linspace(0.5, 1.5, 12).view(3, 4),
             with_entropy=True,
+            shard=shard,
         )
         grads = torch.autograd.grad(out.loss, (hidden, weight))
         return [out.loss, *grads, *out.metrics.values()]
