@@ -175,10 +175,18 @@ def check_head(
     """Check what the ops over hidden states have in common; return the whole vocabulary's size.
 
     Raises:
-        TypeError: A tensor is not floating point, the dtypes differ, or `shard` is no shard.
+        TypeError: A tensor is not floating point or is sharded, the dtypes differ, or `shard` is no
+            shard.
         ValueError: The shapes do not fit, or `softcap` or `logit_scale` is out of range.
     """
     check_floating("hidden", hidden)
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if hasattr(tensor, "full_tensor"):  # a DTensor, as FSDP2 leaves outside of its forward
+            raise TypeError(
+                f"{name} must be a plain tensor, got a sharded one: call this inside the wrapped "
+                f"forward, pass {name}.full_tensor(), or pass to_local() of a weight cut by "
+                "rows with shard=VocabularyShard.of(...)"
+            )
     check_rank("weight", check_floating("weight", weight), 2, "[V, H]")
     if shard is not None:
         check_slice(weight, shard)

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import igrpo_kernels.row_chunks as row_chunks
 from igrpo_kernels import VocabularyShard, linear_policy_loss, linear_token_logprobs
@@ -378,3 +380,14 @@ def test_a_row_of_minus_infinity_alone_gives_nan_as_unsharded() -> None:
     transform = LogitTransform(torch.ones(1))
     whole, _ = in_slices(products, torch.tensor([3]), transform, [2])
     assert whole.logprobs.isnan().all()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_sharded_head_is_refused_in_words_trl_6858() -> None:
+    weight = distribute_tensor(torch.randn(5, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+    targets = torch.tensor([0, 4])
+    with pytest.raises(TypeError, match=r"weight must be a plain tensor.*full_tensor\(\).*shard="):
+        linear_token_logprobs(torch.randn(2, 4), weight, targets)
+    # what is left of a parameter that ZeRO-3 took away
+    with pytest.raises(ValueError, match=r"weight must have shape \[V, H\]"):
+        linear_token_logprobs(torch.randn(2, 4), torch.empty(0), targets)
