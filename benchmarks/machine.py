@@ -59,5 +59,7 @@ def versions(device: torch.device) -> dict[str, str | None]:
 def commit() -> str | None:
     """The commit of the sources, with a + where they differ from it; None outside a clone."""
     head = output_of("git", "rev-parse", "--short=10", "HEAD")
-    changes = output_of("git", "status", "--porcelain", "--untracked-files=no", "--", "igrpo_kernels")
+    changes = output_of(
+        "git", "status", "--porcelain", "--untracked-files=no", "--", "igrpo_kernels"
+    )
     return head and head + ("+" if changes else "")

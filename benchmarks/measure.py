@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,15 +96,14 @@ def measure_ceilings(device: torch.device, *, small: bool = False) -> Ceilings:
     count = 2**20 if small else 2**30 if gpu else 2**26
     source = torch.rand(count, device=device)
     target = torch.empty_like(source)
-    seconds = median_seconds(lambda: target.copy_(source), device, 10)
+    seconds = median_seconds(partial(target.copy_, source), device, 10)
     copy = 2 * 4 * count / seconds
-    del source, target
     rates = {}
     for name, dtype, size in (("bf16", torch.bfloat16, 8192), ("fp32", torch.float32, 4096)):
         size = 256 if small else size if gpu else 2048
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
-        seconds = median_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, 7)
+        seconds = median_seconds(partial(torch.mm, a, b, out=out), device, 7)
         rates[name] = 2 * size**3 / seconds
     return Ceilings(copy, rates)
 
@@ -181,7 +181,7 @@ def readings_of(
             with may_fail(figures[name]):
                 steps(peer, 0, SETS)
                 synchronize(device)
-                took = seconds_of(lambda peer=peer: steps(peer, 0, 1), device)
+                took = seconds_of(partial(steps, peer, 0, 1), device)
                 repeats[name] = max(1, math.ceil(WINDOW / max(took, 1e-6)))
     readings: dict[str, list[float]] = {name: [] for name in repeats}
     began = time.monotonic()
@@ -192,7 +192,7 @@ def readings_of(
             if figures[name].not_run is not None:
                 continue
             with may_fail(figures[name]):
-                took = seconds_of(lambda n=name, c=count: steps(op.peers[n], turn, c), device)
+                took = seconds_of(partial(steps, op.peers[name], turn, count), device)
                 readings[name].append(1e3 * took / count)
     return readings
 

@@ -18,7 +18,9 @@ IDENTITY = ("op", "passes", "dtype", "tokens", "vocabulary", "width", "active", 
 Record = dict[str, Any]
 
 
-def new_record(device: torch.device, ceilings: Ceilings | None, commit: str | None = None) -> Record:
+def new_record(
+    device: torch.device, ceilings: Ceilings | None, commit: str | None = None
+) -> Record:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "commit": commit or machine.commit(),

@@ -1,0 +1,123 @@
+"""Where the tests of this folder run, and at what size.
+
+One test, three places: CUDA tensors over the compiled kernels at real sizes (marker `gpu`), CPU
+tensors over the twins at small sizes, and, in a process that sets TRITON_INTERPRET=1, CPU tensors
+that say they are CUDA's, so that everything behind `is_cuda` runs where there is no GPU.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+REAL_PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a test runs.
+
+    Attributes:
+        name: "cpu", "cuda" or "interpreter".
+        device: Of the tensors.
+    """
+
+    name: str
+    device: torch.device
+
+    @property
+    def real(self) -> bool:
+        """Whether sizes are real."""
+        return self.name == "cuda"
+
+    def pick(self, real: Any, small: Any) -> Any:
+        """Choose a size."""
+        return real if self.real else small
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+        """Random numbers; large tensors in parts, so that no fp32 copy of the whole exists."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        values = torch.empty(shape, dtype=dtype, device=self.device)
+        for part in values.flatten().split(2**28):
+            part.copy_(torch.randn(part.shape, generator=generator, device=self.device))
+        return values
+
+    def below(self, bound: int, *shape: int, seed: int = 0) -> Tensor:
+        """Random indices."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randint(bound, shape, generator=generator, device=self.device)
+
+    def new_stream(self) -> AbstractContextManager[Any]:
+        """A stream of its own on a GPU."""
+        return torch.cuda.stream(torch.cuda.Stream(self.device)) if self.real else nullcontext()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.real:
+            torch.cuda.synchronize(self.device)
+
+
+def with_out_dtype(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.mm` or `torch.addmm` with the argument that only CUDA has."""
+
+    def emulated(*operands: Tensor, out_dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
+        if out_dtype is not None:
+            operands = tuple(operand.to(out_dtype) for operand in operands)
+        return product(*operands, **rest)
+
+    return emulated
+
+
+@pytest.fixture(params=["interpreter"] if INTERPRETED else REAL_PLACES)
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    if request.param == "interpreter":
+        from igrpo_kernels._triton import softmax_rows
+
+        monkeypatch.setattr(softmax_rows, "BLOCK_V", 128)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+        for name in ("mm", "addmm"):
+            monkeypatch.setattr(torch, name, with_out_dtype(getattr(torch, name)))
+    device = torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
+    if request.param == "cuda":
+        torch.cuda.empty_cache()
+        # what the allocator hands out next is full of NaN, whoever asks for it
+        block = torch.full((2**28,), torch.nan, device=device)
+        del block
+    yield Place(request.param, device)
+    if request.param == "cuda":
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return DTYPES[request.param]
+
+
+@pytest.fixture
+def assert_close() -> Callable[..., None]:
+    """Compare with float64: values by the largest, gradients by their norms.
+
+    Values leave in fp32 and are off by 1e-5 of the largest at most. A gradient leaves in the
+    dtype of its input: it is rounded once, and the gradient of the logits once before a product.
+    """
+
+    def check(got: Tensor, wanted: Tensor, *, gradient: bool = False) -> None:
+        assert got.shape == wanted.shape
+        assert got.isfinite().all()
+        difference = got.detach().double() - wanted.detach()
+        if not gradient:
+            assert got.dtype == torch.float32
+            assert difference.abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1.0)
+            return
+        limit = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}[got.dtype]
+        limit *= 2 if INTERPRETED else 1  # the interpreter truncates where it should round
+        assert difference.norm() <= limit * wanted.norm()
+
+    return check
