@@ -9,7 +9,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,9 @@ from benchmarks.resident import peak_in_fresh_process
 SETS = 2  # of inputs that rotate
 LEAST_ROUNDS, MOST_ROUNDS = 3, 30
 WINDOW = 0.01  # seconds that one reading spans at least; short steps are repeated
-CHECKED_OPERATIONS = {"cpu": 4e10, "cuda": 1.2e13}  # of float64 products, for the gate
+# What the gate may spend on float64: operations of products, and bytes of logits
+CHECKED_OPERATIONS = {"cpu": 4e10, "cuda": 4.1e13}
+CHECKED_BYTES = 2**33
 
 
 @dataclass
@@ -110,9 +112,13 @@ def measure_ceilings(device: torch.device, *, small: bool = False) -> Ceilings:
 
 def checked(case: Case, device: torch.device) -> Case:
     """The case with as many rows as the gate can afford in float64."""
-    per_row = 8.0 * case.vocabulary * max(case.width, 64)
-    rows = int(CHECKED_OPERATIONS[device.type] / per_row) if case.vocabulary else case.tokens
-    return replace(case, tokens=max(64, min(case.tokens, rows // 8 * 8)))
+    if not case.vocabulary:
+        return case
+    if case.width:
+        rows = CHECKED_OPERATIONS[device.type] / (8 * case.vocabulary * case.width)
+    else:
+        rows = CHECKED_BYTES / (8 * case.vocabulary)
+    return replace(case, tokens=max(64, min(case.tokens, int(rows) // 8 * 8)))
 
 
 def reason(problem: Exception) -> str:
@@ -122,8 +128,8 @@ def reason(problem: Exception) -> str:
 
 
 @contextlib.contextmanager
-def may_fail(figure: Figure):
-    """Write down why a peer does not run; ours has no excuse."""
+def may_fail(figure: Figure) -> Iterator[None]:
+    """Write down why a peer does not run."""
     try:
         yield
     except Exception as problem:
@@ -139,7 +145,7 @@ def release() -> None:
 
 
 def pass_gate(op: Op, case: Case, device: torch.device, figures: dict[str, Figure]) -> None:
-    """Fill in each peer's errors; refuse those whose outputs are wrong."""
+    """Fill in each peer's errors; refuse those whose outputs are wrong, or missing."""
     case = checked(case, device)
     batch = op.make(case, 0, device)
     wanted: dict[Any, Any] = {}
@@ -148,6 +154,7 @@ def pass_gate(op: Op, case: Case, device: torch.device, figures: dict[str, Figur
         figure.computes = peer.computes
         if device.type not in peer.devices:
             figure.not_run = f"needs {' or '.join(peer.devices)}"
+        if figure.not_run is not None:
             continue
         with may_fail(figure):
             exact = peer.exact or op.exact
@@ -194,6 +201,8 @@ def readings_of(
             with may_fail(figures[name]):
                 took = seconds_of(partial(steps, op.peers[name], turn, count), device)
                 readings[name].append(1e3 * took / count)
+            for batch in batches:  # no peer's gradients lie in another's memory
+                batch.clear()
     return readings
 
 
@@ -220,11 +229,20 @@ def spread(readings: list[float]) -> dict[str, float]:
 
 
 def measure(
-    case: Case, device: torch.device, ceilings: Ceilings, seconds: float, *, memory: bool = True
+    case: Case,
+    device: torch.device,
+    ceilings: Ceilings,
+    seconds: float,
+    *,
+    memory: bool = True,
+    without: Sequence[str] = (),
 ) -> list[Figure]:
-    """Measure every peer on a case; the clock runs for about so many seconds."""
+    """Measure the peers on a case; the clock runs for about so many seconds."""
     op = op_of(case)
     figures = {name: Figure(case, name, device.type) for name in op.peers}
+    for name in without:
+        if name in figures:
+            figures[name].not_run = "left out of this run"
     torch.compiler.reset()
     pass_gate(op, case, device, figures)
     release()

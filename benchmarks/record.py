@@ -2,7 +2,7 @@
 
     python -m benchmarks.record                      # this machine's grid: six minutes on a CPU
     python -m benchmarks.record --quick              # its most important cases
-    python -m benchmarks.record --only sparse        # cases whose line holds a word
+    python -m benchmarks.record --only 'frozen'      # cases whose line holds this
 
 Writes one dated JSON under benchmarks/results/ after every case, so that an interrupted run loses
 nothing, and plots beside it.
@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--quick", action="store_true", help="the most important cases only")
     options.add_argument("--small", action="store_true", help="tiny sizes, to try the machinery")
     options.add_argument("--only", default="", help="cases whose line contains this")
+    options.add_argument("--without", action="append", default=[], help="a peer to leave out")
     options.add_argument("--seconds", type=float, help="start no further case after so many")
     options.add_argument("--threads", type=int, help="of torch on the CPU")
     options.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
@@ -79,6 +80,9 @@ def run_cases(
     record["ceilings"] = vars(ceilings)
     budget = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)[device.type]
     clock = 0.1 if options.small else CLOCK[device.type]
+    without = list(options.without)
+    if options.quick and device.type == "cuda":
+        without.append("torch.compile")  # which compiles for longer than all others run
     began = time.monotonic()
     for number, case in enumerate(chosen):
         if time.monotonic() - began > budget:
@@ -86,7 +90,8 @@ def run_cases(
             say(f"out of time: {len(chosen) - number} cases left out")
             break
         say(f"{time.monotonic() - began:4.0f} s  {case}")
-        figures = measure(case, device, ceilings, clock, memory=not options.no_memory)
+        memory = not options.no_memory
+        figures = measure(case, device, ceilings, clock, memory=memory, without=without)
         for figure in figures:
             say(show(figure))
         results.add(record, figures)
