@@ -16,6 +16,7 @@ from benchmarks.ops import op_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = quick_gpu_grid() if DEVICE.type == "cuda" else cpu_grid(tokens=512)
+pytestmark = pytest.mark.filterwarnings("default")  # of peers and compilers
 PAIRS = [(case, peer) for case in CASES for peer in op_of(case).peers]
 
 

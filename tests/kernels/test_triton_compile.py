@@ -3,77 +3,30 @@
 No GPU is needed: triton ships the assemblers. What the compiler says is read from the binaries.
 """
 
+import json
 import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from igrpo_kernels._triton import clipped_policy_loss as clipped
+from benchmarks.triton_resources import (
+    FLAG_SETS,
+    FLAGS,
+    RECORDED,
+    ROW_KERNELS,
+    TARGETS,
+    Variant,
+    resources,
+    row_variant,
+    source,
+    variants,
+)
 from igrpo_kernels._triton import softmax_rows as kernels
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FLAGS = ("HAS_MASK", "HAS_ENTROPY", "HAS_SOFTCAP")
-FLAG_SETS = [(False, False, False), (True, True, False), (True, True, True)]
-ROW_KERNELS = [kernels.softmax_rows_fwd_kernel, kernels.softmax_rows_bwd_kernel]
-SCALARS = ("logit_scale", "softcap", "low", "high", "dual")
 
-
-def argument_type(name: str, dtype: str) -> str:
-    """The type under which a launch passes an argument."""
-    if name in ("products_ptr", "grad_ptr"):
-        return f"*{dtype}"
-    if name.endswith("_ptr"):
-        return {"targets_ptr": "*i64", "mask_ptr": "*i1"}.get(name, "*fp32")
-    return "fp32" if name in SCALARS else "i32"  # an int below 2^31 is passed in 32 bits
-
-
-def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
-    """What a launch with these constants compiles."""
-    signature = {
-        name: "constexpr" if name in constants else argument_type(name, dtype)
-        for name in kernel.arg_names
-    }
-    at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    return ASTSource(fn=kernel, signature=signature, constexprs=at)
-
-
-def cuda_resources(cubin: Path) -> tuple[int, int]:
-    """Registers of a thread, and the bytes it spills."""
-    usage = subprocess.run(
-        [CUOBJDUMP, "-res-usage", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
-    values = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    return int(values["REG"]), int(values["STACK"]) + int(values["LOCAL"])
-
-
-def hip_resources(assembly: str) -> tuple[int, int]:
-    """Vector registers of a thread, and the bytes it spills."""
-    (registers,) = re.findall(r"\.vgpr_count:\s+(\d+)", assembly)
-    spills = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", assembly)
-    assert len(spills) == 2
-    return int(registers), 4 * sum(map(int, spills))
-
-
-def check(src: ASTSource, name: str, options: dict[str, Any], folder: Path) -> None:
-    target = TARGETS[name]
-    compiled = triton.compile(src, target=target, options=options)
-    if target.backend == "hip":
-        registers, spilled = hip_resources(compiled.asm["amdgcn"])
-    else:
-        cubin = folder / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        registers, spilled = cuda_resources(cubin)
+def check(variant: Variant, target: str) -> None:
+    registers, spilled = resources(variant, target)
     assert spilled == 0
     assert 0 < registers <= 128  # two blocks of 256 threads on a multiprocessor at least
 
@@ -82,23 +35,22 @@ def check(src: ASTSource, name: str, options: dict[str, Any], folder: Path) -> N
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("flags", FLAG_SETS)
 @pytest.mark.parametrize("kernel", ROW_KERNELS, ids=lambda kernel: kernel.fn.__name__)
-def test_row_kernels(
-    kernel: Any, flags: tuple[bool, bool, bool], dtype: str, name: str, tmp_path: Path
-) -> None:
-    constants: dict[str, Any] = dict(zip(FLAGS, flags, strict=True))
-    constants["BLOCK_V"] = kernels.BLOCK_V
-    has_mask, has_entropy, _ = flags
-    if not has_mask:
-        constants["mask_ptr"] = None
-    if not has_entropy and kernel is kernels.softmax_rows_bwd_kernel:
-        constants |= {"entropy_ptr": None, "grad_entropy_ptr": None}
-    check(source(kernel, dtype, constants), name, kernels.LAUNCH, tmp_path)
+def test_row_kernels(kernel: Any, flags: tuple[bool, bool, bool], dtype: str, name: str) -> None:
+    check(row_variant(kernel, dtype, flags), name)
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_clipped_policy_loss(name: str, tmp_path: Path) -> None:
-    src = source(clipped.clipped_policy_loss_kernel, "fp32", {"BLOCK": clipped.BLOCK})
-    check(src, name, {"enable_fp_fusion": True}, tmp_path)
+def test_clipped_policy_loss(name: str) -> None:
+    (variant,) = (each for each in variants() if each.kernel not in ROW_KERNELS)
+    check(variant, name)
+
+
+def test_the_recorded_table_holds_every_kernel_and_no_spill() -> None:
+    recorded = json.loads(RECORDED.read_text())["registers and spilled bytes"]
+    assert sorted(recorded) == sorted(map(str, variants()))
+    for targets in recorded.values():
+        assert sorted(targets) == sorted(TARGETS)
+        assert all(registers > 0 and spilled == 0 for registers, spilled in targets.values())
 
 
 @pytest.mark.parametrize("kernel", ROW_KERNELS, ids=lambda kernel: kernel.fn.__name__)
@@ -106,8 +58,8 @@ def test_rows_are_addressed_in_64_bits_fla_1082(kernel: Any) -> None:
     constants: dict[str, Any] = dict.fromkeys(FLAGS, False) | {"BLOCK_V": kernels.BLOCK_V}
     constants |= {"mask_ptr": None, "entropy_ptr": None, "grad_entropy_ptr": None}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    options = kernels.LAUNCH
-    compiled = triton.compile(source(kernel, "bf16", constants), TARGETS["sm_90"], options)
+    variant = Variant(kernel, "bf16", constants, kernels.LAUNCH)
+    compiled = triton.compile(source(variant), TARGETS["sm_90"], variant.options)
     row = re.search(r"(%\S+) = tt.get_program_id x", compiled.asm["ttir"])
     assert row is not None
     # the row is widened before it meets a stride, and no 32-bit product takes part in an address
