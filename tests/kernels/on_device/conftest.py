@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from igrpo_kernels import row_chunks
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REAL_PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -27,10 +29,12 @@ class Place:
     Attributes:
         name: "cpu", "cuda" or "interpreter".
         device: Of the tensors.
+        monkeypatch: Of the test.
     """
 
     name: str
     device: torch.device
+    monkeypatch: pytest.MonkeyPatch
 
     @property
     def real(self) -> bool:
@@ -40,6 +44,12 @@ class Place:
     def pick(self, real: Any, small: Any) -> Any:
         """Choose a size."""
         return real if self.real else small
+
+    def cut(self, size: tuple[int, int, int], chunks: int) -> None:
+        """Make the ops over hidden states take a batch of (T, V, H) in so many chunks."""
+        rows, vocabulary, _ = size
+        for name in ("CPU_CHUNK_BYTES", "CUDA_CHUNK_BYTES"):
+            self.monkeypatch.setattr(row_chunks, name, 4 * vocabulary * -(-rows // chunks))
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
         """Random numbers; large tensors in parts, so that no fp32 copy of the whole exists."""
@@ -90,7 +100,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         # what the allocator hands out next is full of NaN, whoever asks for it
         block = torch.full((2**28,), torch.nan, device=device)
         del block
-    yield Place(request.param, device)
+    yield Place(request.param, device, monkeypatch)
     if request.param == "cuda":
         torch.cuda.empty_cache()
 

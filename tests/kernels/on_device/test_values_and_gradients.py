@@ -147,11 +147,13 @@ def exact_head(
     return exact_scores(logits / temperature, problem["targets"])
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("options", LINEAR_OPTIONS)
 @pytest.mark.parametrize("name", HEADS)
 def test_linear_token_logprobs(
-    place: Any, dtype: torch.dtype, assert_close: Close, name: str, options: str
+    place: Any, dtype: torch.dtype, assert_close: Close, name: str, options: str, chunks: int
 ) -> None:
+    place.cut(place.pick(*HEADS[name]), chunks)
     problem = head_problem(place, name, dtype)
     given = {"temperature": 1.0, "softcap": None, "logit_scale": 1.0, **LINEAR_OPTIONS[options]}
     got = linear_token_logprobs(**problem, return_entropy=True, **given)
@@ -173,6 +175,7 @@ def test_linear_token_logprobs(
 def test_linear_policy_loss(
     place: Any, dtype: torch.dtype, assert_close: Close, name: str, layout: str
 ) -> None:
+    place.cut(place.pick(*HEADS[name]), 1 if layout == "padded" else 3)
     problem = head_problem(place, name, dtype)
     hidden, targets = problem["hidden"], problem["targets"]
     exact = doubled(problem)
