@@ -24,7 +24,7 @@ import torch
 from benchmarks import record, results
 from benchmarks.machine import ROOT
 
-TOTAL_SECONDS = {False: 570.0, True: 115.0}  # quick or not
+TOTAL_SECONDS = {False: 550.0, True: 110.0}  # quick or not
 # The project's options without those of plug-ins that may be missing; warnings of another torch
 # are no failure.
 PYTEST = (

@@ -110,6 +110,11 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return DTYPES[request.param]
 
 
+def norm_of(values: Tensor, euclidean: bool) -> Tensor:
+    """Of a gradient the Euclidean norm, of other values the largest."""
+    return values.norm() if euclidean else values.abs().max()
+
+
 @pytest.fixture
 def assert_close() -> Callable[..., None]:
     """Compare with float64: values by the largest, gradients by their norms.
@@ -120,14 +125,20 @@ def assert_close() -> Callable[..., None]:
 
     def check(got: Tensor, wanted: Tensor, *, gradient: bool = False) -> None:
         assert got.shape == wanted.shape
-        assert got.isfinite().all()
-        difference = got.detach().double() - wanted.detach()
+        errors, sizes = [], []
+        # in parts: there may be 2^31 elements, and the memory holds their float64 once
+        parts = (values.detach().flatten().split(2**27) for values in (got, wanted))
+        for mine, exact in zip(*parts, strict=True):
+            assert mine.isfinite().all()
+            errors.append(norm_of(mine.double() - exact, gradient))
+            sizes.append(norm_of(exact, gradient))
+        error, size = (norm_of(torch.stack(norms), gradient) for norms in (errors, sizes))
         if not gradient:
             assert got.dtype == torch.float32
-            assert difference.abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1.0)
+            assert error <= 1e-5 * size.clamp(min=1.0)
             return
         limit = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}[got.dtype]
         limit *= 2 if INTERPRETED else 1  # the interpreter truncates where it should round
-        assert difference.norm() <= limit * wanted.norm()
+        assert error <= limit * size
 
     return check
