@@ -63,7 +63,10 @@ class Ceilings:
     def floor(self, op: Op, case: Case) -> float:
         """Seconds below which no version of the op runs much faster."""
         moved = op.bytes_of(case) / self.copy_bytes_per_second
-        return max(moved, op.operations_of(case) / self.operations_per_second[case.dtype])
+        rates = self.operations_per_second
+        # bf16 may be cast to fp32, which is the faster product on many CPUs
+        rate = rates["fp32"] if case.dtype == "fp32" else max(rates.values())
+        return max(moved, op.operations_of(case) / rate)
 
 
 def synchronize(device: torch.device) -> None:
