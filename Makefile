@@ -17,10 +17,10 @@ CANDIDATES := python3 python python3.14 python3.13 python3.12 python3.11
 PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	if $$python $(IS_NEW_ENOUGH) 2>/dev/null; then echo $$python; break; fi; done)
 
-.PHONY: help demo test lint format docs bench mutants clean
+.PHONY: help demo test lint format docs bench bench-suites gpu-check mutants clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(READY)  ## train a tiny model with GRPO and with iGRPO, draw both (minutes, CPU is enough)
 	$(BIN)/igrpo demo --output-dir runs/demo $(ARGS)
@@ -42,8 +42,14 @@ format: $(READY)  ## rewrite the sources in the project's format
 docs: $(READY)  ## build the reference from the docstrings into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-bench: $(READY)  ## time the functions beside their peers on this machine
+bench: $(READY)  ## measure every kernel beside its peers; record and draw (six minutes on a CPU)
+	$(BIN)/python -m benchmarks.record $(ARGS)
+
+bench-suites: $(READY)  ## time the functions beside their peers with pytest-benchmark
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable $(ARGS)
+
+gpu-check: $(READY)  ## kernel tests and benchmarks on the GPU in ten minutes; ARGS=--quick: two
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 mutants: $(READY)  ## plant every known fault and see a test go red
 	$(BIN)/python tests/mutants/run.py $(ARGS)

@@ -59,6 +59,7 @@ def clipped_policy_loss(
     if logprobs.is_cuda:
         from ._triton.clipped_policy_loss import losses_and_slopes
 
-        arguments = (tokens.logprobs, tokens.old_logprobs, tokens.advantages, sequences.mask)
+        every = tokens.advantages.expand_as(tokens.logprobs)
+        arguments = (tokens.logprobs, tokens.old_logprobs, every, sequences.mask)
         return losses_and_slopes(*arguments, clip_low, clip_high, dual_clip)[0]
     return sequences.select(clip(tokens).losses)

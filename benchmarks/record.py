@@ -1,0 +1,135 @@
+"""Measure every op beside its peers, and write, draw and compare what came out.
+
+    python -m benchmarks.record                      # this machine's grid: six minutes on a CPU
+    python -m benchmarks.record --quick              # its most important cases
+    python -m benchmarks.record --only 'frozen'      # cases whose line holds this
+
+Writes one dated JSON under benchmarks/results/ after every case, so that an interrupted run loses
+nothing, and plots beside it.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks import cases, results
+from benchmarks.cases import Case
+from benchmarks.measure import Figure, measure, measure_ceilings
+from benchmarks.results import Record
+
+SECONDS = {"cpu": 300.0, "cuda": 420.0}  # after which no case is started
+QUICK_SECONDS = {"cpu": 120.0, "cuda": 75.0}
+print_at_once = partial(print, flush=True)
+CLOCK = {"cpu": 8.0, "cuda": 2.0}  # of the readings of one case
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.add_argument("--device", choices=["cpu", "cuda"], default=device)
+    options.add_argument("--quick", action="store_true", help="the most important cases only")
+    options.add_argument("--small", action="store_true", help="tiny sizes, to try the machinery")
+    options.add_argument("--only", default="", help="cases whose line contains this")
+    options.add_argument("--without", action="append", default=[], help="a peer to leave out")
+    options.add_argument("--seconds", type=float, help="start no further case after so many")
+    options.add_argument("--threads", type=int, help="of torch on the CPU")
+    options.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    options.add_argument("--no-plots", action="store_true")
+    options.add_argument("--output", type=Path, help="the JSON; default: benchmarks/results/")
+    options.add_argument("--commit", help="of the sources, where there is no clone to ask")
+    return options
+
+
+def grid(options: argparse.Namespace) -> list[Case]:
+    if options.small:
+        chosen = cases.small_grid()
+    elif options.device == "cuda":
+        chosen = cases.quick_gpu_grid() if options.quick else cases.gpu_grid()
+    else:
+        chosen = cases.cpu_grid()[:4] if options.quick else cases.cpu_grid()
+    return [case for case in chosen if options.only in str(case)]
+
+
+def show(figure: Figure) -> str:
+    """One line of the table that the run prints."""
+    if figure.not_run is not None:
+        return f"    {figure.peer:16} not run: {figure.not_run}"
+    ms = figure.ms
+    peak = "" if figure.peak_bytes is None else f"{figure.peak_bytes / 2**20:8.0f} MiB"
+    worst = max(figure.errors.values())
+    note = f" ({figure.computes})" if figure.computes else ""
+    return (
+        f"    {figure.peer:16} {ms['median']:9.3f} ms [{ms['p20']:.3f}, {ms['p80']:.3f}] {peak}"
+        f" {figure.share_of_floor:6.1%} of the floor, error {worst:.1e}{note}"
+    )
+
+
+def run_cases(
+    options: argparse.Namespace,
+    chosen: Sequence[Case],
+    record: Record,
+    path: Path,
+    say: Callable[[str], None] = print_at_once,
+) -> None:
+    """Measure cases until they or the seconds are spent; the record is written after each."""
+    device = torch.device(options.device)
+    ceilings = measure_ceilings(device, small=options.small)
+    record["ceilings"] = vars(ceilings)
+    budget = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)[device.type]
+    clock = 0.1 if options.small else CLOCK[device.type]
+    without = list(options.without)
+    if options.quick and device.type == "cuda":
+        without.append("torch.compile")  # which compiles for longer than all others run
+    began = time.monotonic()
+    for number, case in enumerate(chosen):
+        if time.monotonic() - began > budget:
+            record["left_out"] = [str(case) for case in chosen[number:]]
+            say(f"out of time: {len(chosen) - number} cases left out")
+            break
+        say(f"{time.monotonic() - began:4.0f} s  {case}")
+        memory = not options.no_memory
+        figures = measure(case, device, ceilings, clock, memory=memory, without=without)
+        for figure in figures:
+            say(show(figure))
+        results.add(record, figures)
+        results.write(record, path)
+    record["finished"] = True
+    results.write(record, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return 1 where one of our own outputs was wrong."""
+    options = parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    record = results.new_record(torch.device(options.device), None, options.commit)
+    path = options.output or results.default_path(record)
+    run_cases(options, grid(options), record, path)
+    return report(options, record, path)
+
+
+def report(options: argparse.Namespace, record: Record, path: Path) -> int:
+    """Compare, draw, and say what was wrong."""
+    print(f"written: {path}")
+    past = results.last_before(record, path)
+    if past is not None:
+        lines = results.fallen(record, past[1])
+        print(f"against {past[0].name}: {len(lines) or 'no'} figures fell by more than the spread")
+        print("\n".join(f"    {line}" for line in lines))
+    if not options.no_plots:
+        from benchmarks.draw import draw  # matplotlib may be missing where only figures are wanted
+
+        print("\n".join(f"drawn: {plot}" for plot in draw(record, path.with_suffix(""))))
+    wrong = [f for f in record["figures"] if f["peer"] == "igrpo" and f["not_run"]]
+    for figure in wrong:
+        print(f"RED: {figure['op']}, {figure['passes']}, {figure['dtype']}: {figure['not_run']}")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Each op under what a trainer puts around it: compilers, graphs, streams, devices, repetition."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from igrpo_kernels import (
+    Clip,
+    TokenMean,
+    clipped_policy_loss,
+    linear_policy_loss,
+    linear_token_logprobs,
+    token_logprobs,
+)
+from igrpo_kernels import linear_token_logprobs as head_module
+from igrpo_kernels import token_logprobs as logits_module
+
+Inputs = dict[str, Tensor]
+SEQUENCES = 4
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An op with its inputs.
+
+    Attributes:
+        inputs: Draws them from a place and a seed; those that require a gradient are leaves.
+        forward: From the inputs to an output.
+    """
+
+    inputs: Callable[[Any, int], Inputs]
+    forward: Callable[[Inputs], Tensor]
+
+    def run(
+        self, inputs: Inputs, forward: Callable[[Inputs], Tensor] | None = None
+    ) -> list[Tensor]:
+        """Return the output and the gradients of the leaves, for an upstream gradient of no use."""
+        output = (forward or self.forward)(inputs)
+        leaves = [values for values in inputs.values() if values.requires_grad]
+        upstream = torch.linspace(0.5, 1.5, output.numel(), device=output.device)
+        grads = torch.autograd.grad(output, leaves, upstream.view_as(output))
+        return [output.detach(), *grads]
+
+
+def token_inputs(place: Any, seed: int, tokens: int) -> Inputs:
+    shape = (SEQUENCES, tokens)
+    return {
+        "advantages": place.normal(SEQUENCES, seed=seed + 1),
+        "mask": place.normal(*shape, seed=seed + 2) > -1,
+        "old_logprobs": -3 - 0.1 * place.normal(*shape, seed=seed + 3).abs(),
+    }
+
+
+def logits_inputs(place: Any, seed: int) -> Inputs:
+    tokens, vocabulary = place.pick((300, 50_257), (2, 37))
+    logits = place.normal(SEQUENCES, tokens, vocabulary, dtype=torch.bfloat16, seed=seed)
+    targets = place.below(vocabulary, SEQUENCES, tokens, seed=seed)
+    return {"logits": logits.requires_grad_(), "targets": targets}
+
+
+def head_inputs(place: Any, seed: int) -> Inputs:
+    tokens, vocabulary, width = place.pick((300, 50_257, 512), (3, 37, 8))
+    hidden = place.normal(SEQUENCES, tokens, width, dtype=torch.bfloat16, seed=seed)
+    weight = place.normal(vocabulary, width, dtype=torch.bfloat16, seed=seed + 7)
+    return {
+        "hidden": hidden.requires_grad_(),
+        "weight": weight.mul_(width**-0.5).requires_grad_(),
+        "targets": place.below(vocabulary, SEQUENCES, tokens, seed=seed),
+    }
+
+
+def clipped_inputs(place: Any, seed: int) -> Inputs:
+    tokens = place.pick(4099, 5)
+    logprobs = -3 - 0.1 * place.normal(SEQUENCES, tokens, seed=seed).abs()
+    advantages = place.normal(SEQUENCES, tokens, seed=seed + 1)
+    rest = token_inputs(place, seed, tokens)
+    return {**rest, "logprobs": logprobs.requires_grad_(), "advantages": advantages}
+
+
+def policy_inputs(place: Any, seed: int) -> Inputs:
+    inputs = head_inputs(place, seed)
+    return inputs | token_inputs(place, seed, inputs["targets"].shape[1])
+
+
+def score(inputs: Inputs) -> Tensor:
+    return torch.stack(token_logprobs(**inputs, return_entropy=True))
+
+
+def score_hidden(inputs: Inputs) -> Tensor:
+    return torch.stack(linear_token_logprobs(**inputs, return_entropy=True))
+
+
+def lose(inputs: Inputs) -> Tensor:
+    return linear_policy_loss(**inputs, surrogate=Clip(), aggregate=TokenMean()).loss
+
+
+OPERATIONS = {
+    "token_logprobs": Operation(logits_inputs, score),
+    "linear_token_logprobs": Operation(head_inputs, score_hidden),
+    "clipped_policy_loss": Operation(clipped_inputs, lambda inputs: clipped_policy_loss(**inputs)),
+    "linear_policy_loss": Operation(policy_inputs, lose),
+}
+
+
+def assert_same_bits(got: list[Tensor], wanted: list[Tensor]) -> None:
+    for mine, other in zip(got, wanted, strict=True):
+        assert other.isfinite().all()
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_twenty_runs_give_the_same_bits(place: Any, name: str) -> None:
+    operation = OPERATIONS[name]
+    first = operation.run(operation.inputs(place, 0))
+    assert all(values.norm() > 0 for values in first)
+    for _ in range(place.pick(19, 2)):
+        assert_same_bits(operation.run(operation.inputs(place, 0)), first)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_torch_compile_gives_the_eager_result(place: Any, name: str) -> None:
+    operation = OPERATIONS[name]
+    inputs = operation.inputs(place, 0)
+    wanted = operation.run(inputs)
+    torch.compiler.reset()
+    backend = "inductor" if place.real else "aot_eager"
+    compiled = torch.compile(operation.forward, fullgraph=True, backend=backend)
+    got = operation.run(inputs, compiled)
+    # the loss's fused pass is two passes under the compiler: bf16 gradients are rounded elsewhere
+    for mine, other in zip(got, wanted, strict=True):
+        limit = 8e-3 if mine.dtype == torch.bfloat16 else 1e-5
+        assert (mine.double() - other.double()).norm() <= limit * other.double().norm()
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_opcheck_of_token_logprobs(place: Any, with_entropy: bool) -> None:
+    inputs = logits_inputs(place, 0)
+    heat = torch.ones(1, device=place.device)
+    flat = inputs["targets"].flatten()
+    mask = flat % 5 != 0
+    op = logits_module_op("_forward")
+    check_op(place, op, (inputs["logits"], flat, mask, heat, with_entropy))
+    upstream = torch.linspace(-1, 1, len(flat), device=place.device)
+    by_entropy = upstream.flip(0) if with_entropy else None
+    arguments = (inputs["logits"].detach(), flat, mask, heat, upstream, by_entropy)
+    check_op(place, logits_module_op("_backward"), arguments)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_opcheck_of_linear_token_logprobs(place: Any, with_entropy: bool) -> None:
+    inputs = head_inputs(place, 0)
+    hidden, heat = inputs["hidden"].flatten(0, 1).detach(), torch.ones(1, device=place.device)
+    flat = inputs["targets"].flatten()
+    head = (inputs["weight"].detach().requires_grad_(), None, flat, flat % 5 != 0, heat)
+    op = head_module_op("_forward")
+    check_op(place, op, (hidden.requires_grad_(), *head, 20.0, 1.3, with_entropy))
+    upstream = torch.linspace(-1, 1, len(flat), device=place.device)
+    by_entropy = upstream.flip(0) if with_entropy else None
+    arguments = (hidden.detach(), head[0].detach(), *head[1:], upstream, by_entropy)
+    check_op(place, head_module_op("_backward"), (*arguments, 20.0, 1.3, [True, True, False]))
+
+
+def test_opcheck_of_clipped_policy_loss(place: Any) -> None:
+    if place.name == "cpu":
+        pytest.skip("CPU tensors take no operator of ours")
+    from igrpo_kernels._triton.clipped_policy_loss import losses_and_slopes
+
+    inputs = clipped_inputs(place, 0)
+    names = ("logprobs", "old_logprobs", "advantages", "mask")
+    check_op(place, losses_and_slopes, (*(inputs[name] for name in names), 0.2, 0.28, 3.0))
+
+
+def logits_module_op(name: str) -> Any:
+    return vars(__import__(logits_module.__module__, fromlist=["_"]))[name]
+
+
+def head_module_op(name: str) -> Any:
+    return vars(__import__(head_module.__module__, fromlist=["_"]))[name]
+
+
+def check_op(place: Any, op: Any, arguments: tuple[Any, ...]) -> None:
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if place.name != "interpreter":  # which cannot run under the tracer
+        tests.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, arguments, test_utils=tests, rtol=1e-3, atol=1e-3)
+
+
+def replayed(place: Any, run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+    """Capture a run in a CUDA graph; elsewhere the run itself."""
+    if not place.real:
+        return run
+    with place.new_stream():
+        for _ in range(3):
+            run()
+    place.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+# Not those that count rows on the host: with a mask, or by which gradients are zero.
+@pytest.mark.parametrize("name", ["token_logprobs", "clipped_policy_loss"])
+def test_a_cuda_graph_of_forward_and_backward(place: Any, name: str) -> None:
+    operation = OPERATIONS[name]
+    inputs = operation.inputs(place, 0)
+    replay = replayed(place, partial(operation.run, inputs))
+    for seed in (10, 20):
+        fresh = operation.inputs(place, seed)
+        with torch.no_grad():
+            for slot, values in fresh.items():
+                inputs[slot].copy_(values)
+        assert_same_bits(replay(), operation.run(fresh))
+
+
+def test_a_cuda_graph_of_the_log_probs_of_hidden_states(place: Any) -> None:
+    inputs = {name: values.detach() for name, values in head_inputs(place, 0).items()}
+    replay = replayed(place, lambda: [linear_token_logprobs(**inputs)])
+    for seed in (10, 20):
+        fresh = {name: values.detach() for name, values in head_inputs(place, seed).items()}
+        for slot, values in fresh.items():
+            inputs[slot].copy_(values)
+        assert_same_bits(replay(), [linear_token_logprobs(**fresh)])
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_two_streams_at_once(place: Any, name: str) -> None:
+    operation = OPERATIONS[name]
+    problems = [operation.inputs(place, seed) for seed in (0, 100)]
+    alone = [operation.run(inputs) for inputs in problems]
+    place.synchronize()
+    streams = [place.new_stream() for _ in problems]
+    together: list[list[Tensor]] = [[], []]
+    for _ in range(place.pick(5, 1)):
+        for i, (stream, inputs) in enumerate(zip(streams, problems, strict=True)):
+            with stream:
+                together[i] = operation.run(inputs)
+    place.synchronize()
+    for got, wanted in zip(together, alone, strict=True):
+        assert_same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_tensors_on_a_device_that_is_not_the_current_one(place: Any, name: str) -> None:
+    if place.real and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    operation = OPERATIONS[name]
+    wanted = operation.run(operation.inputs(place, 0))
+    elsewhere = replace(place, device=torch.device("cuda", 1)) if place.real else place
+    moved = {
+        slot: values.detach().to(elsewhere.device).requires_grad_(values.requires_grad)
+        for slot, values in operation.inputs(place, 0).items()
+    }
+    got = operation.run(moved)
+    assert all(values.device == elsewhere.device for values in got)
+    assert_same_bits([values.to(place.device) for values in got], wanted)
