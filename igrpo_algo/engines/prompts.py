@@ -1,10 +1,11 @@
-"""From a prompt in any of its forms to token ids, and from drawn ids to a completion."""
+"""What the samplers do alike: prompts to token ids, seeds to requests."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-from ..completions import Completion
-from ..sampling import Prompt
+from igrpo_kernels.checks import check_count
+
+from ..sampling import Prompt, check_prompts, derive_seed
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -23,27 +24,42 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     return [int(token) for token in prompt]
 
 
-def check_fits(name: str, ids: Sequence[int], room: int, max_new_tokens: int) -> None:
-    """Raise ValueError unless a prompt has 1 to `room` tokens; nothing is ever cut."""
-    if not 0 < len(ids) <= room:
-        raise ValueError(
-            f"{name} has {len(ids)} tokens, wanted 1 to {room} "
-            f"(the model's context less max_new_tokens = {max_new_tokens})"
-        )
+class Encoder(Protocol):
+    """The part of a sampler that says what a prompt is to its model."""
+
+    max_new_tokens: int
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Most tokens a prompt may have."""
+        ...
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Give the token ids that the model sees for a prompt."""
+        ...
 
 
-def finish(
-    tokenizer: Any, ids: list[int], logprobs: list[float] | None, stop_token_ids: Collection[int]
-) -> Completion:
-    """Make a completion of drawn ids: it ends with its first stop token, which is no text."""
-    end = next((i + 1 for i, token in enumerate(ids) if token in stop_token_ids), None)
-    ids = ids[:end]
-    return Completion(
-        token_ids=ids,
-        text=str(tokenizer.decode(ids, skip_special_tokens=True)),
-        logprobs=None if logprobs is None else logprobs[: len(ids)],
-        finish_reason="length" if end is None else "stop",
-    )
+def encode_all(sampler: Encoder, prompts: Sequence[Prompt], n: int) -> list[list[int]]:
+    """Encode the prompts of a call, each checked: nothing is ever cut.
+
+    Raises:
+        TypeError: `prompts` is no list of prompts, or `n` no int.
+        ValueError: A prompt has no tokens or too many, or `n` is below 1.
+    """
+    check_count("n", n)
+    encoded = [sampler.encode(prompt) for prompt in check_prompts(prompts)]
+    for index, ids in enumerate(encoded):
+        if not 0 < len(ids) <= sampler.max_prompt_tokens:
+            raise ValueError(
+                f"prompts[{index}] has {len(ids)} tokens, wanted 1 to {sampler.max_prompt_tokens} "
+                f"(the model's context less max_new_tokens = {sampler.max_new_tokens})"
+            )
+    return encoded
+
+
+def request_seed(seed: int) -> int:
+    """Give the seed of a prompt's request to vLLM, which adds i for the i-th completion."""
+    return derive_seed(seed, 0) >> 1
 
 
 def stop_ids(*candidates: Any) -> list[int]:

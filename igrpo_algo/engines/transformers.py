@@ -20,8 +20,8 @@ from transformers import (
 from igrpo_kernels.checks import check_count, check_number
 
 from ..completions import Completion
-from ..sampling import Groups, Prompt, check_prompts, derive_seed, prompt_seeds
-from .prompts import check_fits, encode_prompt, finish, stop_ids
+from ..sampling import Groups, Prompt, derive_seed, prompt_seeds
+from .prompts import encode_all, encode_prompt, stop_ids
 from .weights import WantedWeights, Weights, open_weights
 
 
@@ -111,10 +111,7 @@ class TransformersSampler:
         Raises:
             ValueError: A prompt has no tokens, or more than `max_prompt_tokens`.
         """
-        check_count("n", n)
-        encoded = [self.encode(prompt) for prompt in check_prompts(prompts)]
-        for index, ids in enumerate(encoded):
-            check_fits(f"prompts[{index}]", ids, self.max_prompt_tokens, self.max_new_tokens)
+        encoded = encode_all(self, prompts, n)
         seeds = prompt_seeds(secrets.randbits(63) if seed is None else seed, len(encoded))
         assert seeds is not None
         rows = [ids for ids in encoded for _ in range(n)]
@@ -175,10 +172,18 @@ class TransformersSampler:
             self.model.generation_config = own
         drawn = out[:, width:].tolist()
         logprobs = torch.stack(race.logprobs, dim=1).tolist() if race else [None] * len(rows)
-        return [
-            finish(self.tokenizer, ids, known, self.stop_token_ids)
-            for ids, known in zip(drawn, logprobs, strict=True)
-        ]
+        return [self._completion(*row) for row in zip(drawn, logprobs, strict=True)]
+
+    def _completion(self, ids: list[int], logprobs: list[float] | None) -> Completion:
+        stops = (i + 1 for i, token in enumerate(ids) if token in self.stop_token_ids)
+        end = next(stops, None)
+        ids = ids[:end]
+        return Completion(
+            token_ids=ids,
+            text=str(self.tokenizer.decode(ids, skip_special_tokens=True)),
+            logprobs=None if logprobs is None else logprobs[: len(ids)],
+            finish_reason="length" if end is None else "stop",
+        )
 
 
 class _Race(LogitsProcessor):

@@ -2,7 +2,6 @@
 
 import asyncio
 import secrets
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,10 +12,10 @@ import torch
 from igrpo_kernels.checks import check_count, check_number, describe
 
 from ..completions import Completion
-from ..sampling import Groups, Prompt, check_prompts, derive_seed, prompt_seeds
-from .prompts import check_fits, encode_prompt, finish, stop_ids
+from ..sampling import Groups, Prompt, prompt_seeds
+from .prompts import encode_all, encode_prompt, request_seed, stop_ids
 from .step_loop import StepLoop
-from .weights import WantedWeights, Weights, as_folder, open_weights
+from .weights import WantedWeights, Weights, as_folder, memory_folder, open_weights
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -113,7 +112,6 @@ class VllmSampler:
             stop_token_ids = stop_ids(own, self.tokenizer.eos_token_id)
         self.stop_token_ids = list(stop_token_ids)
         self.prompt_tokens = self.cached_tokens = 0
-        self._has_priorities = config.scheduler_config.policy == "priority"
         self._loop = _loop_of(self.llm)
 
     @property
@@ -148,10 +146,7 @@ class VllmSampler:
             ValueError: A prompt has no tokens, or more than `max_prompt_tokens`.
             RuntimeError: An earlier `sync_weights` failed half-way.
         """
-        check_count("n", n)
-        encoded = [self.encode(prompt) for prompt in check_prompts(prompts)]
-        for index, ids in enumerate(encoded):
-            check_fits(f"prompts[{index}]", ids, self.max_prompt_tokens, self.max_new_tokens)
+        encoded = encode_all(self, prompts, n)
         seeds = prompt_seeds(secrets.randbits(63) if seed is None else seed, len(encoded))
         assert seeds is not None
         groups = [
@@ -180,9 +175,7 @@ class VllmSampler:
             ValueError: The prompt has no tokens, or more than `max_prompt_tokens`.
             RuntimeError: An earlier `sync_weights` failed half-way.
         """
-        check_count("n", n)
-        ids = self.encode(check_prompts([prompt])[0])
-        check_fits("prompt", ids, self.max_prompt_tokens, self.max_new_tokens)
+        (ids,) = encode_all(self, [prompt], n)
         futures = self._request(ids, n, secrets.randbits(63) if seed is None else seed, priority)
         try:
             outputs = await asyncio.gather(*map(asyncio.wrap_future, futures))
@@ -220,7 +213,7 @@ class VllmSampler:
             if _is_in_process(self.llm):
                 self._reload(weights_iterator=wanted.complete(new))
             else:
-                with as_folder(wanted, new, _memory_folder()) as folder:
+                with as_folder(wanted, new, memory_folder()) as folder:
                     self._reload(weights_path=str(folder))
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not reset its prefix cache")
@@ -241,7 +234,7 @@ class VllmSampler:
                 SamplingParams(
                     temperature=self.temperature,
                     top_p=self.top_p,
-                    seed=derive_seed(seed, index),
+                    seed=request_seed(seed) + index,
                     max_tokens=self.max_new_tokens,
                     stop_token_ids=self.stop_token_ids,
                     ignore_eos=True,  # stop_token_ids are all that stops
@@ -249,7 +242,7 @@ class VllmSampler:
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 ),
-                priority if self._has_priorities else 0,
+                priority,
             )
             for index in range(n)
         ]
@@ -263,7 +256,10 @@ class VllmSampler:
         if self.temperature > 0:
             steps = zip(drawn.logprobs, ids, strict=True)
             logprobs = [float(step[token].logprob) for step, token in steps]
-        return finish(self.tokenizer, ids, logprobs, self.stop_token_ids)
+        if drawn.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM gave a completion up: finish reason {drawn.finish_reason!r}")
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return Completion(ids, text, logprobs, drawn.finish_reason)
 
 
 def _make_engine(llm: Any, options: Mapping[str, Any] | None) -> "LLM":
@@ -312,11 +308,6 @@ def _is_in_process(llm: Any) -> bool:
 
     config = llm.llm_engine.vllm_config.parallel_config
     return isinstance(llm.llm_engine.engine_core, InprocClient) and config.world_size == 1
-
-
-def _memory_folder() -> Path:
-    memory = Path("/dev/shm")
-    return memory if memory.is_dir() else Path(tempfile.gettempdir())
 
 
 def _cancel(futures: Any) -> None:

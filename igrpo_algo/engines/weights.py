@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
@@ -200,3 +200,9 @@ def _local_folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, local_files_only=True))
+
+
+def memory_folder() -> Path:
+    """Give a folder in this machine's memory, or where it has none, its temporary folder."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() else Path(gettempdir())
