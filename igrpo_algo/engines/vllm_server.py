@@ -234,9 +234,10 @@ class VllmServerSampler:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _draw(self, ids: list[int], n: int, seed: int, priority: int) -> list[Completion]:
+        count = n if self.temperature > 0 else 1  # servers refuse to be greedy twice
         request = {
             "prompt": ids,
-            "n": n,
+            "n": count,
             "seed": seed,
             "max_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -245,7 +246,7 @@ class VllmServerSampler:
             "ignore_eos": self.stop_token_ids is not None,
             **({"priority": priority} if priority else {}),
         }
-        answer = await self._pool.ask(request, n)
+        answer = await self._pool.ask(request, count)
         self.prompt_tokens += answer.prompt_tokens
         self.cached_tokens += answer.cached_tokens
         return [
@@ -255,5 +256,5 @@ class VllmServerSampler:
                 logprobs=drawn.logprobs if self.temperature > 0 else None,
                 finish_reason=drawn.finish_reason,
             )
-            for drawn in answer.completions
+            for drawn in answer.completions * (n // count)
         ]

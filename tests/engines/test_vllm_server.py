@@ -1,4 +1,4 @@
-"""The HTTP sampler against made-up servers: what it sends, whom it asks, what it does in trouble."""
+"""The HTTP sampler against made-up servers: what it sends, to whom, and what it does in trouble."""
 
 import asyncio
 import http.server
@@ -123,8 +123,9 @@ def test_a_request_says_all_that_shapes_the_distribution(fake):
 
 def test_at_temperature_zero_there_are_no_log_probs_and_no_probe(fake):
     server = fake(raw=True)
-    (group,) = make_sampler(server, temperature=0).sample(["a"], 1)
-    assert group[0].logprobs is None
+    (group,) = make_sampler(server, temperature=0).sample(["a"], 3)
+    assert [completion.logprobs for completion in group] == [None] * 3
+    assert server.completions()[0]["n"] == 1
     assert server.paths() == ["/v1/models", "/v1/completions"]
 
 
