@@ -8,6 +8,7 @@ A prompt is a string, a list of chat messages, or a list of token ids. A sampler
 - a function `(prompts, n, seed)`, called by position, that returns what `sample` does.
 
 `sample` and the function may be coroutine functions too. Seeds are one int per prompt, or None.
+A `sample_one` that also takes `priority` is told the stage, 0 for drafts: lower goes first.
 """
 
 import asyncio
@@ -159,16 +160,20 @@ async def sample_batch(
 
 
 async def sample_one(
-    sampler: AnySampler, prompt: Prompt, n: int, seed: int | None
+    sampler: AnySampler, prompt: Prompt, n: int, seed: int | None, *, priority: int = 0
 ) -> list[Completion]:
     """Draw n completions of one prompt without blocking the loop.
+
+    `priority` (lower goes first) is for samplers that take it; others are not told.
 
     A sampler without an asynchronous form runs in a thread (`asyncio.to_thread`): several calls
     may be in it at once, and one that has begun cannot be cancelled, only ignored.
     """
     one = getattr(sampler, "sample_one", None)
     if one is not None:
-        return check_groups([await one(prompt, n, seed=seed)], 1, n)[0]
+        takes_it = "priority" in inspect.signature(one).parameters
+        options = {"priority": priority} if takes_it else {}
+        return check_groups([await one(prompt, n, seed=seed, **options)], 1, n)[0]
     batch = _batch_form(sampler)
     assert batch is not None
     groups: Any = await asyncio.to_thread(batch, [prompt], n, None if seed is None else [seed])

@@ -79,7 +79,7 @@ async def _run_alone(course: Course, slots: Slots, reward_max: float | None) -> 
         async with slots.take(n, rank=number):
             started = plan.start(course.index, number)
             with located(f"stage {number} of prompts[{course.index}]"):
-                completions = await sample_one(plan.sampler, prompt, n, seed)
+                completions = await sample_one(plan.sampler, prompt, n, seed, priority=number)
             ended = plan.clock()
         await course.tell(completions, started, ended)
     return course.group
