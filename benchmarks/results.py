@@ -54,9 +54,9 @@ def add(record: Record, figures: list[Figure]) -> None:
 
 
 def recorded(folder: Path = RESULTS) -> list[tuple[Path, Record]]:
-    """All recorded runs, oldest first."""
-    paths = sorted(folder.glob("20*.json"))
-    return [(path, json.loads(path.read_text())) for path in paths]
+    """All recorded runs of the kernels, oldest first; other benchmarks' lie beside them."""
+    found = ((path, json.loads(path.read_text())) for path in sorted(folder.glob("20*.json")))
+    return [(path, record) for path, record in found if "ceilings" in record]
 
 
 def last_before(record: Record, path: Path, folder: Path = RESULTS) -> tuple[Path, Record] | None:
