@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "quack-kernels", "nvidia-cutlass-dsl")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "liger-kernel",
+    "quack-kernels",
+    "nvidia-cutlass-dsl",
+)
 
 
 def output_of(*command: str) -> str | None:
@@ -56,10 +64,9 @@ def versions(device: torch.device) -> dict[str, str | None]:
     return found
 
 
-def commit() -> str | None:
+def commit(*sources: str) -> str | None:
     """The commit of the sources, with a + where they differ from it; None outside a clone."""
     head = output_of("git", "rev-parse", "--short=10", "HEAD")
-    changes = output_of(
-        "git", "status", "--porcelain", "--untracked-files=no", "--", "igrpo_kernels"
-    )
+    sources = sources or ("igrpo_kernels",)
+    changes = output_of("git", "status", "--porcelain", "--untracked-files=no", "--", *sources)
     return head and head + ("+" if changes else "")

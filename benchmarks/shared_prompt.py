@@ -20,9 +20,7 @@ import gc
 import json
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -31,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks import machine
 from igrpo_algo import SharedPromptRow, pack_shared_prompt
 from igrpo_algo.trainers.transformers import enable_shared_prompt, shared_prompt_hidden
 from igrpo_kernels import Clip, SequenceMean, linear_policy_loss
@@ -232,26 +230,6 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high}
 
 
-def machine(device: str) -> dict[str, str | int | None]:
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    models = Path("/proc/cpuinfo").read_text().splitlines()
-    changed = "+" if git("status", "--short", "--untracked-files=no") else ""
-    return {
-        "date": date.today().isoformat(),
-        "commit": git("rev-parse", "--short", "HEAD") + changed,
-        "cpu": next((m.split(": ")[1] for m in models if m.startswith("model name")), "unknown"),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def draw(record: dict[str, Any], path: Path) -> None:
     """Time and memory of the unshared forms over the shared one, by length of the draft."""
     from matplotlib.figure import Figure
@@ -306,7 +284,15 @@ def main() -> None:
     if options.quick:
         sizes, drafts, rounds, case = [8], [1.0], 3, replace(case, tokens=64, layers=2)
     torch.set_num_threads(case.threads)
-    record: dict[str, Any] = {**machine(case.device), "rounds": rounds, "rows": []}
+    device = torch.device(case.device)
+    record: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "commit": machine.commit("igrpo_algo", "igrpo_kernels"),
+        "hardware": machine.hardware(device),
+        "versions": machine.versions(device),
+        "rounds": rounds,
+        "rows": [],
+    }
     name = f"{record['date']}-shared-prompt-{case.device}"
     output = options.output or RESULTS / name
     output.parent.mkdir(parents=True, exist_ok=True)
