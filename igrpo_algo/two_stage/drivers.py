@@ -27,12 +27,20 @@ async def run_in_step(plan: Plan) -> list[Group]:
         seeds = [plan.seed_of(course.index, number) for course, _ in asked]
         known = [seed for seed in seeds if seed is not None]
         started = [plan.start(course.index, number) for course, _ in asked]
+        ended: dict[int, float] = {}
         groups = await sample_batch(
-            plan.sampler, [prompt for _, prompt in asked], plan.size(number), known or None
+            plan.sampler,
+            [prompt for _, prompt in asked],
+            plan.size(number),
+            known or None,
+            on_done=lambda position: ended.update({position: plan.clock()}),  # noqa: B023
         )
-        ended = plan.clock()
-        told = zip(asked, groups, started, strict=True)
-        await asyncio.gather(*(c.tell(group, start, ended) for (c, _), group, start in told))
+        now = plan.clock()
+        told = [
+            course.tell(groups[i], started[i], ended.get(i, now))
+            for i, (course, _) in enumerate(asked)
+        ]
+        await asyncio.gather(*told)
     return [course.group for course in courses]
 
 
@@ -76,10 +84,10 @@ async def _run_alone(course: Course, slots: Slots, reward_max: float | None) -> 
             await _race(course, prompt, slots, reward_max)
             continue
         n, seed = plan.size(number), plan.seed_of(course.index, number)
-        async with slots.take(n, rank=number):
+        async with slots.take(n, rank=(number,)) as lease:
             started = plan.start(course.index, number)
             with located(f"stage {number} of prompts[{course.index}]"):
-                completions = await sample_one(plan.sampler, prompt, n, seed)
+                completions = await sample_one(plan.sampler, prompt, n, seed, on_left=lease.keep)
             ended = plan.clock()
         await course.tell(completions, started, ended)
     return course.group
@@ -93,7 +101,7 @@ async def _race(course: Course, prompt: Prompt, slots: Slots, reward_max: float)
 
     async def draw(position: int) -> tuple[Completion, float]:
         own = None if seed is None else derive_seed(seed, position)
-        async with slots.take(1, rank=0):
+        async with slots.take(1, rank=(0, position)):
             starts.append(plan.clock() if starts else plan.start(index, 0))
             with located(f"stage 0 of prompts[{index}]"):
                 (completion,) = await sample_one(plan.sampler, prompt, 1, own)
