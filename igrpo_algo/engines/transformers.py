@@ -1,15 +1,12 @@
 """A sampler over `generate` of transformers: slow, exact, and at home on every machine."""
 
-import json
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -23,7 +20,9 @@ from transformers import (
 from igrpo_kernels.checks import check_count, check_number
 
 from ..completions import Completion
-from ..sampling import Groups, Prompt, check_prompts, derive_seed, prompt_seeds
+from ..sampling import Groups, Prompt, derive_seed, prompt_seeds
+from .prompts import encode_all, encode_prompt, stop_ids
+from .weights import WantedWeights, Weights, open_weights
 
 
 class TransformersSampler:
@@ -80,7 +79,7 @@ class TransformersSampler:
         if self.temperature == 0 and self.top_p < 1:
             raise ValueError(f"top_p has no effect at temperature 0, got {top_p}")
         self.stop_token_ids = (
-            _default_stop_token_ids(model, tokenizer)
+            stop_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
             if stop_token_ids is None
             else list(stop_token_ids)
         )
@@ -94,14 +93,7 @@ class TransformersSampler:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Give the token ids that the model sees for a prompt."""
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if isinstance(prompt[0], Mapping):
-            ids: Any = self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            return list(ids)
-        return [int(token) for token in prompt]
+        return encode_prompt(self.tokenizer, prompt)
 
     def sample(
         self, prompts: Sequence[Prompt], n: int, *, seed: int | Sequence[int] | None = None
@@ -119,14 +111,7 @@ class TransformersSampler:
         Raises:
             ValueError: A prompt has no tokens, or more than `max_prompt_tokens`.
         """
-        check_count("n", n)
-        encoded = [self.encode(prompt) for prompt in check_prompts(prompts)]
-        for index, ids in enumerate(encoded):
-            if not 0 < len(ids) <= self.max_prompt_tokens:
-                raise ValueError(
-                    f"prompts[{index}] has {len(ids)} tokens, wanted 1 to {self.max_prompt_tokens} "
-                    f"(the model's context less max_new_tokens = {self.max_new_tokens})"
-                )
+        encoded = encode_all(self, prompts, n)
         seeds = prompt_seeds(secrets.randbits(63) if seed is None else seed, len(encoded))
         assert seeds is not None
         rows = [ids for ids in encoded for _ in range(n)]
@@ -138,7 +123,7 @@ class TransformersSampler:
                 completions += self._generate(rows[batch], row_seeds[batch])
         return [completions[start : start + n] for start in range(0, len(rows), n)]
 
-    def sync_weights(self, weights: Mapping[str, Tensor] | str | Path) -> None:
+    def sync_weights(self, weights: Weights | str | Path) -> None:
         """Take over weights, all of them or none.
 
         Names and shapes are compared before anything is written: on an error the old weights are
@@ -150,12 +135,13 @@ class TransformersSampler:
 
         Raises:
             FileNotFoundError: The folder holds no safetensors file.
+            TypeError: `weights` is neither.
             ValueError: A weight is missing, unknown, or of another shape.
         """
-        new = dict(weights) if isinstance(weights, Mapping) else _load_folder(Path(weights))
+        new = dict(open_weights(weights))  # read whole before the first is written
         with self._lock:
             own = self.model.state_dict()
-            _check_weights(own, new)
+            WantedWeights.of_state_dict(own).check(new)
             with torch.no_grad():
                 for name, tensor in new.items():
                     own[name].copy_(tensor)
@@ -234,42 +220,3 @@ def _sampling_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _default_stop_token_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    stop = model.generation_config.eos_token_id
-    stop = tokenizer.eos_token_id if stop is None else stop
-    return [] if stop is None else stop if isinstance(stop, list) else [stop]
-
-
-def _load_folder(folder: Path) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"weights: no safetensors file in {folder}")
-    return {name: t for file in files for name, t in load_file(folder / file).items()}
-
-
-def _check_weights(own: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
-    """Raise unless `new` holds each weight under at least one of its names, and nothing else."""
-    unknown = sorted(new.keys() - own.keys())
-    if unknown:
-        raise ValueError(f"weights holds {len(unknown)} unknown names: {unknown[:5]}")
-    given: dict[tuple[int, torch.Size], str] = {}
-    for name in new:
-        if new[name].shape != own[name].shape:
-            raise ValueError(
-                f"weights[{name!r}] must have shape {list(own[name].shape)}, "
-                f"got {list(new[name].shape)}"
-            )
-        twin = given.setdefault((own[name].data_ptr(), own[name].shape), name)
-        if twin != name and not torch.equal(new[twin].to(new[name].device), new[name]):
-            raise ValueError(f"weights[{twin!r}] and weights[{name!r}] are tied but differ")
-    missing = [name for name in own if (own[name].data_ptr(), own[name].shape) not in given]
-    if missing:
-        raise ValueError(f"weights lacks {len(missing)} names: {missing[:5]}")
