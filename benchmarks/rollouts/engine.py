@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from igrpo_algo import Completion
 
@@ -60,6 +61,33 @@ class Workload:
     def prompts(self) -> list[list[int]]:
         return [[index] * self.question for index in range(len(self.lengths))]
 
+    def refines(self, prompt: list[int]) -> bool:
+        return len(prompt) > self.question
+
+
+class Draw(NamedTuple):
+    """One completion to come: which prompt's, the how many-th of it, its length and text."""
+
+    index: int
+    number: int
+    length: int
+    text: str
+
+
+class Dealer:
+    """Hands out a workload's completions in the order in which they are begun."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self._begun: Counter[tuple[int, bool]] = Counter()
+
+    def __call__(self, prompt: list[int]) -> Draw:
+        index, refines = prompt[0], self.workload.refines(prompt)
+        number = self._begun[index, refines] + refines * self.workload.num_drafts
+        self._begun[index, refines] += 1
+        text = str(int(self.workload.success[index][number]))
+        return Draw(index, number, self.workload.lengths[index][number], text)
+
 
 class PrefixCache:
     """Pieces of text whose keys and values are kept, least recently used ones dropped first."""
@@ -81,9 +109,7 @@ class PrefixCache:
 @dataclass(order=True)
 class _Sequence:
     end: float  # number of the step with which it is done
-    index: int
-    position: int
-    length: int = field(compare=False)
+    draw: Draw
     prompt: list[int] = field(compare=False)
     done: "asyncio.Future[Completion]" = field(compare=False)
 
@@ -96,22 +122,30 @@ class SimulatedEngine:
         slots: Most sequences that run at a time.
         workload: Lengths and rewards of what it draws.
         cache_tokens: Tokens of finished text that the prefix cache keeps.
+        block: Tokens of a block of it; only whole ones count, and never a prompt's last token.
 
     Attributes:
         tokens: Tokens drawn, those of cancelled sequences included.
         prompt_tokens: Tokens of all prompts.
         cached_tokens: Those of them that needed no prefill.
+        refined: The same two numbers of Stage 2 alone.
     """
 
     def __init__(
-        self, costs: Costs, slots: int, workload: Workload, cache_tokens: float = math.inf
+        self,
+        costs: Costs,
+        slots: int,
+        workload: Workload,
+        cache_tokens: float = math.inf,
+        block: int = 16,
     ) -> None:
         self.costs, self.slots, self.workload = costs, slots, workload
-        self.cache = PrefixCache(cache_tokens)
+        self.cache, self.block = PrefixCache(cache_tokens), block
+        self.refined = (0, 0)
         self.tokens = self.prompt_tokens = self.cached_tokens = 0
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
-        self._begun: Counter[tuple[int, bool]] = Counter()
+        self._deal = Dealer(workload)
         self._step = self._at = self._debt = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -128,11 +162,7 @@ class SimulatedEngine:
         ready: asyncio.Queue[tuple[int, Completion]] = asyncio.Queue()
         asked = []
         for position in range(n):
-            index, refines = prompt[0], len(prompt) > self.workload.question
-            number = self._begun[index, refines] + refines * self.workload.num_drafts
-            self._begun[index, refines] += 1
-            length = self.workload.lengths[index][number]
-            asked.append(_Sequence(0, index, number, length, prompt, loop.create_future()))
+            asked.append(_Sequence(0, self._deal(prompt), prompt, loop.create_future()))
             asked[-1].done.add_done_callback(
                 lambda done, p=position: done.cancelled() or ready.put_nowait((p, done.result()))
             )
@@ -154,9 +184,7 @@ class SimulatedEngine:
                 self._waiting.remove(sequence)
             else:
                 self._running.remove(sequence)
-                self.tokens += min(
-                    sequence.length, int(self._step - (sequence.end - sequence.length))
-                )
+                self.tokens += int(sequence.draw.length - (sequence.end - self._step))
         heapq.heapify(self._running)
         self._advance()
 
@@ -185,23 +213,25 @@ class SimulatedEngine:
             self._timer = asyncio.get_running_loop().call_later(wait, self._advance)
 
     def _admit(self, sequence: _Sequence) -> None:
-        prompt, question = sequence.prompt, self.workload.question
-        pieces = {("question", sequence.index): min(question, len(prompt))}
-        if len(prompt) > question:
-            pieces["draft", sequence.index, prompt[-1]] = len(prompt) - question
+        prompt, draw, workload = sequence.prompt, sequence.draw, self.workload
+        pieces: dict[Hashable, int] = {draw.index: workload.question}
+        if workload.refines(prompt):
+            pieces[draw.index, prompt[-1]] = len(prompt) - workload.question
         known = 0
         for piece, tokens in pieces.items():
             known += tokens * self.cache.holds(piece)
             self.cache.put(piece, tokens)
+        known = min(known, len(prompt) - 1) // self.block * self.block
         self.prompt_tokens += len(prompt)
         self.cached_tokens += known
+        if workload.refines(prompt):
+            self.refined = self.refined[0] + len(prompt), self.refined[1] + known
         self._debt += self.costs.request + (len(prompt) - known) * self.costs.prefill
-        sequence.end = math.ceil(self._step - 1e-6) + sequence.length
+        sequence.end = math.ceil(self._step - 1e-6) + draw.length
         heapq.heappush(self._running, sequence)
 
     def _finish(self, sequence: _Sequence) -> None:
-        self.tokens += sequence.length
-        ids = [sequence.position] * sequence.length
-        self.cache.put(("draft", sequence.index, sequence.position), sequence.length)
-        text = str(int(self.workload.success[sequence.index][sequence.position]))
-        sequence.done.set_result(Completion(ids, text))
+        draw = sequence.draw
+        self.tokens += draw.length
+        self.cache.put((draw.index, draw.number), draw.length)
+        sequence.done.set_result(Completion([draw.number] * draw.length, draw.text))

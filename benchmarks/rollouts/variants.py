@@ -73,3 +73,8 @@ def simulated_time() -> Iterator[None]:
         patch.object(Plan, "clock", lambda plan: asyncio.get_running_loop().time()),
     ):
         yield
+
+
+def reward(prompts: Prompts, completions: list[str]) -> list[float]:
+    """The text is the reward: 1 or 0."""
+    return [float(text) for text in completions]

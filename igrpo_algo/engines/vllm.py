@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,6 +182,35 @@ class VllmSampler:
         finally:
             _cancel(futures)
         return [self._completion(output) for output in outputs]
+
+    async def stream_one(
+        self, prompt: Prompt, n: int, *, seed: int | None = None, priority: int = 0
+    ) -> AsyncGenerator[tuple[int, Completion], None]:
+        """Yield what `sample_one` returns as (position, completion), each as soon as it is done.
+
+        Args:
+            prompt: See `sample_one`.
+            n: See there.
+            seed: See there.
+            priority: See there.
+
+        Yields:
+            Position and completion.
+
+        Raises:
+            ValueError: As `sample_one`.
+            RuntimeError: As `sample_one`.
+        """
+        (ids,) = encode_all(self, [prompt], n)
+        futures = self._request(ids, n, secrets.randbits(63) if seed is None else seed, priority)
+        left = {asyncio.wrap_future(future): position for position, future in enumerate(futures)}
+        try:
+            while left:
+                done, _ = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+                for future in done:
+                    yield left.pop(future), self._completion(future.result())
+        finally:
+            _cancel(futures)
 
     def sync_weights(self, weights: Weights | str | Path) -> None:
         """Take over weights, all of them or none, and forget what the prefix cache holds.

