@@ -76,11 +76,13 @@ from .metrics import (
     stage_uplift,
     zero_variance_share,
 )
+from .progress import RolloutProgress, show_live
 from .prompts import CONCATENATION, DEFAULT_TEMPLATE, DraftTemplate, splice_prompt, strip_thinking
 from .rollouts import Rollouts
 from .sampling import Sampler, Samples, sample_group
 from .single_flight import SingleFlight
 from .splicing import TextSplice, TokenSplice
+from .timeline import plot_rollout_timeline
 from .two_stage import Fallback, stream_two_stage_rollout, two_stage_rollout
 
 __all__ = [
@@ -104,6 +106,7 @@ __all__ = [
     "PolicyLoss",
     "RatioWeighted",
     "Reinforce",
+    "RolloutProgress",
     "Rollouts",
     "Sampler",
     "Samples",
@@ -136,6 +139,7 @@ __all__ = [
     "off_policy_sequence_mask",
     "overlong_penalty",
     "pass_at_k",
+    "plot_rollout_timeline",
     "policy_loss",
     "random_ties",
     "sample_group",
@@ -144,6 +148,7 @@ __all__ = [
     "select_worst_draft",
     "sequence_importance_weights",
     "shortest_first",
+    "show_live",
     "splice_prompt",
     "stage_uplift",
     "standardize_apart",

