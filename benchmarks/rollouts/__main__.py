@@ -16,16 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from igrpo_algo.cli.metrics_file import write_json
 
 from .engine import Costs
 from .fit import as_line, compare, fit_costs
 from .pictures import draw_bars, draw_timelines
-from .simulation import Setting, over_grpo
+from .simulation import Setting, over_seeds
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -39,7 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="3 seeds and 2 repeats, for a look")
+    parser.add_argument(
+        "--quick", action="store_true", help="3 seeds, 2 repeats, fewer questions asked"
+    )
     parser.add_argument(
         "--real-engine", metavar="PYTHON", nargs="?", const=sys.executable,
         help="time vLLM too, under this interpreter (this one)",
@@ -61,11 +67,14 @@ def main() -> None:
     record["simulation"] = simulate_all(setting, seeds, quick=arguments.quick)
     name = f"rollouts-{record['about']['date'][:10]}"
     path = arguments.out / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1).replace("NaN", "null") + "\n")
+    write_json(path, record)
     panels = {
         "Simulation, 256 slots, costs of the CPU engine": record["simulation"]["8 waves"],
         "Simulation, 256 slots, GPU-like costs (assumed)": record["simulation"]["GPU-like costs"],
-        "vLLM on CPU, 16 slots, measured": record["real_engine_beside_simulation"],
+        "vLLM on CPU, 16 slots, CPU time": {
+            name: {"wall_over_grpo": row["over_grpo"]}
+            for name, row in record["real_engine_beside_simulation"].items()
+        },
     }
     draw_bars(panels, arguments.out / f"{name}.png")
     draw_timelines(replace(setting, costs=GPU_LIKE, slots=64), arguments.out)
@@ -88,12 +97,17 @@ def simulate_all(setting: Setting, seeds: int, *, quick: bool) -> dict[str, Any]
         "longer tail (sigma 1)": (replace(setting, sigma=1.0), two),
         "half of the spread is the prompt's": (replace(setting, shared=0.5), two),
         "no queue in the engine": (replace(setting, queue=0), two),
+        "slots held by whole groups": (replace(setting, one_by_one=False), ("stream",)),
     }
+    if quick:
+        asked = {what: asked[what] for what in ("8 waves", "GPU-like costs")}
     results = {}
-    for number, (what, (its_setting, variants)) in enumerate(asked.items(), 1):
-        began = time.monotonic()
-        results[what] = over_grpo(its_setting, variants, seeds)
-        print(f"[{number}/{len(asked)}] {what}: {time.monotonic() - began:.0f} s", flush=True)
+    # A fresh interpreter per worker: torch does not like to be forked.
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for number, (what, (its_setting, variants)) in enumerate(asked.items(), 1):
+            began = time.monotonic()
+            results[what] = over_seeds(its_setting, variants, seeds, pool)
+            print(f"[{number}/{len(asked)}] {what}: {time.monotonic() - began:.0f} s", flush=True)
     return results
 
 
@@ -136,24 +150,26 @@ def machine() -> dict[str, Any]:
 
 def show(record: dict[str, Any]) -> None:
     """Print the figures as a table."""
-    print(f"\n{'':58}{'wall over GRPO':^24}{'tokens':>8}{'cached':>8}")
+    print(f"\n{'simulation':61}{'wall over GRPO':^23}{'tokens':>8}{'cached':>8}")
     for what, variants in record["simulation"].items():
         for name, row in variants.items():
-            wall, tokens, cached = (
-                row[key] for key in ("wall_over_grpo", "tokens_over_grpo", "stage_2_cached")
-            )
             print(
-                f"{what:32}{name:26}{wall['mean']:8.3f} [{wall['low']:.3f}, {wall['high']:.3f}]"
-                f"{tokens['mean']:8.3f}{cached['mean']:8.1%}"
+                f"{what:36}{name:26}{spread(row['wall_over_grpo'])}"
+                f"{row['tokens_over_grpo']['mean']:8.3f}{row['stage_2_cached']['mean']:8.1%}"
             )
-    print("\nvLLM on CPU")
+    print(f"\n{'vLLM on CPU, 16 slots':26}{'CPU time over GRPO':^23}  simulated, error   cached")
     for name, row in record["real_engine_beside_simulation"].items():
-        wall, predicted = row["wall_over_grpo"], row["predicted_wall_over_grpo"]
+        cached = row.get("stage_2_cached", {"mean": 0.0})
         print(
-            f"{'':32}{name:26}{wall['mean']:8.3f} [{wall['low']:.3f}, {wall['high']:.3f}]"
-            f"  simulated {predicted['mean']:.3f}  error of seconds "
-            f"{row['error_of_seconds']['mean']:+.1%}  cached {row['stage_2_cached']['mean']:.1%}"
+            f"{name:26}{spread(row['over_grpo'])}{row['simulated_over_grpo']['mean']:8.3f}"
+            f"{row['error_of_ratio']['mean']:+8.1%}{cached['mean']:11.1%}"
+            f"   (seconds: {row['error_of_seconds']['mean']:+.1%})"
         )
+
+
+def spread(figure: dict[str, float]) -> str:
+    """Write a mean and its interval."""
+    return f"{figure['mean']:7.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class Costs:
     """What an engine's work takes, in seconds.
 
     Attributes:
-        batches: Batch sizes at which a step is known, ascending; between and beyond, straight lines.
+        batches: Batch sizes at which a step is known, ascending; straight lines elsewhere.
         steps: Time of a decode step at each.
         prefill: Time of a prompt token that the prefix cache does not hold.
         request: Time of a sequence that joins, whatever its length.
@@ -235,3 +235,10 @@ class SimulatedEngine:
         self.tokens += draw.length
         self.cache.put((draw.index, draw.number), draw.length)
         sequence.done.set_result(Completion([draw.number] * draw.length, draw.text))
+
+
+class WholeGroups:
+    """A sampler that hands a group out when its longest completion is done, for comparison."""
+
+    def __init__(self, engine: SimulatedEngine) -> None:
+        self.sample_one = engine.sample_one

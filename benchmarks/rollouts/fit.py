@@ -42,29 +42,30 @@ def as_line(costs: Costs) -> Costs:
 
 
 def compare(record: dict[str, Any], costs: Costs) -> dict[str, Any]:
-    """Set measured beside predicted: seconds, ratio to GRPO, cached share; and the errors."""
-    rows: dict[str, list[tuple[float, ...]]] = {}
+    """Set measured beside simulated: CPU time and its ratio to GRPO's, cached share; and errors."""
+    rows: dict[str, list[dict[str, float]]] = {}
     for run in record["runs"]:
         work = real_engine.workload(run["seed"])
-        base = run["variants"]["grpo"]["seconds"]
-        predicted_base = predict("grpo", work, costs).seconds
+        base, simulated_base = run["variants"]["grpo"], predict("grpo", work, costs)
         for name, measured in run["variants"].items():
-            predicted = predict(name, work, costs)
-            prompts, cached = (measured[f"stage_2_{kind}_tokens"] for kind in ("prompt", "cached"))
-            ratio, predicted_ratio = measured["seconds"] / base, predicted.seconds / predicted_base
-            rows.setdefault(name, []).append(
-                (
-                    measured["seconds"], ratio, predicted_ratio,
-                    predicted.seconds / measured["seconds"] - 1,
-                    predicted_ratio / ratio - 1,
-                    cached / prompts if prompts else float("nan"), predicted.cached,
-                )
-            )  # fmt: skip
-    figures = (
-        "seconds", "wall_over_grpo", "predicted_wall_over_grpo", "error_of_seconds",
-        "error_of_ratio", "stage_2_cached", "predicted_stage_2_cached",
-    )  # fmt: skip
+            simulated = predict(name, work, costs)
+            ratio = measured["cpu_seconds"] / base["cpu_seconds"]
+            simulated_ratio = simulated.seconds / simulated_base.seconds
+            prompts = measured["stage_2_prompt_tokens"]
+            row = {
+                "cpu_seconds": measured["cpu_seconds"],
+                "over_grpo": ratio,
+                "wall_over_grpo": measured["wall_seconds"] / base["wall_seconds"],
+                "tokens_over_grpo": measured["tokens"] / base["tokens"],
+                "simulated_over_grpo": simulated_ratio,
+                "error_of_seconds": simulated.seconds / measured["cpu_seconds"] - 1,
+                "error_of_ratio": simulated_ratio / ratio - 1,
+            }
+            if prompts:
+                row["stage_2_cached"] = measured["stage_2_cached_tokens"] / prompts
+                row["simulated_stage_2_cached"] = simulated.cached
+            rows.setdefault(name, []).append(row)
     return {
-        name: {f: summary(v) for f, v in zip(figures, zip(*values, strict=True), strict=True)}
-        for name, values in rows.items()
+        name: {figure: summary(row[figure] for row in all_rows) for figure in all_rows[0]}
+        for name, all_rows in rows.items()
     }

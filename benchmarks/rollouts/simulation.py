@@ -1,7 +1,8 @@
 """The variants on a simulated engine, over several seeds, as ratios to GRPO on the same lengths."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from igrpo_algo import Rollouts
 from igrpo_algo.intervals import mean_confidence_interval
 
-from .engine import Costs, SimulatedEngine, Workload
+from .engine import Costs, SimulatedEngine, WholeGroups, Workload
 from .variants import GROUP, VARIANTS, reward, simulated_time
 from .workloads import make_workload
 
@@ -38,6 +39,7 @@ class Setting:
         cache_waves: Completions per slot that the prefix cache keeps beyond those that run.
         queue: Completions asked of the engine beyond its slots.
         success: Probability that a completion is right.
+        one_by_one: Whether the sampler hands out each completion as it is done.
     """
 
     costs: Costs
@@ -49,6 +51,7 @@ class Setting:
     cache_waves: float = 4.0
     queue: int = GROUP
     success: float = 0.5
+    one_by_one: bool = True
 
     def workload(self, seed: int) -> Workload:
         return make_workload(
@@ -63,38 +66,60 @@ class Setting:
         )
 
     def simulate(self, name: str, seed: int) -> Run:
-        cache = self.cache_waves * self.slots * self.mean
         return simulate(
-            name, self.workload(seed), self.costs, self.slots, self.queue, cache_tokens=cache
+            name,
+            self.workload(seed),
+            self.costs,
+            self.slots,
+            self.queue,
+            one_by_one=self.one_by_one,
+            cache_tokens=self.cache_waves * self.slots * self.mean,
         )
+
+    def over_grpo(self, names: Sequence[str], seed: int) -> dict[str, dict[str, float]]:
+        """Give what each variant took, over GRPO on the same lengths."""
+        base = self.simulate("grpo", seed)
+        runs = {name: self.simulate(name, seed) for name in names}
+        return {
+            name: {
+                "wall_over_grpo": run.seconds / base.seconds,
+                "tokens_over_grpo": run.tokens / base.tokens,
+                "stage_2_cached": run.cached,
+            }
+            for name, run in runs.items()
+        }
 
 
 def simulate(
-    name: str, workload: Workload, costs: Costs, slots: int, queue: int, **cache: Any
+    name: str,
+    workload: Workload,
+    costs: Costs,
+    slots: int,
+    queue: int,
+    *,
+    one_by_one: bool = True,
+    **cache: Any,
 ) -> Run:
     """Run a variant's own code in simulated time."""
     if name == "grpo":
         workload = replace(workload, num_drafts=0)
     engine = SimulatedEngine(costs, slots, workload, **cache)
+    sampler = engine if one_by_one else WholeGroups(engine)
     with simulated_time():
-        rollouts = VARIANTS[name](engine, workload.prompts, reward, slots + queue)
+        rollouts = VARIANTS[name](sampler, workload.prompts, reward, slots + queue)
     prompts, cached = engine.refined
     seconds = float(rollouts.times.max())
     return Run(seconds, engine.tokens, cached / prompts if prompts else math.nan, rollouts)
 
 
-def over_grpo(setting: Setting, names: Iterable[str], seeds: int) -> dict[str, dict[str, Any]]:
-    """Give each variant's wall time and tokens over GRPO's: mean, interval and all seeds."""
-    ratios: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
-    for seed in range(seeds):
-        base = setting.simulate("grpo", seed)
-        for name, rows in ratios.items():
-            run = setting.simulate(name, seed)
-            rows.append((run.seconds / base.seconds, run.tokens / base.tokens, run.cached))
-    figures = ("wall_over_grpo", "tokens_over_grpo", "stage_2_cached")
+def over_seeds(
+    setting: Setting, names: Sequence[str], seeds: int, pool: Executor
+) -> dict[str, dict[str, Any]]:
+    """Give mean, interval and every seed of each variant's figures."""
+    runs = list(pool.map(setting.over_grpo, [names] * seeds, range(seeds)))
     return {
-        name: {figure: summary(values) for figure, values in zip(figures, zip(*rows, strict=True))}
-        for name, rows in ratios.items()
+        name: {figure: summary(run[name][figure] for run in runs) for figure in runs[0][name]}
+        for name in names
     }
 
 

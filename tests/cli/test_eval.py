@@ -79,8 +79,8 @@ def test_eval_ends_with_the_counts_and_mean_rewards_of_both_ways(
     }
     means = {stage: f"{sum(values) / len(values):.2f}" for stage, values in scores.items()}
     single, refined = (line for line in done.output.splitlines() if "━" in line and "done" in line)
-    assert single.startswith("single-shot ")
-    assert refined.startswith("draft, then refine ")
+    assert "single-shot " in single
+    assert "draft, then refine " in refined
     assert "6/6 done" in single
     assert f"refinement reward {means['single']}" in single
     assert "6/6 done" in refined
