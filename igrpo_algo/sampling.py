@@ -12,6 +12,8 @@ generator of the same completions as (position, completion), each as soon as it 
 rollout then lends the place of a finished completion to the next prompt.
 
 `sample` and the function may be coroutine functions too. Seeds are one int per prompt, or None.
+A `sample_one` or `stream_one` that also takes `priority` is told the stage, 0 for drafts: lower
+goes first.
 """
 
 import asyncio
@@ -181,26 +183,35 @@ async def sample_one(
     prompt: Prompt,
     n: int,
     seed: int | None,
+    *,
+    priority: int = 0,
     on_left: Callable[[int], None] | None = None,
 ) -> list[Completion]:
     """Draw n completions of one prompt without blocking the loop.
 
-    If the sampler has `stream_one`, `on_left` gets the number of completions still unfinished
-    whenever one is done. A sampler without an asynchronous form runs in a thread
-    (`asyncio.to_thread`): several calls may be in it at once, and one that has begun cannot be
-    cancelled, only ignored.
+    `priority` (lower goes first) is for samplers that take it; others are not told. If the sampler
+    has `stream_one`, `on_left` gets the number of completions still unfinished whenever one is
+    done. A sampler without an asynchronous form runs in a thread (`asyncio.to_thread`): several
+    calls may be in it at once, and one that has begun cannot be cancelled, only ignored.
     """
-    if on_left is not None and hasattr(sampler, "stream_one"):
-        return await _collect(sampler.stream_one(prompt, n, seed=seed), n, on_left)
+    stream = getattr(sampler, "stream_one", None)
+    if on_left is not None and stream is not None:
+        drawn = stream(prompt, n, seed=seed, **_priority(stream, priority))
+        return await _collect(drawn, n, on_left)
     one = getattr(sampler, "sample_one", None)
     if one is not None:
-        return check_groups([await one(prompt, n, seed=seed)], 1, n)[0]
+        drawn = await one(prompt, n, seed=seed, **_priority(one, priority))
+        return check_groups([drawn], 1, n)[0]
     batch = _batch_form(sampler)
     assert batch is not None
     groups: Any = await asyncio.to_thread(batch, [prompt], n, None if seed is None else [seed])
     if inspect.isawaitable(groups):
         groups = await groups
     return check_groups(groups, 1, n)[0]
+
+
+def _priority(form: Callable[..., Any], priority: int) -> dict[str, int]:
+    return {"priority": priority} if "priority" in inspect.signature(form).parameters else {}
 
 
 async def _collect(

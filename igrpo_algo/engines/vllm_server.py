@@ -3,8 +3,7 @@
 import asyncio
 import secrets
 import threading
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,9 @@ from igrpo_kernels.checks import check_count, check_number
 from ..completions import Completion
 from ..sampling import Groups, Prompt, prompt_seeds, run_blocking
 from .prompts import encode_all, encode_prompt, request_seed
-from .vllm_http import Server, ServerDownError, check_urls, open_client
+from .vllm_http import check_urls
+from .vllm_pool import ServerPool
 from .weights import FolderWeights, WantedWeights, Weights, as_folder, memory_folder, open_weights
-
-HALF_WRITTEN = (
-    "a failed sync_weights left vLLM servers with weights that are half old and half new: "
-    "start them anew, and make a new sampler"
-)
 
 
 class VllmServerSampler:
@@ -97,19 +92,16 @@ class VllmServerSampler:
         self.sync_folder = memory_folder() if sync_folder is None else Path(sync_folder)
         self.prompt_tokens = self.cached_tokens = 0
         pause = check_number("retry_after", retry_after, at_least=0)
-        self.servers = [Server(url, model, pause) for url in check_urls(urls)]
-        self._client = open_client(headers, timeout)
-        self._lock = threading.Lock()
+        needs_logprobs = self.temperature > 0
+        self._pool = ServerPool(check_urls(urls), model, needs_logprobs, pause, headers, timeout)
         self._syncing = threading.Lock()
-        self._retired: str | None = None
-        self._has_synced = False
         self._wanted: WantedWeights | None = None
-        run_blocking(self._contact())
-        self.max_prompt_tokens = self._context - self.max_new_tokens
+        run_blocking(self._pool.contact())
+        self.max_prompt_tokens = self._pool.context - self.max_new_tokens
         if self.max_prompt_tokens < 1:
             raise ValueError(
                 f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in the servers' "
-                f"context of {self._context} tokens"
+                f"context of {self._pool.context} tokens"
             )
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -165,7 +157,31 @@ class VllmServerSampler:
             RuntimeError: A server refused the request, or an earlier `sync_weights` failed.
         """
         (ids,) = encode_all(self, [prompt], n)
-        return await self._draw(ids, n, secrets.randbits(63) if seed is None else seed, priority)
+        own = request_seed(secrets.randbits(63) if seed is None else seed)
+        return await self._draw(ids, n, own, priority)
+
+    async def stream_one(
+        self, prompt: Prompt, n: int, *, seed: int | None = None, priority: int = 0
+    ) -> AsyncGenerator[tuple[int, Completion], None]:
+        """Yield what `sample_one` returns as (position, completion), each as soon as it is done.
+
+        Each completion is a request of its own here.
+        """
+        (ids,) = encode_all(self, [prompt], n)
+        own = request_seed(secrets.randbits(63) if seed is None else seed)
+        tasks = {
+            asyncio.create_task(self._draw(ids, 1, own + position, priority)): position
+            for position in range(n)
+        }
+        try:
+            while tasks:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield tasks.pop(task), task.result()[0]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def sync_weights(self, weights: Weights | str | Path) -> None:
         """Take over weights on every server, all of them or none; empty their prefix caches.
@@ -190,35 +206,13 @@ class VllmServerSampler:
         """
         new = open_weights(weights)
         with self._syncing:
-            self._check_sound()
+            self._pool.check_sound()
             if self._wanted is None:
-                self._wanted = WantedWeights.of_model(self._root)
+                self._wanted = WantedWeights.of_model(self._pool.root)
             self._wanted.check(new)
             parent = new.folder.parent if isinstance(new, FolderWeights) else self.sync_folder
             with as_folder(self._wanted, new, parent) as folder:
-                run_blocking(self._sync(folder))
-
-    async def _contact(self) -> None:
-        """Learn what the servers serve; one that does not answer now may do so later."""
-        async with self._client() as client:
-            calls = (server.contact(client, self.temperature > 0) for server in self.servers)
-            answers = await asyncio.gather(*calls, return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException) and not isinstance(answer, ServerDownError):
-                raise answer
-        known = [server for server in self.servers if server.model is not None]
-        if not known:
-            raise ConnectionError(_nobody(map(str, answers)))
-        first = known[0]
-        if other := next((server for server in known if server.model != first.model), None):
-            raise ValueError(
-                f"urls must serve one model: {first.url} has {first.model!r}, "
-                f"{other.url} has {other.model!r}"
-            )
-        for server in self.servers:
-            server.wanted_model = first.model
-        self._context = min(server.context for server in known)
-        self._root = first.root
+                run_blocking(self._pool.sync(folder))
 
     async def _sample_all(
         self, encoded: list[list[int]], n: int, seeds: list[int], priority: int
@@ -227,7 +221,7 @@ class VllmServerSampler:
 
         async def draw(ids: list[int], seed: int) -> list[Completion]:
             async with gate:
-                return await self._draw(ids, n, seed, priority)
+                return await self._draw(ids, n, request_seed(seed), priority)
 
         tasks = [
             asyncio.create_task(draw(ids, own)) for ids, own in zip(encoded, seeds, strict=True)
@@ -237,12 +231,14 @@ class VllmServerSampler:
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _draw(self, ids: list[int], n: int, seed: int, priority: int) -> list[Completion]:
+        count = n if self.temperature > 0 else 1  # servers refuse to be greedy twice
         request = {
             "prompt": ids,
-            "n": n,
-            "seed": request_seed(seed),
+            "n": count,
+            "seed": seed,
             "max_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -250,7 +246,7 @@ class VllmServerSampler:
             "ignore_eos": self.stop_token_ids is not None,
             **({"priority": priority} if priority else {}),
         }
-        answer = await self._ask_anyone(request, n)
+        answer = await self._pool.ask(request, count)
         self.prompt_tokens += answer.prompt_tokens
         self.cached_tokens += answer.cached_tokens
         return [
@@ -260,87 +256,5 @@ class VllmServerSampler:
                 logprobs=drawn.logprobs if self.temperature > 0 else None,
                 finish_reason=drawn.finish_reason,
             )
-            for drawn in answer.completions
+            for drawn in answer.completions * (n // count)
         ]
-
-    async def _ask_anyone(self, request: dict[str, Any], n: int) -> Any:
-        """Send a request to the idlest server; where one is down, to the next."""
-        failures: dict[str, str] = {}
-        async with self._client() as client:
-            while (server := self._pick(n, failures)) is not None:
-                try:
-                    if server.model is None:
-                        await server.contact(client, self.temperature > 0)
-                    return await server.complete(client, request)
-                except ServerDownError as error:
-                    failures[server.url] = str(error)
-                    if self._has_synced:
-                        server.outdated = f"{error}, so it may have old weights"
-                finally:
-                    with self._lock:
-                        server.in_flight -= n
-        outdated = [s.outdated for s in self.servers if s.outdated and s.url not in failures]
-        raise ConnectionError(_nobody([*failures.values(), *outdated]))
-
-    def _pick(self, n: int, tried: Mapping[str, str]) -> Server | None:
-        """Book n completions on a server: one that is up if there is any, the idlest of those."""
-        with self._lock:
-            self._check_sound()
-            left = [s for s in self.servers if s.url not in tried and s.outdated is None]
-            if not left:
-                return None
-            chosen = min(left, key=lambda server: (server.is_resting, server.in_flight))
-            chosen.in_flight += n
-            return chosen
-
-    async def _sync(self, folder: Path) -> None:
-        async with self._client() as client:
-            paused = await _gather([server.pause(client) for server in self.servers])
-            there = [s for s, answer in zip(self.servers, paused, strict=True) if answer is None]
-            down = {
-                s: str(answer)
-                for s, answer in zip(self.servers, paused, strict=True)
-                if isinstance(answer, ServerDownError)
-            }
-            try:
-                _raise_first(answer for answer in paused if not isinstance(answer, ServerDownError))
-                if not there:
-                    raise ConnectionError(_nobody(down.values()))
-                await self._write(client, there, folder)
-            finally:
-                resumed = await _gather([server.resume(client) for server in there])
-            _raise_first(resumed)
-        for server in self.servers:
-            server.outdated = down.get(server)
-        self._has_synced = True
-        if down:
-            warnings.warn(
-                "left out until a later sync_weights reaches them: " + "; ".join(down.values()),
-                stacklevel=2,
-            )
-
-    async def _write(self, client: Any, servers: Sequence[Server], folder: Path) -> None:
-        try:
-            _raise_first(await _gather([s.reload(client, str(folder)) for s in servers]))
-        except BaseException as error:
-            self._retired = HALF_WRITTEN
-            raise RuntimeError(HALF_WRITTEN) from error
-
-    def _check_sound(self) -> None:
-        if self._retired is not None:
-            raise RuntimeError(self._retired)
-
-
-async def _gather(calls: Sequence[Any]) -> list[BaseException | None]:
-    """Await all calls to their end, whatever comes of any."""
-    return await asyncio.gather(*calls, return_exceptions=True)
-
-
-def _raise_first(answers: Any) -> None:
-    for answer in answers:
-        if isinstance(answer, BaseException):
-            raise answer
-
-
-def _nobody(failures: Iterable[str]) -> str:
-    return "no vLLM server answers: " + "; ".join(failures)

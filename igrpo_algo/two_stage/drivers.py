@@ -91,7 +91,9 @@ async def _run_alone(course: Course, slots: Slots, reward_max: float | None) -> 
         async with slots.take(n, rank=(number,)) as lease:
             started = plan.start(course.index, number)
             with located(f"stage {number} of prompts[{course.index}]"):
-                completions = await sample_one(plan.sampler, prompt, n, seed, on_left=lease.keep)
+                completions = await sample_one(
+                    plan.sampler, prompt, n, seed, priority=number, on_left=lease.keep
+                )
             ended = plan.clock()
         await course.tell(completions, started, ended)
     return course.group

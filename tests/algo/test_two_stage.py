@@ -450,6 +450,18 @@ async def test_an_earlier_round_goes_before_a_later_one_that_waited_longer():
     assert got.groups == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("options", [{}, {"reward_max": 1.0}])
+def test_a_sampler_that_takes_a_priority_is_told_the_stage(options):
+    class Engine:
+        async def sample_one(self, prompt, n, *, seed=None, priority=None):
+            told.add((prompt, priority))
+            return [Completion([1], "1")] * n
+
+    told = set()
+    streamed(["a"], Engine(), by_text, rounds=2, splice=ARROW, **options)
+    assert told == {("a", 0), ("a -> 1", 1), ("a -> 1", 2)}
+
+
 @in_loop
 async def test_early_selection_starts_stage_two_and_cancels_the_other_drafts():
     engine, events = Engine(), []

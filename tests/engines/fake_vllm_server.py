@@ -1,0 +1,125 @@
+"""A server that speaks vLLM's HTTP and draws made-up tokens, as sound or broken as a test asks."""
+
+import json
+import threading
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import log
+
+
+def drawn_ids(prompt, seed):
+    """Three tokens that tell which prompt and seed drew them."""
+    return [sum(prompt) % 90 + 5, seed % 90 + 5, 2]
+
+
+class FakeServer:
+    """Answers on a port of its own until it is stopped.
+
+    Attributes:
+        requests: (path, body) of all requests so far.
+        answers: What to answer with instead, by path: (status, body), or a function that makes it.
+        gate: Completions wait until it is set.
+        dropped: Set when a client went away before its completion was done.
+    """
+
+    def __init__(self, model="tiny", root="", context=64, raw=False):
+        self.model, self.root, self.context, self.raw = model, str(root), context, raw
+        self.requests = []
+        self.answers = {}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.dropped = threading.Event()
+        self._server = None
+        self.start()
+
+    def start(self, port=0):
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                fake.handle(self, None)
+
+            def do_POST(self):
+                length = int(self.headers.get("Content-Length", 0))
+                fake.handle(self, json.loads(self.rfile.read(length) or "null"))
+
+            def log_message(self, *args):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+    def paths(self):
+        return [path for path, _ in self.requests]
+
+    def completions(self):
+        """Bodies of the requests for completions, without the probes of log-probs."""
+        return [
+            body for path, body in self.requests if path == "/v1/completions" and "seed" in body
+        ]
+
+    def handle(self, handler, body):
+        self.requests.append((handler.path, body))
+        plain = handler.path.partition("?")[0]
+        status, answer = 200, None
+        if plain in self.answers:
+            given = self.answers[plain]
+            status, answer = given(body) if callable(given) else given
+        elif plain == "/v1/models":
+            card = {"id": self.model, "root": self.root, "max_model_len": self.context}
+            answer = {"object": "list", "data": [card]}
+        elif plain == "/v1/completions":
+            answer = self.complete(body)
+            while not self.gate.wait(0.01):
+                if is_gone(handler.connection):
+                    self.dropped.set()
+                    return
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        if answer is None:
+            content = b""
+        with suppress(BrokenPipeError, ConnectionResetError):  # who asked may be gone
+            handler.send_response(status)
+            handler.send_header("Content-Length", str(len(content)))
+            handler.end_headers()
+            handler.wfile.write(content)
+
+    def complete(self, body):
+        if "seed" not in body:
+            return {"choices": [{"logprobs": {"top_logprobs": [self.top(body["temperature"])]}}]}
+        choices = [
+            {
+                "index": index,
+                "token_ids": drawn_ids(body["prompt"], body["seed"] + index),
+                "prompt_token_ids": body["prompt"],
+                "logprobs": {"token_logprobs": [-0.5, -0.25, -float(index)]},
+                "finish_reason": "stop",
+            }
+            for index in range(body["n"])
+        ]
+        size = len(body["prompt"])
+        usage = {"prompt_tokens": size, "prompt_tokens_details": {"cached_tokens": size // 2}}
+        return {"choices": choices[::-1], "usage": usage}
+
+    def top(self, temperature):
+        weights = {
+            f"token_id:{i}": (i + 1.0) ** (1 if self.raw else 1 / temperature) for i in range(5)
+        }
+        total = sum(weights.values())
+        return {token: log(weight / total) for token, weight in weights.items()}
+
+
+def is_gone(connection):
+    """Whether the other side has closed the connection."""
+    connection.settimeout(0.001)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    finally:
+        connection.settimeout(None)

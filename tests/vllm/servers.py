@@ -1,0 +1,86 @@
+"""Real vLLM servers, each in processes of its own."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tiny_models import CONTEXT
+
+# A server's engine is a process of its own whatever this process does; its cache is 1 GiB at least.
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+}
+
+
+class VllmServer:
+    """A server of a model's folder, from its start until it is stopped or killed."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        options = {
+            "--model": folder,
+            "--served-model-name": "tiny",
+            "--dtype": "float32",
+            "--max-model-len": CONTEXT,
+            "--max-num-seqs": 32,
+            "--block-size": 32,
+            "--logprobs-mode": "processed_logprobs",
+            "--scheduling-policy": "priority",
+            "--host": "127.0.0.1",
+            "--port": port,
+        }
+        words = [str(word) for pair in options.items() for word in pair]
+        flags = ["--enforce-eager", "--enable-prompt-tokens-details"]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *flags]
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, **ENVIRONMENT},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, seconds: float = 300) -> None:
+        """Wait until it answers."""
+        give_up = time.monotonic() + seconds
+        while time.monotonic() < give_up and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.url}/v1/models", timeout=5):
+                    return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.2)
+        raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+
+    def running(self) -> int:
+        """Count the completions that its engine works on, from the metrics it shows."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+        return int(sum(float(line.split()[-1]) for line in lines if line.startswith(names)))
+
+    def kill(self) -> None:
+        """End all of its processes at once, as a crash does."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        """Ask it to end, and see to it."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.kill()
