@@ -12,7 +12,6 @@ from igrpo_kernels.checks import check_count, describe
 from .two_stage.courses import StageFinished, StageStarted
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
 DRAFTING, WAITING, REFINING = "drafting", "waiting", "refining"
@@ -126,14 +125,14 @@ class RolloutProgress:
 
 
 @contextmanager
-def show_live(*lines: RolloutProgress, console: "Console | None" = None) -> Iterator[None]:
+def show_live(*lines: RolloutProgress, console: Any = None) -> Iterator[None]:
     """Keep one line per `RolloutProgress` on the terminal for the length of the block.
 
     Where the output is no terminal, the last state is printed once, at the end.
 
     Args:
         lines: What is shown, one below the other.
-        console: Where to; None is rich's own, standard output.
+        console: A `rich.console.Console`; None is rich's own, standard output.
 
     Yields:
         Nothing.

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from igrpo_kernels.checks import describe
 
@@ -12,7 +12,6 @@ from .rollouts import Group, Rollouts, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLORS = {"drafts": "#0072B2", "waiting": "0.85", "refinements": "#D55E00"}
 """One color per kind of span, told apart by color-blind eyes too."""
@@ -36,7 +35,7 @@ class Span(NamedTuple):
 
 def plot_rollout_timeline(
     rollouts: Rollouts, path: str | os.PathLike[str] | None = None, *, title: str = ""
-) -> "Figure":
+) -> Any:
     """Draw when each prompt was drafting, waiting and refining.
 
     One row per prompt, sorted by start. Where Stage 2 waits for the drafts of all prompts, every
@@ -51,7 +50,7 @@ def plot_rollout_timeline(
         title: What stands above it.
 
     Returns:
-        The figure; it belongs to no window and needs no closing.
+        A `matplotlib.figure.Figure`; it belongs to no window and needs no closing.
 
     Raises:
         TypeError: `rollouts` is something else.
