@@ -50,10 +50,11 @@ def main() -> None:
         "--real-engine", metavar="PYTHON", nargs="?", const=sys.executable,
         help="time vLLM too, under this interpreter (this one)",
     )  # fmt: skip
+    parser.add_argument("--seeds", type=int, help="of the simulation (20; 3 where quick)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    seeds = 3 if arguments.quick else 20
+    seeds = arguments.seeds or (3 if arguments.quick else 20)
     record: dict[str, Any] = {"about": machine(), "quick": arguments.quick, "seeds": seeds}
     if arguments.real_engine:
         record["real_engine"] = run_real_engine(arguments.real_engine, 2 if arguments.quick else 8)
@@ -97,7 +98,11 @@ def simulate_all(setting: Setting, seeds: int, *, quick: bool) -> dict[str, Any]
         "longer tail (sigma 1)": (replace(setting, sigma=1.0), two),
         "half of the spread is the prompt's": (replace(setting, shared=0.5), two),
         "no queue in the engine": (replace(setting, queue=0), two),
-        "slots held by whole groups": (replace(setting, one_by_one=False), ("stream",)),
+        "groups hold their slots": (replace(setting, one_by_one=False), ("stream",)),
+        "groups hold them, twice as many": (
+            replace(setting, one_by_one=False, queue=setting.slots),
+            ("stream",),
+        ),
     }
     if quick:
         asked = {what: asked[what] for what in ("8 waves", "GPU-like costs")}

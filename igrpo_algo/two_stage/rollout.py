@@ -155,9 +155,10 @@ def stream_two_stage_rollout(
 
     Early selection (`reward_max`): drafts are requested one by one, the first to reach the maximum
     is an argmax, so Stage 2 starts at once and the prompt's unfinished drafts are cancelled. First
-    drafts of all prompts go before second ones, which may then never be needed. What this changes: ties go to the draft that finishes first, so to shorter ones; the reward is called
-    with one draft at a time; and Stage-1 statistics are censored. A cancelled draft has no
-    tokens, a reward of NaN and the finish reason "cancelled"; `Rollouts.cancelled` counts them.
+    drafts of all prompts go before second ones, which may then never be needed. What this changes:
+    ties go to the draft that finishes first, so to shorter ones; the reward is called with one
+    draft at a time; and Stage-1 statistics are censored. A cancelled draft has no tokens, a reward
+    of NaN and the finish reason "cancelled"; `Rollouts.cancelled` counts them.
 
     Args:
         prompts: As in `two_stage_rollout`, like all that is not named here.
