@@ -162,13 +162,13 @@ def show(record: dict[str, Any]) -> None:
                 f"{what:36}{name:26}{spread(row['wall_over_grpo'])}"
                 f"{row['tokens_over_grpo']['mean']:8.3f}{row['stage_2_cached']['mean']:8.1%}"
             )
-    print(f"\n{'vLLM on CPU, 16 slots':26}{'CPU time over GRPO':^23}  simulated, error   cached")
+    print(f"\n{'vLLM on CPU, 16 slots':26}{'CPU time over GRPO':^23}{'simulated':>10}{'error':>8}")
     for name, row in record["real_engine_beside_simulation"].items():
-        cached = row.get("stage_2_cached", {"mean": 0.0})
         print(
-            f"{name:26}{spread(row['over_grpo'])}{row['simulated_over_grpo']['mean']:8.3f}"
-            f"{row['error_of_ratio']['mean']:+8.1%}{cached['mean']:11.1%}"
-            f"   (seconds: {row['error_of_seconds']['mean']:+.1%})"
+            f"{name:26}{spread(row['over_grpo'])}{row['simulated_over_grpo']['mean']:10.3f}"
+            f"{row['error_of_ratio']['mean']:+8.1%}   steps {row['steps_over_grpo']['mean']:.3f}, "
+            f"simulated {row['simulated_steps_over_grpo']['mean']:.3f}   "
+            f"cached {row.get('stage_2_cached', {'mean': 0.0})['mean']:.1%}"
         )
 
 

@@ -128,6 +128,7 @@ class SimulatedEngine:
         tokens: Tokens drawn, those of cancelled sequences included.
         prompt_tokens: Tokens of all prompts.
         cached_tokens: Those of them that needed no prefill.
+        steps: Steps done.
         refined: The same two numbers of Stage 2 alone.
     """
 
@@ -146,7 +147,7 @@ class SimulatedEngine:
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._deal = Dealer(workload)
-        self._step = self._at = self._debt = 0.0
+        self.steps = self._at = self._debt = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     async def sample_one(
@@ -184,7 +185,7 @@ class SimulatedEngine:
                 self._waiting.remove(sequence)
             else:
                 self._running.remove(sequence)
-                self.tokens += int(sequence.draw.length - (sequence.end - self._step))
+                self.tokens += int(sequence.draw.length - (sequence.end - self.steps))
         heapq.heapify(self._running)
         self._advance()
 
@@ -196,19 +197,19 @@ class SimulatedEngine:
         paid = min(self._debt, elapsed)
         self._debt -= paid
         if self._running:
-            self._step += (elapsed - paid) / self.costs.step(len(self._running))
+            self.steps += (elapsed - paid) / self.costs.step(len(self._running))
 
     def _advance(self) -> None:
         """Finish who is done, admit who waits, and come back when the next one is done."""
         self._account()
-        while self._running and self._running[0].end <= self._step + 1e-6:
+        while self._running and self._running[0].end <= self.steps + 1e-6:
             self._finish(heapq.heappop(self._running))
         while self._waiting and len(self._running) < self.slots:
             self._admit(self._waiting.popleft())
         if self._timer is not None:
             self._timer.cancel()
         if self._running:
-            steps = max(self._running[0].end - self._step, 0.0)
+            steps = max(self._running[0].end - self.steps, 0.0)
             wait = self._debt + steps * self.costs.step(len(self._running))
             self._timer = asyncio.get_running_loop().call_later(wait, self._advance)
 
@@ -227,7 +228,7 @@ class SimulatedEngine:
         if workload.refines(prompt):
             self.refined = self.refined[0] + len(prompt), self.refined[1] + known
         self._debt += self.costs.request + (len(prompt) - known) * self.costs.prefill
-        sequence.end = math.ceil(self._step - 1e-6) + draw.length
+        sequence.end = math.ceil(self.steps - 1e-6) + draw.length
         heapq.heappush(self._running, sequence)
 
     def _finish(self, sequence: _Sequence) -> None:

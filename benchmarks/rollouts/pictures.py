@@ -40,15 +40,19 @@ def draw_bars(panels: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.tick_params(labelsize=8.5)
         axes.set_title(title, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("wall time over GRPO's", fontsize=9)
+    figure.axes[0].set_ylim(bottom=0)
+    figure.axes[0].set_ylabel("time over GRPO's", fontsize=9)
     figure.savefig(path)
 
 
 def draw_timelines(setting: Setting, folder: Path) -> None:
-    """Draw a barrier and a stream on the same lengths."""
-    for name, title in {
+    """Draw a barrier and a stream on the same lengths and the same axis of time."""
+    titles = {
         "barrier": "Barrier: Stage 2 waits for the longest draft of all prompts",
         "stream": "Stream, drafts first: each prompt waits for its own drafts and a free slot",
-    }.items():
-        rollouts = setting.simulate(name, seed=0).rollouts
-        plot_rollout_timeline(rollouts, folder / f"timeline_{name}.png", title=title)
+    }
+    runs = {name: setting.simulate(name, seed=0) for name in titles}
+    for name, title in titles.items():
+        figure = plot_rollout_timeline(runs[name].rollouts, title=title)
+        figure.axes[0].set_xlim(0, 1.02 * max(run.seconds for run in runs.values()))
+        figure.savefig(folder / f"timeline_{name}.png")

@@ -42,6 +42,20 @@ CONTEXT = 144  # tokens that a running sequence of this workload has, on average
 WARM_UP, CALIBRATION = 1000, 1001  # seeds of their own
 
 
+class CountedSteps:
+    """An engine whose steps are counted: what a schedule costs, free of the machine's noise."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self.steps = engine, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def step(self) -> Any:
+        self.steps += 1
+        return self._engine.step()
+
+
 class PlannedVllm:
     """Draws with vLLM; how long and how right each completion is, the workload says.
 
@@ -54,7 +68,8 @@ class PlannedVllm:
         from igrpo_algo.engines.step_loop import StepLoop
 
         self.workload, self._deal = workload, Dealer(workload)
-        self._loop = StepLoop(llm.llm_engine)
+        self.engine = CountedSteps(llm.llm_engine)
+        self._loop = StepLoop(self.engine)
         self.refined, self.drawn = (0, 0), 0
 
     async def sample_one(
@@ -176,6 +191,7 @@ def measure(llm: Any, seed: int, names: Sequence[str]) -> dict[str, dict[str, An
         figures[name] = {
             "cpu_seconds": time.process_time() - cpu_began,
             "wall_seconds": time.perf_counter() - began,
+            "steps": sampler.engine.steps,
             "tokens": sampler.drawn,
             "cancelled": int(rollouts.cancelled.sum()),
             "stage_2_prompt_tokens": sampler.refined[0],

@@ -17,9 +17,10 @@ from .workloads import make_workload
 
 
 class Run(NamedTuple):
-    """What one rollout took: seconds, tokens, cached share of Stage 2's prompts; and its groups."""
+    """What a rollout took, which share of Stage 2's prompts was cached, and what came of it."""
 
     seconds: float
+    steps: float
     tokens: int
     cached: float
     rollouts: Rollouts
@@ -109,7 +110,8 @@ def simulate(
         rollouts = VARIANTS[name](sampler, workload.prompts, reward, slots + queue)
     prompts, cached = engine.refined
     seconds = float(rollouts.times.max())
-    return Run(seconds, engine.tokens, cached / prompts if prompts else math.nan, rollouts)
+    share = cached / prompts if prompts else math.nan
+    return Run(seconds, engine.steps, engine.tokens, share, rollouts)
 
 
 def over_seeds(
