@@ -13,6 +13,7 @@ from igrpo_algo.two_stage import stream_two_stage_rollout, two_stage_rollout
 QUESTIONS = [[(7 * i + j) % 90 + 5 for j in range(60 + 9 * i)] for i in range(6)]
 # The draft stands right behind the question, as when it was drawn, so the engine knows both.
 SPLICE = TokenSplice(after_ids=(10, 11, 12), special_ids=(2,), keep="head", max_prompt_tokens=300)
+STOPS = (60, 61)  # drawn so seldom that lengths differ widely: the shortest draft is far ahead
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def late_letters(prompts, completions):
 
 
 def is_short(prompts, completions):
-    return [float(len(text) < 12) for text in completions]
+    return [float(len(text) < 40) for text in completions]
 
 
 async def gather(stream):
@@ -53,7 +54,7 @@ def test_in_step_and_streamed_agree_and_tell_the_engines_log_probs(llm):
 
 
 def test_early_selection_cancels_drafts_in_the_engine(llm):
-    sampler = VllmSampler(llm, max_new_tokens=200, stop_token_ids=range(60, 70))
+    sampler = VllmSampler(llm, max_new_tokens=200, stop_token_ids=STOPS)
     options = {"splice": SPLICE, "seed": 0}
     left = []
 
@@ -75,7 +76,7 @@ def test_early_selection_cancels_drafts_in_the_engine(llm):
     for group in rollouts:
         chosen = group.choices[0]
         finished = [d for d in group.drafts.completions if d.finish_reason != "cancelled"]
-        succeeded = [draft for draft in finished if len(draft.text) < 12]
+        succeeded = [draft for draft in finished if len(draft.text) < 40]
         assert chosen.reward == (1.0 if succeeded else 0.0)
         assert succeeded or len(finished) == 4
 

@@ -17,6 +17,7 @@ TOLERANCE = 5e-5  # as in test_vllm.py
 KIND = "qwen3 tied"
 QUESTIONS = [[(7 * i + j) % 90 + 5 for j in range(60 + 9 * i)] for i in range(4)]
 SPLICE = TokenSplice(after_ids=(10, 11, 12), special_ids=(2,), keep="head", max_prompt_tokens=300)
+STOPS = (60, 61)  # drawn so seldom that lengths differ widely: the shortest draft is far ahead
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def late_letters(prompts, completions):
 
 
 def is_short(prompts, completions):
-    return [float(len(text) < 12) for text in completions]
+    return [float(len(text) < 40) for text in completions]
 
 
 async def gather(stream):
@@ -150,7 +151,7 @@ def test_two_stages_in_step_streamed_and_with_early_selection(fresh):
     for samples in (streamed.drafts, streamed.refinements):
         worst = worst_difference(model, sampler, samples.prompts, samples.completions)
         assert worst <= TOLERANCE
-    sampler = make_sampler(*fresh, max_new_tokens=300, stop_token_ids=range(60, 70))
+    sampler = make_sampler(*fresh, max_new_tokens=300, stop_token_ids=STOPS)
     early = asyncio.run(
         gather(stream_two_stage_rollout(QUESTIONS, sampler, is_short, reward_max=1.0, **options))
     )
