@@ -76,12 +76,14 @@ from .metrics import (
     stage_uplift,
     zero_variance_share,
 )
+from .progress import RolloutProgress, show_live
 from .prompts import CONCATENATION, DEFAULT_TEMPLATE, DraftTemplate, splice_prompt, strip_thinking
 from .rollouts import Rollouts
 from .sampling import Sampler, Samples, sample_group
 from .shared_prompt import SharedPromptRow, pack_shared_prompt
 from .single_flight import SingleFlight
 from .splicing import TextSplice, TokenSplice
+from .timeline import plot_rollout_timeline
 from .two_stage import Fallback, stream_two_stage_rollout, two_stage_rollout
 
 __all__ = [
@@ -105,6 +107,7 @@ __all__ = [
     "PolicyLoss",
     "RatioWeighted",
     "Reinforce",
+    "RolloutProgress",
     "Rollouts",
     "Sampler",
     "Samples",
@@ -139,6 +142,7 @@ __all__ = [
     "overlong_penalty",
     "pack_shared_prompt",
     "pass_at_k",
+    "plot_rollout_timeline",
     "policy_loss",
     "random_ties",
     "sample_group",
@@ -147,6 +151,7 @@ __all__ = [
     "select_worst_draft",
     "sequence_importance_weights",
     "shortest_first",
+    "show_live",
     "splice_prompt",
     "stage_uplift",
     "standardize_apart",

@@ -294,7 +294,7 @@ class Rollouts:
             "logprobs": torch.tensor(logprobs, dtype=torch.float64),
             "json": torch.frombuffer(bytearray(json.dumps(records).encode()), dtype=torch.uint8),
         }
-        _write_whole(Path(path), save(tensors, metadata={"format": _FORMAT}))
+        write_whole(Path(path), save(tensors, metadata={"format": _FORMAT}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Rollouts":
@@ -361,7 +361,8 @@ def _completion_records(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [completion for stage in stages for completion in stage["completions"]]
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file: the whole of it or nothing (a temporary file is renamed)."""
     name = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with name.open("xb") as file:

@@ -7,15 +7,21 @@ A prompt is a string, a list of chat messages, or a list of token ids. A sampler
 - an object with both (then each caller uses the form that suits it);
 - a function `(prompts, n, seed)`, called by position, that returns what `sample` does.
 
+An object with `sample_one` may also have `stream_one(prompt, n, *, seed=None)`, an asynchronous
+generator of the same completions as (position, completion), each as soon as it is done. A streamed
+rollout then lends the place of a finished completion to the next prompt.
+
 `sample` and the function may be coroutine functions too. Seeds are one int per prompt, or None.
-A `sample_one` that also takes `priority` is told the stage, 0 for drafts: lower goes first.
+A `sample_one` or `stream_one` that also takes `priority` is told the stage, 0 for drafts: lower
+goes first.
 """
 
 import asyncio
 import hashlib
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
@@ -143,15 +149,28 @@ def sample_group(
 
 
 async def sample_batch(
-    sampler: AnySampler, prompts: list[Prompt], n: int, seeds: list[int] | None
+    sampler: AnySampler,
+    prompts: list[Prompt],
+    n: int,
+    seeds: list[int] | None,
+    on_done: Callable[[int], None] | None = None,
 ) -> Groups:
-    """Draw n completions of each prompt in one call if the sampler has a form for that."""
+    """Draw n completions of each prompt in one call if the sampler has a form for that.
+
+    If it has none, `on_done` gets the position of each prompt when its own call returns.
+    """
     batch = _batch_form(sampler)
     if batch is None:
         one = cast(AsyncSampler, sampler).sample_one
-        each_seed: Sequence[int | None] = seeds or [None] * len(prompts)
-        calls = [one(p, n, seed=s) for p, s in zip(prompts, each_seed, strict=True)]
-        groups: Any = list(await asyncio.gather(*calls))
+
+        async def call(position: int) -> list[Completion]:
+            seed = None if seeds is None else seeds[position]
+            group = await one(prompts[position], n, seed=seed)
+            if on_done is not None:
+                on_done(position)
+            return group
+
+        groups: Any = list(await asyncio.gather(*map(call, range(len(prompts)))))
     else:
         groups = batch(prompts, n, seeds)
         if inspect.isawaitable(groups):
@@ -160,26 +179,55 @@ async def sample_batch(
 
 
 async def sample_one(
-    sampler: AnySampler, prompt: Prompt, n: int, seed: int | None, *, priority: int = 0
+    sampler: AnySampler,
+    prompt: Prompt,
+    n: int,
+    seed: int | None,
+    *,
+    priority: int = 0,
+    on_left: Callable[[int], None] | None = None,
 ) -> list[Completion]:
     """Draw n completions of one prompt without blocking the loop.
 
-    `priority` (lower goes first) is for samplers that take it; others are not told.
-
-    A sampler without an asynchronous form runs in a thread (`asyncio.to_thread`): several calls
-    may be in it at once, and one that has begun cannot be cancelled, only ignored.
+    `priority` (lower goes first) is for samplers that take it; others are not told. If the sampler
+    has `stream_one`, `on_left` gets the number of completions still unfinished whenever one is
+    done. A sampler without an asynchronous form runs in a thread (`asyncio.to_thread`): several
+    calls may be in it at once, and one that has begun cannot be cancelled, only ignored.
     """
+    stream = getattr(sampler, "stream_one", None)
+    if on_left is not None and stream is not None:
+        drawn = stream(prompt, n, seed=seed, **_priority(stream, priority))
+        return await _collect(drawn, n, on_left)
     one = getattr(sampler, "sample_one", None)
     if one is not None:
-        takes_it = "priority" in inspect.signature(one).parameters
-        options = {"priority": priority} if takes_it else {}
-        return check_groups([await one(prompt, n, seed=seed, **options)], 1, n)[0]
+        drawn = await one(prompt, n, seed=seed, **_priority(one, priority))
+        return check_groups([drawn], 1, n)[0]
     batch = _batch_form(sampler)
     assert batch is not None
     groups: Any = await asyncio.to_thread(batch, [prompt], n, None if seed is None else [seed])
     if inspect.isawaitable(groups):
         groups = await groups
     return check_groups(groups, 1, n)[0]
+
+
+def _priority(form: Callable[..., Any], priority: int) -> dict[str, int]:
+    return {"priority": priority} if "priority" in inspect.signature(form).parameters else {}
+
+
+async def _collect(
+    stream: AsyncGenerator[tuple[int, Completion], None], n: int, on_left: Callable[[int], None]
+) -> list[Completion]:
+    drawn: dict[int, Completion] = {}
+    async with aclosing(stream):
+        async for position, completion in stream:
+            if position in drawn or position not in range(n):
+                raise ValueError(
+                    f"stream_one must yield each position below n = {n} once, got {position} "
+                    f"after {sorted(drawn)}"
+                )
+            drawn[position] = completion
+            on_left(n - len(drawn))
+    return check_groups([[drawn[position] for position in sorted(drawn)]], 1, n)[0]
 
 
 def _batch_form(sampler: AnySampler) -> SamplerFunction | None:

@@ -21,7 +21,10 @@ REFERENCE = {
     "algo/rollouts.md": (
         "Sampling and rollouts",
         "igrpo_algo",
-        ("sampling", "completions", "two_stage", "rollouts", "scoring", "single_flight"),
+        (
+            *("sampling", "completions", "two_stage", "rollouts", "scoring", "single_flight"),
+            *("progress", "timeline"),
+        ),
     ),
     "algo/drafts.md": (
         "Drafts and prompts",

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from ..data import Row
 from ..drafts import select_best_draft, select_random_draft
 from ..markers import marker_tokens
+from ..progress import RolloutProgress, show_live
 from ..rollouts import Group, Stage
 from ..sampling import Sampler, derive_seed
 from ..scoring import Reward, Scorer
@@ -179,16 +181,19 @@ def answer_all(
     splice: TextSplice,
     file: MetricsFile,
 ) -> None:
-    """Answer the prompts that the file does not hold yet, batch by batch."""
-    from rich.progress import track
-
+    """Answer the prompts that the file does not hold yet, batch by batch, with a live line."""
     size = protocol.batch_size
     finished = min(len(file.read()), len(rows))
     start = finished if finished == len(rows) else finished - finished % size
     file.truncate(lambda row: row["index"] < start)
-    for first in track(range(start, len(rows), size), "answering", disable=start == len(rows)):
-        batch = rows[first : first + size]
-        file.append(*answer_batch(batch, first, sampler, rewards, protocol, splice))
+    left = len(rows) - start
+    lines = {"single-shot": RolloutProgress(left, label="single-shot")}
+    if protocol.drafts:
+        lines["refined"] = RolloutProgress(left, label="draft, then refine")
+    with show_live(*lines.values()) if left else nullcontext():
+        for first in range(start, len(rows), size):
+            batch = rows[first : first + size]
+            file.append(*answer_batch(batch, first, sampler, rewards, protocol, splice, lines))
 
 
 def answer_batch(
@@ -198,8 +203,10 @@ def answer_batch(
     rewards: Mapping[str, Reward],
     protocol: Protocol,
     splice: TextSplice,
+    lines: Mapping[str, RolloutProgress] | None = None,
 ) -> Iterator[Row]:
     """Answer one batch of prompts in each way that the protocol names; one record per prompt."""
+    lines = lines or {}
     prompts = [row["prompt"] for row in rows]
     names = {name for row in rows for name in row if name != "prompt"}
     columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
@@ -213,6 +220,7 @@ def answer_batch(
         num_refinements=protocol.samples,
         columns=columns,
         seed=derive_seed(seed, 0),
+        on_progress=lines.get("single-shot"),
     )
     refined: Sequence[Group | None] = [None] * len(rows)
     if protocol.drafts:
@@ -227,6 +235,7 @@ def answer_batch(
             select=select_best_draft if is_best else select_random_draft,
             splice=splice,
             seed=derive_seed(seed, 1),
+            on_progress=lines.get("refined"),
         ).groups
     scorers = {name: Scorer(each, prompts, columns, name) for name, each in rewards.items()}
     for index, (row, direct, group) in enumerate(zip(rows, single, refined, strict=True)):

@@ -22,18 +22,30 @@ async def run_in_step(plan: Plan) -> list[Group]:
     courses = [Course(plan, index) for index in range(len(plan.prompts))]
     for number in range(plan.rounds + 1):
         asked = [(course, prompt) for course in courses if (prompt := course.ask()) is not None]
-        if not asked:
-            continue
-        seeds = [plan.seed_of(course.index, number) for course, _ in asked]
-        known = [seed for seed in seeds if seed is not None]
-        started = [plan.start(course.index, number) for course, _ in asked]
-        groups = await sample_batch(
-            plan.sampler, [prompt for _, prompt in asked], plan.size(number), known or None
-        )
-        ended = plan.clock()
-        told = zip(asked, groups, started, strict=True)
-        await asyncio.gather(*(c.tell(group, start, ended) for (c, _), group, start in told))
+        if asked:
+            await _step(plan, number, asked)
     return [course.group for course in courses]
+
+
+async def _step(plan: Plan, number: int, asked: list[tuple[Course, Prompt]]) -> None:
+    seeds = [plan.seed_of(course.index, number) for course, _ in asked]
+    known = [seed for seed in seeds if seed is not None]
+    started = [plan.start(course.index, number) for course, _ in asked]
+    ended: dict[int, float] = {}
+
+    def note_end(position: int) -> None:
+        ended[position] = plan.clock()
+
+    prompts = [prompt for _, prompt in asked]
+    groups = await sample_batch(plan.sampler, prompts, plan.size(number), known or None, note_end)
+    now = plan.clock()
+    told = [
+        course.tell(group, start, ended.get(position, now))
+        for position, ((course, _), group, start) in enumerate(
+            zip(asked, groups, started, strict=True)
+        )
+    ]
+    await asyncio.gather(*told)
 
 
 async def run_stream(
@@ -76,10 +88,12 @@ async def _run_alone(course: Course, slots: Slots, reward_max: float | None) -> 
             await _race(course, prompt, slots, reward_max)
             continue
         n, seed = plan.size(number), plan.seed_of(course.index, number)
-        async with slots.take(n, rank=number):
+        async with slots.take(n, rank=(number,)) as lease:
             started = plan.start(course.index, number)
             with located(f"stage {number} of prompts[{course.index}]"):
-                completions = await sample_one(plan.sampler, prompt, n, seed, priority=number)
+                completions = await sample_one(
+                    plan.sampler, prompt, n, seed, priority=number, on_left=lease.keep
+                )
             ended = plan.clock()
         await course.tell(completions, started, ended)
     return course.group
@@ -93,7 +107,7 @@ async def _race(course: Course, prompt: Prompt, slots: Slots, reward_max: float)
 
     async def draw(position: int) -> tuple[Completion, float]:
         own = None if seed is None else derive_seed(seed, position)
-        async with slots.take(1, rank=0):
+        async with slots.take(1, rank=(0, position)):
             starts.append(plan.clock() if starts else plan.start(index, 0))
             with located(f"stage 0 of prompts[{index}]"):
                 (completion,) = await sample_one(plan.sampler, prompt, 1, own)

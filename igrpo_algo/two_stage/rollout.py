@@ -154,10 +154,11 @@ def stream_two_stage_rollout(
     event loop.
 
     Early selection (`reward_max`): drafts are requested one by one, the first to reach the maximum
-    is an argmax, so Stage 2 starts at once and the prompt's unfinished drafts are cancelled. What
-    this changes: ties go to the draft that finishes first, so to shorter ones; the reward is called
-    with one draft at a time; and Stage-1 statistics are censored. A cancelled draft has no
-    tokens, a reward of NaN and the finish reason "cancelled"; `Rollouts.cancelled` counts them.
+    is an argmax, so Stage 2 starts at once and the prompt's unfinished drafts are cancelled. First
+    drafts of all prompts go before second ones, which may then never be needed. What this changes:
+    ties go to the draft that finishes first, so to shorter ones; the reward is called with one
+    draft at a time; and Stage-1 statistics are censored. A cancelled draft has no tokens, a reward
+    of NaN and the finish reason "cancelled"; `Rollouts.cancelled` counts them.
 
     Args:
         prompts: As in `two_stage_rollout`, like all that is not named here.
@@ -178,7 +179,9 @@ def stream_two_stage_rollout(
         seed: See there.
         on_progress: See there.
         concurrency: Most completions asked of the sampler at a time. One request asks for all N or
-            G of a prompt and holds as many slots until the longest is done.
+            G of a prompt. If the sampler has `stream_one`, each completion holds its slot until it
+            is done, and the engine's own number of slots, plus a few, keeps the engine full;
+            otherwise all of them wait for the longest, and twice that number is better.
         reward_max: The reward's known maximum, for early selection; None waits for all drafts.
         journal: A file that gets each finished group before it is yielded. Groups that it already
             holds are yielded first and not drawn again, so a run that died goes on. Its first line

@@ -8,6 +8,7 @@ import asyncio
 import heapq
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from itertools import count
 
 from igrpo_kernels.checks import check_count
@@ -28,22 +29,23 @@ class Slots:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = self.free = check_count("capacity", capacity)
-        self._waiting: list[tuple[int, int, int, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[tuple[int, ...], int, int, asyncio.Future[None]]] = []
         self._tickets = count()
 
     @asynccontextmanager
-    async def take(self, wanted: int, *, rank: int) -> AsyncIterator[None]:
-        """Hold `wanted` slots for the length of the block."""
+    async def take(self, wanted: int, *, rank: tuple[int, ...]) -> AsyncIterator["Lease"]:
+        """Hold `wanted` slots for the length of the block, or until the lease gives some back."""
         wanted = min(wanted, self.capacity)
+        lease = Lease(self, wanted)
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (rank, next(self._tickets), wanted, granted))
         self._grant()
         try:
             await granted
-            yield
+            yield lease
         finally:
             if granted.done() and not granted.cancelled():
-                self.free += wanted
+                lease.keep(0)
             self._grant()
 
     def _grant(self) -> None:
@@ -55,3 +57,18 @@ class Slots:
                 self.free -= wanted
                 granted.set_result(None)
             heapq.heappop(self._waiting)
+
+
+@dataclass
+class Lease:
+    """Slots that a request holds."""
+
+    slots: Slots
+    held: int
+
+    def keep(self, most: int) -> None:
+        """Give back what is held above `most`."""
+        if self.held > most:
+            self.slots.free += self.held - most
+            self.held = most
+            self.slots._grant()

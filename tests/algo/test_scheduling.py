@@ -26,7 +26,7 @@ class Office:
         self.gates[name] = asyncio.Event()
 
         async def hold():
-            async with self.slots.take(wanted, rank=rank):
+            async with self.slots.take(wanted, rank=(rank,)):
                 self.began.append(name)
                 await self.gates[name].wait()
 
@@ -123,7 +123,7 @@ def test_an_error_in_the_block_gives_back():
     async def main():
         slots = Slots(1)
         with pytest.raises(KeyError):
-            async with slots.take(1, rank=0):
+            async with slots.take(1, rank=(0,)):
                 raise KeyError("engine")
         assert slots.free == 1
 
@@ -137,7 +137,7 @@ def test_never_more_than_capacity_and_always_all_back():
 
         async def request(wanted, rank, turns):
             nonlocal held, most
-            async with slots.take(wanted, rank=rank):
+            async with slots.take(wanted, rank=(rank,)):
                 held += min(wanted, 5)
                 most = max(most, held)
                 for _ in range(turns):

@@ -68,6 +68,25 @@ def test_eval_answers_scores_and_reports(tiny_model: str, problems: str) -> None
     assert " refined " in done.output
 
 
+def test_eval_ends_with_the_counts_and_mean_rewards_of_both_ways(
+    tiny_model: str, problems: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    done = igrpo_eval(tiny_model, problems)
+    scores = {
+        stage: [a["scores"]["any_vowel:vowels"] for row in records() for a in row[stage]]
+        for stage in ("single", "drafts", "refinements")
+    }
+    means = {stage: f"{sum(values) / len(values):.2f}" for stage, values in scores.items()}
+    single, refined = (line for line in done.output.splitlines() if "━" in line and "done" in line)
+    assert "single-shot " in single
+    assert "draft, then refine " in refined
+    assert "6/6 done" in single
+    assert f"refinement reward {means['single']}" in single
+    assert "6/6 done" in refined
+    assert f"draft reward {means['drafts']} · refinement reward {means['refinements']}" in refined
+
+
 def test_stopped_eval_goes_on_to_the_same_numbers(
     tiny_model: str, problems: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
