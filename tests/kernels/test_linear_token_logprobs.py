@@ -42,7 +42,7 @@ def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Run a test with all rows in one chunk, and with every row in a chunk of its own."""
     if request.param == "many chunks":
         monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 0)
-        monkeypatch.setattr(linear_head, "CAST_ELEMENTS", 50)
+        monkeypatch.setattr(linear_head, "CAST_ROWS", 6)
 
 
 def head(
