@@ -13,6 +13,8 @@ NAMESPACE = (__package__ or "igrpo_kernels").replace(".", "_")
 # fp32 logits held at a time. Larger chunks spend less on accumulating dW, smaller ones hold less.
 CPU_CHUNK_BYTES = 2**28
 CUDA_CHUNK_BYTES = 2**32 + 2**30
+# What stays in a CPU core's caches from one pass over it to the next
+CACHE_BYTES = 2**22
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,6 +32,19 @@ def row_chunks(rows: Tensor, vocabulary: int) -> Iterator[Tensor]:
     """Cut an index of rows into chunks; none for no rows."""
     if rows.numel():
         yield from rows.split(rows_per_chunk(vocabulary, rows.device))
+
+
+def row_pieces(rows: Tensor, vocabulary: int) -> Iterator[Tensor]:
+    """Cut an index of rows into chunks of fp32 that a CPU's caches hold; none for no rows."""
+    if rows.numel():
+        yield from rows.split(max(1, CACHE_BYTES // (4 * vocabulary)))
+
+
+def row_slices(values: Tensor) -> Iterator[slice]:
+    """Cut the rows of a chunk into slices that a CPU's caches hold; one for no rows."""
+    step = max(1, CACHE_BYTES // max(1, values.shape[1] * values.element_size()))
+    for start in range(0, max(1, len(values)), step):
+        yield slice(start, start + step)
 
 
 def check_targets(targets: object, mask: object, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
@@ -78,7 +93,7 @@ def active_rows(mask: Tensor | None, *gradients: Tensor | None) -> Tensor:
     return (active if mask is None else active & mask).nonzero().squeeze(1)
 
 
-def take(values: Tensor | None, rows: Tensor) -> Tensor | None:
+def take(values: Tensor | None, rows: Tensor | slice) -> Tensor | None:
     """Select rows of an optional tensor."""
     return None if values is None else values[rows]
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .row_chunks import row_slices, take
 from .softmax_statistics import (
     LOGIT_FLOOR,
     SoftmaxStatistics,
@@ -36,22 +37,21 @@ class LogitTransform:
     softcap: float | None = None
     logit_scale: float = 1.0
 
-    def take(self, rows: Tensor) -> "LogitTransform":
+    def take(self, rows: Tensor | slice) -> "LogitTransform":
         """Keep the temperatures of `rows`."""
         if self.temperature.numel() == 1:
             return self
         return LogitTransform(self.temperature[rows], self.softcap, self.logit_scale)
 
-    def apply_(self, products: Tensor) -> Tensor | None:
-        """Overwrite the products by the logits; return the cap's slope where there is a cap."""
+    def apply_(self, products: Tensor, slope: Tensor | None) -> None:
+        """Overwrite the products by the logits; write the cap's slope where there is a cap."""
         temperature = self.temperature.to(products.dtype)[:, None]
         if self.softcap is None:
             products.mul_(self.logit_scale / temperature)
-            return None
+            return
         products.mul_(self.logit_scale / self.softcap).tanh_()
-        slope = 1 - products.square()
+        torch.square(products, out=slope).neg_().add_(1)
         products.mul_(self.softcap / temperature)
-        return slope
 
 
 class RowSoftmax(Protocol):
@@ -138,23 +138,33 @@ class SoftmaxRows:
         Returns:
             The gradient, in the memory of the buffer. Shape [N, V].
         """
-        grad = self.exponentials
-        scale = self.transform.logit_scale / self.transform.temperature.to(grad.dtype)
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(self.logprobs)
+        grad = self.exponentials
+        narrow = None if dtype in (None, grad.dtype) else _front(grad, dtype)
+        for some in row_slices(grad):
+            piece = self._gradient_piece_(some, grad_logprobs[some], take(grad_entropy, some))
+            if narrow is not None:
+                narrow[some] = piece.to(narrow.dtype)
+        return grad if narrow is None else narrow
+
+    def _gradient_piece_(
+        self, some: slice, grad_logprobs: Tensor, grad_entropy: Tensor | None
+    ) -> Tensor:
+        grad, normalizer = self.exponentials[some], self.normalizer[some]
+        transform = self.transform.take(some)
+        scale = transform.logit_scale / transform.temperature.to(grad.dtype)
         if grad_entropy is None:
-            grad.mul_((-scale * grad_logprobs / self.normalizer)[:, None])
+            grad.mul_((-scale * grad_logprobs / normalizer)[:, None])
         else:
             assert self.shifted is not None
             assert self.entropy is not None
             # grad_entropy (log p + entropy) + grad_logprobs, with log p = shifted - log normalizer
-            factor = self.shifted.add_((self.entropy - self.normalizer.log())[:, None])
+            factor = self.shifted[some].add_((self.entropy[some] - normalizer.log())[:, None])
             factor.mul_(grad_entropy[:, None]).add_(grad_logprobs[:, None])
-            grad.mul_(factor).mul_((-scale / self.normalizer)[:, None])
-        add_at_targets_(grad, self.targets, scale * grad_logprobs)
-        if self.slope is not None:
-            grad.mul_(self.slope)
-        return grad if dtype in (None, grad.dtype) else _narrow(grad, dtype)
+            grad.mul_(factor).mul_((-scale / normalizer)[:, None])
+        add_at_targets_(grad, self.targets[some], scale * grad_logprobs)
+        return grad if self.slope is None else grad.mul_(self.slope[some])
 
 
 def softmax_rows_(
@@ -180,39 +190,52 @@ def softmax_rows_(
         from ._triton import softmax_rows as kernels
 
         return kernels.softmax_rows_(products, targets, transform, entropy=entropy, shard=shard)
-    slope = transform.apply_(products)
-    target = target_logits(products, targets)
-    maximum = row_maximum(products)
-    products.sub_(maximum[:, None])
-    shifted = products.clamp(min=LOGIT_FLOOR) if entropy else None
-    exponentials = products.exp_()
-    normalizer = exponentials.sum(-1)
-    moment = None if shifted is None else torch.linalg.vecdot(exponentials, shifted)
-    statistics = SoftmaxStatistics(maximum, normalizer, target, moment)
+    shifted = torch.empty_like(products) if entropy else None
+    slope = None if transform.softcap is None else torch.empty_like(products)
+    parts = []
+    for some in row_slices(products):
+        own = transform.take(some), take(shifted, some), take(slope, some)
+        parts.append(_softmax_piece_(products[some], targets[some], *own).stack())
+    statistics = SoftmaxStatistics.unstack(torch.cat(parts, dim=-1))
     if shard is not None:
-        statistics = shard.merge(statistics)
+        maximum, statistics = statistics.maximum, shard.merge(statistics)
         moved = (maximum - statistics.maximum)[:, None]
-        exponentials.mul_(moved.exp())
+        products.mul_(moved.exp())
         shifted = None if shifted is None else shifted.add_(moved).clamp_(min=LOGIT_FLOOR)
     return SoftmaxRows(
         statistics.logprobs,
         statistics.entropy,
         targets,
         transform,
-        exponentials,
+        products,
         statistics.normalizer,
         shifted,
         slope,
     )
 
 
-def _narrow(values: Tensor, dtype: torch.dtype, block: int = 64) -> Tensor:
-    """Round contiguous rows to a narrower dtype within their memory, from the front."""
-    narrow = values.view(dtype).view(-1)[: values.numel()].view(values.shape)
-    for start in range(0, len(values), block):
-        some = slice(start, start + block)
-        narrow[some] = values[some].to(dtype)
-    return narrow
+def _softmax_piece_(
+    products: Tensor,
+    targets: Tensor,
+    transform: LogitTransform,
+    shifted: Tensor | None,
+    slope: Tensor | None,
+) -> SoftmaxStatistics:
+    """Overwrite products by exp(logits - max), and write what else the gradient needs."""
+    transform.apply_(products, slope)
+    target = target_logits(products, targets)
+    maximum = row_maximum(products)
+    products.sub_(maximum[:, None])
+    if shifted is not None:
+        torch.clamp(products, min=LOGIT_FLOOR, out=shifted)
+    products.exp_()
+    moment = None if shifted is None else torch.linalg.vecdot(products, shifted)
+    return SoftmaxStatistics(maximum, products.sum(-1), target, moment)
+
+
+def _front(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """View the front of contiguous memory as the same rows in a narrower dtype."""
+    return values.view(dtype).view(-1)[: values.numel()].view(values.shape)
 
 
 def _move_to_front(values: Tensor, rows: Tensor, block: int = 64) -> Tensor:

@@ -12,7 +12,7 @@ from .row_chunks import (
     check_rows,
     check_targets,
     counted_rows,
-    row_chunks,
+    row_pieces,
     row_temperature,
     take,
     working_dtype,
@@ -117,7 +117,7 @@ def _forward(
     rows = counted_rows(targets, mask)
     logprobs = logits.new_zeros(targets.shape, dtype=working_dtype(logits.dtype))
     entropy = torch.zeros_like(logprobs) if with_entropy else logprobs.new_zeros(0)
-    for chunk in row_chunks(rows, logits.shape[-1]):
+    for chunk in row_pieces(rows, logits.shape[-1]):
         _, softmax = _softmax_chunk(logits, targets, temperature, chunk, entropy=with_entropy)
         logprobs[chunk] = softmax.logprobs
         if softmax.entropy is not None:
@@ -147,7 +147,7 @@ def _backward(
 
         return kernels.backward(logits, targets, mask, temperature, grad_logprobs, grad_entropy)
     grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    for rows in row_chunks(active_rows(mask, grad_logprobs, grad_entropy), logits.shape[-1]):
+    for rows in row_pieces(active_rows(mask, grad_logprobs, grad_entropy), logits.shape[-1]):
         at, softmax = _softmax_chunk(
             logits, targets, temperature, rows, entropy=grad_entropy is not None
         )

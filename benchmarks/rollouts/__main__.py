@@ -11,7 +11,6 @@ the pictures beside it.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,11 +18,13 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks import machine
 from igrpo_algo.cli.metrics_file import write_json
 
 from .engine import Costs
@@ -55,7 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     seeds = arguments.seeds or (3 if arguments.quick else 20)
-    record: dict[str, Any] = {"about": machine(), "quick": arguments.quick, "seeds": seeds}
+    record: dict[str, Any] = {"about": about(), "quick": arguments.quick, "seeds": seeds}
     if arguments.real_engine:
         record["real_engine"] = run_real_engine(arguments.real_engine, 2 if arguments.quick else 8)
     else:
@@ -135,21 +136,15 @@ def latest_real_engine(folder: Path) -> dict[str, Any]:
     raise SystemExit(f"no record in {folder}: run with --real-engine once, where vLLM is installed")
 
 
-def machine() -> dict[str, Any]:
+def about() -> dict[str, Any]:
     """Say when, where and on what the figures were taken."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
+    cpu = torch.device("cpu")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": cpu or platform.processor(),
-        "cores": os.cpu_count(),
+        "commit": machine.commit("igrpo_algo", "benchmarks"),
+        "hardware": machine.hardware(cpu),
         "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "commit": commit.stdout.strip(),
+        "versions": machine.versions(cpu),
     }
 
 

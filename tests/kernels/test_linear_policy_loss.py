@@ -131,9 +131,11 @@ def assert_same_metrics(got: PolicyLoss, wanted: PolicyLoss, tolerance: float) -
         torch.testing.assert_close(value, wanted.metrics[name], rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(params=["one chunk", "many chunks"])
+@pytest.fixture(params=["one chunk", "many chunks", "many slices"])
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test with all rows in one chunk, and with every row in a chunk of its own."""
+    """Run a test with all rows in one chunk, and with each in a chunk, or a slice, of its own."""
+    if request.param == "many slices":
+        monkeypatch.setattr(row_chunks, "CACHE_BYTES", 0)
     if request.param == "many chunks":
         monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 0)
 
@@ -505,9 +507,11 @@ def test_gradients_of_fp16_do_not_underflow_before_the_loss_scale() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 64, 150])
-def test_rounding_in_place_is_rounding(rows: int) -> None:
+def test_rounding_in_place_is_rounding(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     products, targets = torch.randn(rows, 33), torch.randint(0, 33, (rows,))
     upstream = torch.randn(rows)
+
+    monkeypatch.setattr(row_chunks, "CACHE_BYTES", 4 * 33 * 40)  # 40 rows
 
     def gradient(dtype: torch.dtype | None) -> Tensor:
         softmax = softmax_rows_(products.clone(), targets, LogitTransform(torch.ones(1)))

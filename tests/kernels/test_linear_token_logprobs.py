@@ -37,9 +37,11 @@ def plain(
     return torch.stack([logprobs, -(log_p.exp() * log_p).sum(-1)])
 
 
-@pytest.fixture(params=["one chunk", "many chunks"])
+@pytest.fixture(params=["one chunk", "many chunks", "many slices"])
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test with all rows in one chunk, and with every row in a chunk of its own."""
+    """Run a test with all rows in one chunk, and with each in a chunk, or a slice, of its own."""
+    if request.param == "many slices":
+        monkeypatch.setattr(row_chunks, "CACHE_BYTES", 0)
     if request.param == "many chunks":
         monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 0)
         monkeypatch.setattr(linear_head, "CAST_ROWS", 6)

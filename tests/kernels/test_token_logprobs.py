@@ -36,7 +36,7 @@ def plain(
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test with all rows in one chunk, and with every row in a chunk of its own."""
     if request.param == "many chunks":
-        monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 0)
+        monkeypatch.setattr(row_chunks, "CACHE_BYTES", 0)
 
 
 @pytest.mark.usefixtures("chunked")

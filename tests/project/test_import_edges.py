@@ -13,6 +13,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS, ALGO = ROOT / "igrpo_kernels", ROOT / "igrpo_algo"
 UPPER_FLOORS = {"engines", "trainers", "cli", "demo"}
+VENDORED_TESTS = (
+    "test_linear_policy_loss.py",
+    "test_linear_token_logprobs.py",
+    "test_policy_loss.py",
+    "test_policy_loss_input.py",
+    "test_sequences.py",
+    "test_token_logprobs.py",
+    "triton_interpreted.py",
+)
 HEAVY = ["triton", "transformers", "trl", "matplotlib", "datasets", "accelerate"]
 
 
@@ -167,3 +176,25 @@ def test_a_vendored_copy_works_under_another_name(tmp_path: Path) -> None:
         "assert kernels.__file__.endswith('otherpkg/_vendored/__init__.py')"
     )
     assert run_python(script, tmp_path, tmp_path) == ""
+
+
+@pytest.mark.slow
+def test_a_vendored_copy_passes_the_kernel_tests(tmp_path: Path) -> None:
+    """The folder under another name, its tests told that name, and this project out of reach."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(KERNELS, tmp_path / "otherpkg" / "_vendored", ignore=ignored)
+    tests = tmp_path / "tests"
+    (tests / "kernels").mkdir(parents=True)
+    gone = "import sys\nsys.modules['igrpo_kernels'] = sys.modules['igrpo_algo'] = None\n"
+    (tests / "conftest.py").write_text(gone + (ROOT / "tests" / "conftest.py").read_text())
+    for name in VENDORED_TESTS:
+        source = (ROOT / "tests" / "kernels" / name).read_text()
+        renamed = source.replace("igrpo_kernels", "otherpkg._vendored")
+        (tests / "kernels" / name).write_text(renamed)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error"]
+    command += ["--import-mode=importlib", "-k", "not compile"]
+    command += [str(tests / "kernels" / name) for name in VENDORED_TESTS]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert "skipped" not in run.stdout
