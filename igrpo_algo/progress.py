@@ -132,7 +132,7 @@ def show_live(*lines: RolloutProgress, console: Any = None) -> Iterator[None]:
 
     Args:
         lines: What is shown, one below the other.
-        console: A `rich.console.Console`; None is rich's own, standard output.
+        console: A `rich.console.Console`; None makes one on standard output, as wide as it is now.
 
     Yields:
         Nothing.
@@ -147,12 +147,13 @@ def show_live(*lines: RolloutProgress, console: Any = None) -> Iterator[None]:
         ...     pass
         nothing to do ... 0/0 done · 0 tok/s
     """
+    from rich.console import Console
     from rich.live import Live
 
     for line in lines:
         if not isinstance(line, RolloutProgress):
             raise TypeError(f"lines must be RolloutProgress, got {describe(line)}")
-    with Live(get_renderable=lambda: _table(lines), console=console):
+    with Live(get_renderable=lambda: _table(lines), console=console or Console()):
         yield
 
 
