@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import rich
 from rich.console import Console
 
 from igrpo_algo import (
@@ -146,3 +147,15 @@ def test_wrong_arguments():
         RolloutProgress(-1)
     with pytest.raises(TypeError, match="lines must be RolloutProgress, got str"), show_live("x"):
         raise AssertionError("shown all the same")
+
+
+def test_the_line_is_as_wide_as_the_terminal_is_now(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rich, "_console", Console(width=20))  # made when the terminal was narrow
+    monkeypatch.setenv("COLUMNS", "200")
+    with show_live(RolloutProgress(0, label="x" * 60)):
+        pass
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("x" * 60)
+    assert line.rstrip().endswith("0/0 done · 0 tok/s")
