@@ -64,12 +64,23 @@ class VllmServer:
                 time.sleep(0.2)
         raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
 
-    def running(self) -> int:
-        """Count the completions that its engine works on, from the metrics it shows."""
+    def drawn(self) -> int:
+        """Count the tokens that its engine has drawn, once it draws no more."""
+        counts = [-1, self._drawn_so_far()]
+        while counts[-1] != counts[-2]:
+            time.sleep(0.3)
+            counts.append(self._drawn_so_far())
+        return counts[-1]
+
+    def _drawn_so_far(self) -> int:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
-        names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
-        return int(sum(float(line.split()[-1]) for line in lines if line.startswith(names)))
+        (line,) = (line for line in lines if line.startswith("vllm:generation_tokens_total{"))
+        return int(float(line.split()[-1]))
+
+    def freeze(self) -> None:
+        """Let all of its processes stand still: it takes requests and answers none."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
         """End all of its processes at once, as a crash does."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import vllm.envs
 from safetensors.torch import load_file, save_file
-from tiny_models import PROMPTS, engine, make_model, worst_difference
+from tiny_models import CONTEXT, PROMPTS, engine, make_model, worst_difference
 
 from igrpo_algo.engines.vllm import VllmSampler
 
@@ -123,7 +123,7 @@ def test_a_sync_that_breaks_half_way_is_told_and_the_engine_gives_nothing_more(f
 def test_a_sync_waits_for_what_is_in_flight_and_later_requests_for_it(folders):
     old, new = make_model("qwen3", 0), make_model("qwen3", 1)
     llm = engine(folders["qwen3"])
-    sampler = VllmSampler(llm, max_new_tokens=120, stop_token_ids=[])
+    sampler = VllmSampler(llm, max_new_tokens=CONTEXT - 20, stop_token_ids=[])
 
     async def run():
         first = asyncio.create_task(sampler.sample_one(PROMPTS[0], 2, seed=0))
