@@ -13,6 +13,7 @@ from .policy_loss import token_losses, token_means
 from .row_chunks import active_rows, take
 from .sequences import Sequences
 from .softmax_rows import LogitTransform, RowSoftmax, softmax_rows_
+from .softmax_statistics import RowStatistics
 from .surrogates.base import Surrogate, TokenLosses, Tokens
 from .vocabulary_shard import VocabularyShard
 
@@ -102,21 +103,6 @@ class RowLosses:
         return token_means(self.tokens(rows, logprobs), losses, ref_logprobs, self.kl, entropy)
 
 
-class RowScores:
-    """Log-probs, and entropies where they are wanted, of the rows of a batch as they come in."""
-
-    def __init__(self, like: Tensor, *, entropy: bool) -> None:
-        """Start with zeros, in the shape and dtype of `like`."""
-        self.logprobs = torch.zeros_like(like)
-        self.entropy = torch.zeros_like(like) if entropy else None
-
-    def record(self, rows: Tensor, softmax: RowSoftmax) -> None:
-        """Keep what a chunk has found."""
-        self.logprobs[rows] = softmax.logprobs
-        if self.entropy is not None and softmax.entropy is not None:
-            self.entropy[rows] = softmax.entropy
-
-
 @dataclass(frozen=True)
 class LinearPolicyPass:
     """One pass over the rows of a batch.
@@ -143,22 +129,24 @@ class LinearPolicyPass:
 
     def run(
         self, hidden: Tensor, head: LinearHead, needed: list[bool]
-    ) -> tuple[Tensor, RowScores, list[Tensor]]:
+    ) -> tuple[Tensor, RowStatistics, list[Tensor]]:
         """Return the loss, every row's scores, and the gradients needed."""
-        scores = RowScores(self.losses.advantages, entropy=self.with_entropy)
+        like = self.losses.advantages
+        scores = RowStatistics.zeros(like, like.dtype, entropy=self.with_entropy)
         loss = scores.logprobs.new_zeros(())
         gradients = HeadGradients(head, hidden, needed, len(self.rows))
         buffer = head.new_buffer(max(len(self.rows), len(self.others)))
         for rows in head.chunks(self.rows):
             some = hidden[rows]
             softmax = self._softmax(head, buffer, some, rows)
-            scores.record(rows, softmax)
+            scores.put_(rows, softmax.statistics)
             if any(needed):
                 loss += self._add_gradients(gradients, rows, some, softmax)
             else:
-                loss += self.losses.loss(rows, softmax.logprobs, softmax.entropy)
+                found = softmax.statistics
+                loss += self.losses.loss(rows, found.logprobs, found.entropy)
         for rows in head.chunks(self.others):
-            scores.record(rows, self._softmax(head, buffer, hidden[rows], rows))
+            scores.put_(rows, self._softmax(head, buffer, hidden[rows], rows).statistics)
         return loss, scores, gradients.finish()
 
     def _softmax(
@@ -177,8 +165,9 @@ class LinearPolicyPass:
         self, gradients: HeadGradients, rows: Tensor, hidden: Tensor, softmax: RowSoftmax
     ) -> Tensor:
         """Add a chunk's gradients, of those rows alone whose gradient is not exactly zero."""
+        found = softmax.statistics
         loss, by_logprob, by_entropy = self.losses.differentiate(
-            rows, softmax.logprobs, softmax.entropy
+            rows, found.logprobs, found.entropy
         )
         active = active_rows(None, by_logprob, by_entropy)
         if len(active) < len(rows):

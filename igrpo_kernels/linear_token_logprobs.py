@@ -18,6 +18,7 @@ from .row_chunks import (
     working_dtype,
 )
 from .softmax_rows import LogitTransform, softmax_rows_
+from .softmax_statistics import RowStatistics
 from .vocabulary_shard import VocabularyShard, from_schema, to_schema
 
 
@@ -116,7 +117,7 @@ def linear_token_logprobs(
     assert head_weight is not None
     check_head(head_hidden, head_weight, head_bias, softcap, logit_scale, shard)
     flat, counted = check_targets(targets, mask, hidden.shape[:-1])
-    logprobs, entropy = _forward(
+    logprobs, entropy, *_ = _forward(
         head_hidden.reshape(-1, hidden.shape[-1]),
         head_weight,
         head_bias,
@@ -145,27 +146,23 @@ def _forward(
     with_entropy: bool,
     slices: list[int] | None = None,
     group: str = "",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shard = from_schema(slices, group)
     head = LinearHead(weight, bias, LogitTransform(temperature, softcap, logit_scale), shard)
     check_rows(targets, mask, temperature, head.vocabulary if shard is None else shard.vocabulary)
     rows = counted_rows(targets, mask)
-    logprobs = hidden.new_zeros(targets.shape, dtype=working_dtype(hidden.dtype))
-    entropy = torch.zeros_like(logprobs) if with_entropy else logprobs.new_zeros(0)
+    found = RowStatistics.zeros(targets, working_dtype(hidden.dtype), entropy=with_entropy)
     buffer = head.new_buffer(len(rows))
     for chunk in head.chunks(rows):
-        products = head.products_(buffer, hidden[chunk])
         softmax = softmax_rows_(
-            products,
+            head.products_(buffer, hidden[chunk]),
             head.columns(targets[chunk]),
             head.transform.take(chunk),
             entropy=with_entropy,
             shard=shard,
         )
-        logprobs[chunk] = softmax.logprobs
-        if softmax.entropy is not None:
-            entropy[chunk] = softmax.entropy
-    return logprobs, entropy
+        found.put_(chunk, softmax.statistics)
+    return found.tensors
 
 
 @_forward.register_fake
@@ -181,9 +178,8 @@ def _(
     with_entropy: bool,
     slices: list[int] | None = None,
     group: str = "",
-) -> tuple[Tensor, Tensor]:
-    logprobs = hidden.new_empty(targets.shape, dtype=working_dtype(hidden.dtype))
-    return logprobs, torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return RowStatistics.zeros(targets, working_dtype(hidden.dtype), entropy=with_entropy).tensors
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_token_logprobs_backward", mutates_args=())
@@ -194,6 +190,7 @@ def _backward(
     targets: Tensor,
     mask: Tensor | None,
     temperature: Tensor,
+    known: list[Tensor],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     softcap: float | None,
@@ -204,6 +201,7 @@ def _backward(
 ) -> list[Tensor]:
     shard = from_schema(slices, group)
     head = LinearHead(weight, bias, LogitTransform(temperature, softcap, logit_scale), shard)
+    statistics = RowStatistics.of_tensors(known)
     rows = active_rows(mask, grad_logprobs, grad_entropy)
     gradients = HeadGradients(head, hidden, needed, len(rows))
     buffer = head.new_buffer(len(rows))
@@ -215,6 +213,7 @@ def _backward(
             head.transform.take(chunk),
             entropy=grad_entropy is not None,
             shard=shard,
+            known=statistics.take(chunk),
         )
         upstream = take(grad_logprobs, chunk), take(grad_entropy, chunk)
         gradients.add(chunk, some, softmax.gradient_(*upstream, dtype=gradients.operand_dtype))
@@ -229,6 +228,7 @@ def _(
     targets: Tensor,
     mask: Tensor | None,
     temperature: Tensor,
+    known: list[Tensor],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     softcap: float | None,
@@ -245,24 +245,26 @@ def _(
     ]
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.softcap, ctx.logit_scale, ctx.with_entropy = inputs[:9]
     ctx.shard = inputs[9:]
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
 def _run_backward(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:3])
     gradients: list[Tensor | None] = [None, None, None]
     if not ctx.with_entropy:  # an empty tensor, and so is its gradient
         grad_entropy = None
     if grad_logprobs is not None or grad_entropy is not None:
+        *inputs, logprobs, entropy, maximum, normalizer = ctx.saved_tensors
         computed = iter(
             _backward(
-                *ctx.saved_tensors,
+                *inputs,
+                [logprobs, entropy, maximum, normalizer],
                 grad_logprobs,
                 grad_entropy,
                 ctx.softcap,

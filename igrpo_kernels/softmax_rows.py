@@ -13,6 +13,7 @@ from torch import Tensor
 from .row_chunks import row_slices, take
 from .softmax_statistics import (
     LOGIT_FLOOR,
+    RowStatistics,
     SoftmaxStatistics,
     add_at_targets_,
     row_maximum,
@@ -47,7 +48,9 @@ class LogitTransform:
         """Overwrite the products by the logits; write the cap's slope where there is a cap."""
         temperature = self.temperature.to(products.dtype)[:, None]
         if self.softcap is None:
-            products.mul_(self.logit_scale / temperature)
+            scale = self.logit_scale / temperature
+            if (scale != 1).any():
+                products.mul_(scale)
             return
         products.mul_(self.logit_scale / self.softcap).tanh_()
         torch.square(products, out=slope).neg_().add_(1)
@@ -58,13 +61,8 @@ class RowSoftmax(Protocol):
     """A chunk of rows after the softmax, whoever computed it."""
 
     @property
-    def logprobs(self) -> Tensor:
-        """Log-prob of each row's target. Shape [N]."""
-        ...
-
-    @property
-    def entropy(self) -> Tensor | None:
-        """Entropy of each row, where it was asked for. Shape [N]."""
+    def statistics(self) -> RowStatistics:
+        """Log-prob, entropy, maximum and normalizer of each row."""
         ...
 
     def keep_(self, rows: Tensor) -> "RowSoftmax":
@@ -87,34 +85,28 @@ class SoftmaxRows:
     """A chunk of rows after the softmax: what leaves it, and what its gradient needs.
 
     Attributes:
-        logprobs: log softmax(logits)[target]. Shape [N].
-        entropy: -sum p log p, where it was asked for. Shape [N].
+        statistics: Log-prob, entropy, maximum and normalizer of each row, over all slices.
         targets: Index of a column; outside of them for a target of another slice. Shape [N].
         transform: Scale, cap and temperature of these rows.
         exponentials: exp(logits - max), in the caller's buffer. Shape [N, V].
-        normalizer: Sum of the exponentials, over all slices. Shape [N].
         shifted: logits - max, bounded below, where the entropy was asked for. Shape [N, V].
         slope: d cap / d input, where there is a cap. Shape [N, V].
     """
 
-    logprobs: Tensor
-    entropy: Tensor | None
+    statistics: RowStatistics
     targets: Tensor
     transform: LogitTransform
     exponentials: Tensor
-    normalizer: Tensor
     shifted: Tensor | None
     slope: Tensor | None
 
     def keep_(self, rows: Tensor) -> "SoftmaxRows":
         """Move some rows, in ascending order, to the front of the buffers; drop the others."""
         return SoftmaxRows(
-            self.logprobs[rows],
-            None if self.entropy is None else self.entropy[rows],
+            self.statistics.take(rows),
             self.targets[rows],
             self.transform.take(rows),
             _move_to_front(self.exponentials, rows),
-            self.normalizer[rows],
             None if self.shifted is None else _move_to_front(self.shifted, rows),
             None if self.slope is None else _move_to_front(self.slope, rows),
         )
@@ -139,7 +131,7 @@ class SoftmaxRows:
             The gradient, in the memory of the buffer. Shape [N, V].
         """
         if grad_logprobs is None:
-            grad_logprobs = torch.zeros_like(self.logprobs)
+            grad_logprobs = torch.zeros_like(self.statistics.logprobs)
         grad = self.exponentials
         narrow = None if dtype in (None, grad.dtype) else _front(grad, dtype)
         for some in row_slices(grad):
@@ -151,18 +143,19 @@ class SoftmaxRows:
     def _gradient_piece_(
         self, some: slice, grad_logprobs: Tensor, grad_entropy: Tensor | None
     ) -> Tensor:
-        grad, normalizer = self.exponentials[some], self.normalizer[some]
+        grad, statistics = self.exponentials[some], self.statistics.take(some)
         transform = self.transform.take(some)
         scale = transform.logit_scale / transform.temperature.to(grad.dtype)
         if grad_entropy is None:
-            grad.mul_((-scale * grad_logprobs / normalizer)[:, None])
+            grad.mul_((-scale * grad_logprobs / statistics.normalizer)[:, None])
         else:
             assert self.shifted is not None
-            assert self.entropy is not None
+            assert statistics.entropy is not None
             # grad_entropy (log p + entropy) + grad_logprobs, with log p = shifted - log normalizer
-            factor = self.shifted[some].add_((self.entropy[some] - normalizer.log())[:, None])
+            above = statistics.entropy - statistics.normalizer.log()
+            factor = self.shifted[some].add_(above[:, None])
             factor.mul_(grad_entropy[:, None]).add_(grad_logprobs[:, None])
-            grad.mul_(factor).mul_((-scale / normalizer)[:, None])
+            grad.mul_(factor).mul_((-scale / statistics.normalizer)[:, None])
         add_at_targets_(grad, self.targets[some], scale * grad_logprobs)
         return grad if self.slope is None else grad.mul_(self.slope[some])
 
@@ -174,6 +167,7 @@ def softmax_rows_(
     *,
     entropy: bool = False,
     shard: VocabularyShard | None = None,
+    known: RowStatistics | None = None,
 ) -> "RowSoftmax":
     """Take log-probs (and entropy) of a chunk of rows, overwriting the chunk.
 
@@ -185,52 +179,50 @@ def softmax_rows_(
         transform: Scale, cap and temperature, already taken for these rows.
         entropy: Also take the entropy, at the price of one more [N, V] buffer.
         shard: Where the columns are a slice of the vocabulary: max and sum go over all slices.
+        known: What an earlier call on the same rows has left, over all slices: nothing is then
+            reduced, nor sent.
     """
     if products.is_cuda:
         from ._triton import softmax_rows as kernels
 
-        return kernels.softmax_rows_(products, targets, transform, entropy=entropy, shard=shard)
+        return kernels.softmax_rows_(
+            products, targets, transform, entropy=entropy, shard=shard, known=known
+        )
     shifted = torch.empty_like(products) if entropy else None
     slope = None if transform.softcap is None else torch.empty_like(products)
     parts = []
     for some in row_slices(products):
-        own = transform.take(some), take(shifted, some), take(slope, some)
-        parts.append(_softmax_piece_(products[some], targets[some], *own).stack())
-    statistics = SoftmaxStatistics.unstack(torch.cat(parts, dim=-1))
-    if shard is not None:
-        maximum, statistics = statistics.maximum, shard.merge(statistics)
-        moved = (maximum - statistics.maximum)[:, None]
-        products.mul_(moved.exp())
-        shifted = None if shifted is None else shifted.add_(moved).clamp_(min=LOGIT_FLOOR)
-    return SoftmaxRows(
-        statistics.logprobs,
-        statistics.entropy,
-        targets,
-        transform,
-        products,
-        statistics.normalizer,
-        shifted,
-        slope,
-    )
+        logits, own = products[some], take(shifted, some)
+        transform.take(some).apply_(logits, take(slope, some))
+        if known is None:
+            parts.append(_reduce_(logits, targets[some], own).stack())
+        else:
+            _exponentiate_(logits, known.maximum[some], own)
+    if known is None:
+        found = SoftmaxStatistics.unstack(torch.cat(parts, dim=-1))
+        known = found.rows if shard is None else shard.merge(found).rows
+        if shard is not None:
+            moved = (found.maximum - known.maximum)[:, None]
+            products.mul_(moved.exp())
+            shifted = None if shifted is None else shifted.add_(moved).clamp_(min=LOGIT_FLOOR)
+    return SoftmaxRows(known, targets, transform, products, shifted, slope)
 
 
-def _softmax_piece_(
-    products: Tensor,
-    targets: Tensor,
-    transform: LogitTransform,
-    shifted: Tensor | None,
-    slope: Tensor | None,
-) -> SoftmaxStatistics:
-    """Overwrite products by exp(logits - max), and write what else the gradient needs."""
-    transform.apply_(products, slope)
-    target = target_logits(products, targets)
-    maximum = row_maximum(products)
-    products.sub_(maximum[:, None])
+def _reduce_(logits: Tensor, targets: Tensor, shifted: Tensor | None) -> SoftmaxStatistics:
+    """Overwrite logits by exp(logits - max); return what merges with other slices."""
+    target = target_logits(logits, targets)
+    maximum = row_maximum(logits)
+    _exponentiate_(logits, maximum, shifted)
+    moment = None if shifted is None else torch.linalg.vecdot(logits, shifted)
+    return SoftmaxStatistics(maximum, logits.sum(-1), target, moment)
+
+
+def _exponentiate_(logits: Tensor, maximum: Tensor, shifted: Tensor | None) -> None:
+    """Overwrite logits by exp(logits - max), and write the bounded exponents beside them."""
+    logits.sub_(maximum[:, None])
     if shifted is not None:
-        torch.clamp(products, min=LOGIT_FLOOR, out=shifted)
-    products.exp_()
-    moment = None if shifted is None else torch.linalg.vecdot(products, shifted)
-    return SoftmaxStatistics(maximum, products.sum(-1), target, moment)
+        torch.clamp(logits, min=LOGIT_FLOOR, out=shifted)
+    logits.exp_()
 
 
 def _front(values: Tensor, dtype: torch.dtype) -> Tensor:

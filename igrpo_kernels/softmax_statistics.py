@@ -1,12 +1,65 @@
-"""What a softmax over some columns of a row leaves, and how slices of the columns merge."""
+"""What a softmax over the columns of a row leaves, and how slices of the columns merge."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .row_chunks import take
+
 # Far above this exp is zero already, in fp64 too; a logit of -inf would make p log p = 0 * -inf
 LOGIT_FLOOR = -1e4
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """What the softmax of each row leaves: with them its gradient takes one pass. Shape [N].
+
+    Attributes:
+        logprobs: log softmax(z)[target].
+        entropy: -sum p log p, where it was asked for.
+        maximum: max_j z_j.
+        normalizer: sum_j exp(z_j - maximum).
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    maximum: Tensor
+    normalizer: Tensor
+
+    @classmethod
+    def zeros(cls, like: Tensor, dtype: torch.dtype, *, entropy: bool) -> "RowStatistics":
+        """Start with zeros, of the shape of `like`."""
+        logprobs, entropies, maximum, normalizer = (
+            torch.zeros_like(like, dtype=dtype) for _ in range(4)
+        )
+        return cls(logprobs, entropies if entropy else None, maximum, normalizer)
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor]) -> "RowStatistics":
+        """Undo `tensors`."""
+        logprobs, entropy, maximum, normalizer = tensors
+        return cls(logprobs, entropy if entropy.numel() else None, maximum, normalizer)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """List the four, for ops that know tensors alone: no entropy is an empty one."""
+        entropy = self.logprobs.new_empty(0) if self.entropy is None else self.entropy
+        return self.logprobs, entropy, self.maximum, self.normalizer
+
+    def take(self, rows: Tensor | slice) -> "RowStatistics":
+        """Select rows."""
+        entropy = take(self.entropy, rows)
+        return RowStatistics(
+            self.logprobs[rows], entropy, self.maximum[rows], self.normalizer[rows]
+        )
+
+    def put_(self, rows: Tensor, some: "RowStatistics") -> None:
+        """Overwrite rows."""
+        for mine, theirs in zip(self.tensors, some.tensors, strict=True):
+            if theirs.numel():
+                mine[rows] = theirs
 
 
 @dataclass(frozen=True)
@@ -27,16 +80,19 @@ class SoftmaxStatistics:
     moment: Tensor | None
 
     @property
-    def logprobs(self) -> Tensor:
-        """Log-prob of the target: z_target - m - log s. Shape [N]."""
-        return (self.target - self.maximum) - self.normalizer.log()
+    def rows(self) -> RowStatistics:
+        """What these columns leave, if they are all.
 
-    @property
-    def entropy(self) -> Tensor | None:
-        """-sum p log p = log s - moment / s, where the moment is there. Shape [N]."""
-        if self.moment is None:
-            return None
-        return self.normalizer.log() - self.moment / self.normalizer
+        log p = z_target - m - log s,   entropy = log s - moment / s
+        """
+        log_normalizer = self.normalizer.log()
+        moment = self.moment
+        return RowStatistics(
+            (self.target - self.maximum) - log_normalizer,
+            None if moment is None else log_normalizer - moment / self.normalizer,
+            self.maximum,
+            self.normalizer,
+        )
 
     def merge(self) -> "SoftmaxStatistics":
         """Merge the slices, the first axis, in their order: the same slices give the same bits.

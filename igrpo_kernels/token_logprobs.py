@@ -18,6 +18,7 @@ from .row_chunks import (
     working_dtype,
 )
 from .softmax_rows import LogitTransform, RowSoftmax, softmax_rows_
+from .softmax_statistics import RowStatistics
 
 
 @overload
@@ -90,47 +91,49 @@ def token_logprobs(
     flat, counted = check_targets(targets, mask, logits.shape[:-1])
     per_row = row_temperature(temperature, targets, working_dtype(logits.dtype))
     logits = logits.unsqueeze(0) if logits.dim() == 1 else logits
-    logprobs, entropy = _forward(logits, flat, counted, per_row, return_entropy)
+    logprobs, entropy, *_ = _forward(logits, flat, counted, per_row, return_entropy)
     logprobs = logprobs.view(targets.shape)
     return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs
 
 
 def _softmax_chunk(
-    logits: Tensor, targets: Tensor, temperature: Tensor, rows: Tensor, *, entropy: bool
+    logits: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    rows: Tensor,
+    *,
+    entropy: bool,
+    known: RowStatistics | None = None,
 ) -> tuple[tuple[Tensor, ...], RowSoftmax]:
     """Run `softmax_rows_` on a copy of some rows of logits; return where they stand, and it."""
     at = torch.unravel_index(rows, logits.shape[:-1])
     chunk = logits[at].to(working_dtype(logits.dtype))
     transform = LogitTransform(temperature).take(rows)
-    return at, softmax_rows_(chunk, targets[rows], transform, entropy=entropy)
+    known = None if known is None else known.take(rows)
+    return at, softmax_rows_(chunk, targets[rows], transform, entropy=entropy, known=known)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::token_logprobs", mutates_args=())
 def _forward(
     logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor, with_entropy: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_rows(targets, mask, temperature, logits.shape[-1])
     if logits.is_cuda:
         from ._triton import token_logprobs as kernels
 
-        return kernels.forward(logits, targets, mask, temperature, with_entropy)
-    rows = counted_rows(targets, mask)
-    logprobs = logits.new_zeros(targets.shape, dtype=working_dtype(logits.dtype))
-    entropy = torch.zeros_like(logprobs) if with_entropy else logprobs.new_zeros(0)
-    for chunk in row_pieces(rows, logits.shape[-1]):
+        return kernels.forward(logits, targets, mask, temperature, with_entropy).tensors
+    found = RowStatistics.zeros(targets, working_dtype(logits.dtype), entropy=with_entropy)
+    for chunk in row_pieces(counted_rows(targets, mask), logits.shape[-1]):
         _, softmax = _softmax_chunk(logits, targets, temperature, chunk, entropy=with_entropy)
-        logprobs[chunk] = softmax.logprobs
-        if softmax.entropy is not None:
-            entropy[chunk] = softmax.entropy
-    return logprobs, entropy
+        found.put_(chunk, softmax.statistics)
+    return found.tensors
 
 
 @_forward.register_fake
 def _(
     logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor, with_entropy: bool
-) -> tuple[Tensor, Tensor]:
-    logprobs = logits.new_empty(targets.shape, dtype=working_dtype(logits.dtype))
-    return logprobs, torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return RowStatistics.zeros(targets, working_dtype(logits.dtype), entropy=with_entropy).tensors
 
 
 @torch.library.custom_op(f"{NAMESPACE}::token_logprobs_backward", mutates_args=())
@@ -139,21 +142,23 @@ def _backward(
     targets: Tensor,
     mask: Tensor | None,
     temperature: Tensor,
+    known: list[Tensor],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> Tensor:
+    statistics = RowStatistics.of_tensors(known)
+    upstream = grad_logprobs, grad_entropy
     if logits.is_cuda:
         from ._triton import token_logprobs as kernels
 
-        return kernels.backward(logits, targets, mask, temperature, grad_logprobs, grad_entropy)
+        return kernels.backward(logits, targets, mask, temperature, statistics, *upstream)
     grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    for rows in row_pieces(active_rows(mask, grad_logprobs, grad_entropy), logits.shape[-1]):
+    for rows in row_pieces(active_rows(mask, *upstream), logits.shape[-1]):
         at, softmax = _softmax_chunk(
-            logits, targets, temperature, rows, entropy=grad_entropy is not None
+            logits, targets, temperature, rows, entropy=grad_entropy is not None, known=statistics
         )
-        grad[at] = softmax.gradient_(take(grad_logprobs, rows), take(grad_entropy, rows)).to(
-            grad.dtype
-        )
+        some = softmax.gradient_(take(grad_logprobs, rows), take(grad_entropy, rows))
+        grad[at] = some.to(grad.dtype)
     return grad
 
 
@@ -163,27 +168,29 @@ def _(
     targets: Tensor,
     mask: Tensor | None,
     temperature: Tensor,
+    known: list[Tensor],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.with_entropy = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
 def _run_backward(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if not ctx.with_entropy:  # an empty tensor, and so is its gradient
         grad_entropy = None
     if grad_logprobs is None and grad_entropy is None:
         return None, None, None, None, None
-    grad = _backward(*ctx.saved_tensors, grad_logprobs, grad_entropy)
-    return grad, None, None, None, None
+    *inputs, logprobs, entropy, maximum, normalizer = ctx.saved_tensors
+    known = [logprobs, entropy, maximum, normalizer]
+    return _backward(*inputs, known, grad_logprobs, grad_entropy), None, None, None, None
 
 
 _forward.register_autograd(_run_backward, setup_context=_save_for_backward)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import describe
 from ..softmax_rows import LogitTransform
-from ..softmax_statistics import SoftmaxStatistics
+from ..softmax_statistics import RowStatistics, SoftmaxStatistics
 from ..vocabulary_shard import VocabularyShard
 from .online_softmax import FLOOR, LEAST, cap, fold, merge, row_start, transform
 
@@ -164,16 +164,6 @@ def lanes(products: Tensor, layout: RowLayout) -> dict[str, int | bool]:
     return {"LANE_WIDTH": max(1, width), "ALIGNED": aligned}
 
 
-@dataclass(frozen=True)
-class RowStatistics:
-    """What the forward kernel leaves of each row. Shape [N], in fp32."""
-
-    logprobs: Tensor
-    entropy: Tensor | None
-    maximum: Tensor
-    normalizer: Tensor
-
-
 def _check_dtype(products: Tensor) -> None:
     if products.dtype == torch.float64:
         raise TypeError(
@@ -286,29 +276,20 @@ class TritonSoftmaxRows:
         products: In the caller's buffer. Shape [N, V].
         targets: Index into the vocabulary. Shape [N].
         transform: Scale, cap and temperature of these rows.
-        statistics: What the forward kernel left.
+        found: What the forward kernel left of all rows.
         kept: Index of the rows that `keep_` left; None for all.
     """
 
     products: Tensor
     targets: Tensor
     transform: LogitTransform
-    statistics: RowStatistics
+    found: RowStatistics
     kept: Tensor | None = None
 
     @property
-    def logprobs(self) -> Tensor:
-        """Log softmax(logits)[target]. Shape [N]."""
-        return self._take(self.statistics.logprobs)
-
-    @property
-    def entropy(self) -> Tensor | None:
-        """Entropy of each row, where it was asked for. Shape [N]."""
-        entropy = self.statistics.entropy
-        return None if entropy is None else self._take(entropy)
-
-    def _take(self, values: Tensor) -> Tensor:
-        return values if self.kept is None else values[self.kept]
+    def statistics(self) -> RowStatistics:
+        """Log-prob, entropy, maximum and normalizer of each row that was kept."""
+        return self.found if self.kept is None else self.found.take(self.kept)
 
     def keep_(self, rows: Tensor) -> "TritonSoftmaxRows":
         """Keep some rows, in ascending order; nothing moves before the gradient is there."""
@@ -334,7 +315,7 @@ class TritonSoftmaxRows:
             self.targets,
             None,
             self.transform,
-            self.statistics,
+            self.found,
             self._spread(grad_logprobs),
             self._spread(grad_entropy),
         )
@@ -360,16 +341,15 @@ def softmax_rows_(
     *,
     entropy: bool = False,
     shard: VocabularyShard | None = None,
+    known: RowStatistics | None = None,
 ) -> TritonSoftmaxRows:
     """Take log-probs (and entropy) of a chunk of rows. See the twin in `..softmax_rows`."""
-    statistics = softmax_rows_forward(
+    if known is not None:
+        return TritonSoftmaxRows(products, targets, transform, known)
+    found = softmax_rows_forward(
         products, targets, None, transform, entropy=entropy, is_slice=shard is not None
     )
     if shard is not None:
-        whole = shard.merge(
-            SoftmaxStatistics(
-                statistics.maximum, statistics.normalizer, statistics.logprobs, statistics.entropy
-            )
-        )
-        statistics = RowStatistics(whole.logprobs, whole.entropy, whole.maximum, whole.normalizer)
-    return TritonSoftmaxRows(products, targets, transform, statistics)
+        own = SoftmaxStatistics(found.maximum, found.normalizer, found.logprobs, found.entropy)
+        found = shard.merge(own).rows
+    return TritonSoftmaxRows(products, targets, transform, found)

@@ -71,7 +71,8 @@ def test_gradcheck(temperature: float | str, masked: bool) -> None:
     logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 5, (2, 3))
     mask = torch.tensor([[1, 0, 1], [1, 1, 0]]) if masked else None
-    heat = torch.rand(2, 3) + 0.5 if isinstance(temperature, str) else temperature
+    spread = torch.tensor([[0.7, 1.0, 1.3], [0.5, 1.1, 0.9]])
+    heat = spread if isinstance(temperature, str) else temperature
 
     def both(logits: Tensor) -> tuple[Tensor, Tensor]:
         return token_logprobs(logits, targets, mask=mask, temperature=heat, return_entropy=True)

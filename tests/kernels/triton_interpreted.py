@@ -26,7 +26,7 @@ from igrpo_kernels._triton import clipped_policy_loss as clipped
 from igrpo_kernels._triton import softmax_rows as kernels
 from igrpo_kernels._triton import token_logprobs as on_logits
 from igrpo_kernels.softmax_rows import LogitTransform
-from igrpo_kernels.softmax_statistics import SoftmaxStatistics
+from igrpo_kernels.softmax_statistics import RowStatistics, SoftmaxStatistics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMS = {
@@ -46,6 +46,15 @@ def rows(vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (torch.randn(3, vocabulary) * 3).to(dtype), torch.randint(0, vocabulary, (3,))
 
 
+def check_scores(got: RowStatistics, wanted: RowStatistics, tolerance: float = 1e-6) -> None:
+    """Compare log-probs, and entropies where there are any; a few roundings of fp32."""
+    close = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(got.logprobs, wanted.logprobs, **close)
+    assert (got.entropy is None) == (wanted.entropy is None)
+    if wanted.entropy is not None:
+        torch.testing.assert_close(got.entropy, wanted.entropy, **close)
+
+
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,11 +66,9 @@ def test_forward_and_backward(
     products, targets = rows(vocabulary, dtype)
     wanted = twin.softmax_rows_(products.clone().float(), targets, transform, entropy=entropy)
     got = kernels.softmax_rows_(products, targets, transform, entropy=entropy)
-    torch.testing.assert_close(got.logprobs, wanted.logprobs, rtol=2e-6, atol=2e-6)
+    check_scores(got.statistics, wanted.statistics, 2e-6)
     upstream = torch.tensor([1.0, -0.5, 2.0])
     on_entropy = torch.tensor([0.3, -1.0, 0.0]) if entropy else None
-    if entropy:
-        torch.testing.assert_close(got.entropy, wanted.entropy, rtol=2e-6, atol=2e-6)
     grad = got.gradient_(upstream, on_entropy)
     assert grad.data_ptr() == products.data_ptr()
     # the interpreter truncates where it should round: one unit in the last place of the dtype
@@ -80,9 +87,8 @@ def test_vocabulary_not_a_multiple_of_the_block_verl_2656(
     transform = LogitTransform(torch.ones(1))
     wanted = twin.softmax_rows_(products.clone(), targets, transform, entropy=True)
     got = kernels.softmax_rows_(products, targets, transform, entropy=True)
-    assert (got.logprobs <= 0).all()
-    torch.testing.assert_close(got.logprobs, wanted.logprobs, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(got.entropy, wanted.entropy, rtol=1e-6, atol=1e-5)
+    assert (got.statistics.logprobs <= 0).all()
+    check_scores(got.statistics, wanted.statistics, 2e-6)
 
 
 @pytest.mark.parametrize("level", [-89.0, -1e4, 1e4, -3e38])
@@ -90,7 +96,7 @@ def test_running_maximum_that_starts_at_zero(level: float) -> None:
     products = torch.full((2, 300), level)
     got = kernels.softmax_rows_(
         products, torch.tensor([0, 299]), LogitTransform(torch.ones(1)), entropy=True
-    )
+    ).statistics
     uniform = torch.full((2,), 300.0).log()
     torch.testing.assert_close(got.logprobs, -uniform, rtol=1e-6, atol=0)
     torch.testing.assert_close(got.entropy, uniform, rtol=1e-6, atol=0)
@@ -105,8 +111,7 @@ def test_lanes_that_see_nothing_and_logits_of_minus_infinity() -> None:
     transform = LogitTransform(torch.ones(1))
     wanted = twin.softmax_rows_(products.clone(), targets, transform, entropy=True)
     got = kernels.softmax_rows_(products, targets, transform, entropy=True)
-    torch.testing.assert_close(got.logprobs, wanted.logprobs, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(got.entropy, wanted.entropy, rtol=1e-6, atol=1e-6)
+    check_scores(got.statistics, wanted.statistics)
     upstream = torch.ones(3), torch.ones(3)
     torch.testing.assert_close(
         got.gradient_(*upstream), wanted.gradient_(*upstream), rtol=1e-5, atol=1e-6
@@ -129,7 +134,7 @@ def test_rows_that_are_not_contiguous(view: str) -> None:
     transform = LogitTransform(torch.ones(1))
     wanted = twin.softmax_rows_(flat.clone(), targets, transform)
     got = kernels.softmax_rows_forward(walked, targets, None, transform, entropy=False)
-    torch.testing.assert_close(got.logprobs, wanted.logprobs, rtol=1e-6, atol=1e-6)
+    check_scores(got, wanted.statistics)
     grad = torch.full_like(walked, torch.nan, memory_format=torch.contiguous_format)
     upstream = torch.linspace(1, 2, len(targets))
     kernels.softmax_rows_backward(grad, walked, targets, None, transform, got, upstream, None)
@@ -151,8 +156,8 @@ def test_rows_left_out_and_rows_of_no_gradient_are_written_prime_rl_1525() -> No
     kernels.softmax_rows_backward(grad, products, targets, mask, transform, got, upstream, None)
     assert (grad[1:3] == 0).all()
     kept = torch.tensor([0, 3])
-    wanted = twin.softmax_rows_(products[kept], targets[kept], transform)
-    torch.testing.assert_close(got.logprobs[kept], wanted.logprobs, rtol=1e-6, atol=1e-6)
+    wanted = twin.softmax_rows_(products[kept], targets[kept], transform, entropy=True)
+    check_scores(got.take(kept), wanted.statistics)
     torch.testing.assert_close(grad[kept], wanted.gradient_(torch.ones(2)), rtol=1e-5, atol=1e-6)
 
 
@@ -172,8 +177,7 @@ def test_keeping_rows_and_narrowing_in_place(
         index = torch.tensor(kept, dtype=torch.long)
         wanted, got = wanted.keep_(index), got.keep_(index)
         upstream = upstream[0][index], upstream[1][index]
-    torch.testing.assert_close(got.logprobs, wanted.logprobs, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(got.entropy, wanted.entropy, rtol=2e-6, atol=2e-6)
+    check_scores(got.statistics, wanted.statistics, 2e-6)
     grad = got.gradient_(*upstream, dtype=dtype)
     exact = wanted.gradient_(*upstream)
     assert grad.dtype == dtype
@@ -199,16 +203,16 @@ def test_rows_are_on_the_axis_of_the_grid_that_has_no_limit_liger_1294(
     logits, heat = torch.zeros(shape), torch.ones(1)
     count = logits[..., 0].numel()
     targets = torch.zeros(count, dtype=torch.long)
-    on_logits.forward(logits, targets, None, heat, False)
-    on_logits.backward(logits, targets, None, heat, torch.ones(count), None)
-    assert grids == [(count,)] * 3
+    known = on_logits.forward(logits, targets, None, heat, False)
+    on_logits.backward(logits, targets, None, heat, known, torch.ones(count), None)
+    assert grids == [(count,)] * 2
 
 
 def test_no_rows() -> None:
     empty = torch.empty(0, 5)
     none = torch.empty(0, dtype=torch.long)
     got = kernels.softmax_rows_(empty, none, LogitTransform(torch.ones(1)), entropy=True)
-    assert got.logprobs.shape == (0,)
+    assert got.statistics.logprobs.shape == (0,)
     assert got.gradient_(torch.empty(0)).shape == (0, 5)
 
 
@@ -247,10 +251,12 @@ def test_slices_of_the_vocabulary(cuts: list[int], name: str, entropy: bool) -> 
     for part, local in parts:
         copy = part.clone()
         got = kernels.softmax_rows_(copy, local, transform, entropy=entropy, shard=whole)
-        torch.testing.assert_close(got.logprobs, wanted.logprobs, rtol=2e-6, atol=2e-6)
-        if entropy:
-            torch.testing.assert_close(got.entropy, wanted.entropy, rtol=2e-6, atol=2e-6)
+        check_scores(got.statistics, wanted.statistics, 2e-6)
         grads.append(got.gradient_(upstream, on_entropy))
+        again = kernels.softmax_rows_(
+            part.clone(), local, transform, entropy=entropy, shard=whole, known=got.statistics
+        )
+        assert torch.equal(again.gradient_(upstream, on_entropy), grads[-1])
     exact = wanted.gradient_(upstream, on_entropy)
     torch.testing.assert_close(torch.cat(grads, 1), exact, rtol=2e-5, atol=2e-6)
 
@@ -264,10 +270,11 @@ def test_token_logprobs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     mask = torch.rand(shape) < 0.8
     wanted = torch.stack(token_logprobs(logits, targets, mask=mask, return_entropy=True))
     flat, counted, heat = targets.flatten(), mask.flatten(), torch.ones(1)
-    got = torch.stack(on_logits.forward(logits.detach(), flat, counted, heat, True))
+    known = on_logits.forward(logits.detach(), flat, counted, heat, True)
+    got = torch.stack(known.tensors[:2])
     torch.testing.assert_close(got.view_as(wanted), wanted, rtol=1e-5, atol=1e-5)
     upstream = torch.randn(2, flat.numel())
-    grad = on_logits.backward(logits.detach(), flat, counted, heat, *upstream)
+    grad = on_logits.backward(logits.detach(), flat, counted, heat, known, *upstream)
     (exact,) = torch.autograd.grad(wanted, logits, upstream.view_as(wanted))
     rounding = torch.finfo(dtype).eps  # the interpreter truncates
     torch.testing.assert_close(grad, exact, rtol=rounding + 1e-5, atol=rounding / 100 + 1e-6)

@@ -109,19 +109,19 @@ def test_a_token_that_the_model_does_not_have_is_refused_by_name(servers):
 
 def test_a_cancelled_request_leaves_the_engine(servers):
     sampler = make_sampler(servers[0], max_new_tokens=CONTEXT - 20, stop_token_ids=[])
+    many = 200  # in 32 slots: the server hears of it long before they are done
 
     async def drawn_if_cancelled_after(seconds):
         before = servers[0].drawn()
-        task = asyncio.create_task(sampler.sample_one([9] * 10, 8))
+        task = asyncio.create_task(sampler.sample_one([9] * 10, many))
         await asyncio.sleep(seconds)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         return await asyncio.to_thread(servers[0].drawn) - before
 
-    # How soon it has come there, and how late it is done, is for the machine to say.
-    pauses = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
-    drawn = [asyncio.run(drawn_if_cancelled_after(seconds)) for seconds in pauses]
-    assert any(0 < tokens < 8 * (CONTEXT - 20) for tokens in drawn), drawn
+    # How soon it has come there is for the machine to say
+    drawn = [asyncio.run(drawn_if_cancelled_after(seconds)) for seconds in (0.1, 0.4, 1.6)]
+    assert any(0 < tokens < many * (CONTEXT - 20) for tokens in drawn), drawn
 
 
 def late_letters(prompts, completions):

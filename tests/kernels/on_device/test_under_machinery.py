@@ -147,7 +147,8 @@ def test_opcheck_of_token_logprobs(place: Any, with_entropy: bool) -> None:
     check_op(place, op, (inputs["logits"], flat, mask, heat, with_entropy))
     upstream = torch.linspace(-1, 1, len(flat), device=place.device)
     by_entropy = upstream.flip(0) if with_entropy else None
-    arguments = (inputs["logits"].detach(), flat, mask, heat, upstream, by_entropy)
+    given = (inputs["logits"].detach(), flat, mask, heat)
+    arguments = (*given, list(op(*given, with_entropy)), upstream, by_entropy)
     check_op(place, logits_module_op("_backward"), arguments)
 
 
@@ -161,8 +162,10 @@ def test_opcheck_of_linear_token_logprobs(place: Any, with_entropy: bool) -> Non
     check_op(place, op, (hidden.requires_grad_(), *head, 20.0, 1.3, with_entropy))
     upstream = torch.linspace(-1, 1, len(flat), device=place.device)
     by_entropy = upstream.flip(0) if with_entropy else None
-    arguments = (hidden.detach(), head[0].detach(), *head[1:], upstream, by_entropy)
-    check_op(place, head_module_op("_backward"), (*arguments, 20.0, 1.3, [True, True, False]))
+    given = (hidden.detach(), head[0].detach(), *head[1:])
+    known = list(op(*given, 20.0, 1.3, with_entropy))
+    arguments = (*given, known, upstream, by_entropy, 20.0, 1.3, [True, True, False])
+    check_op(place, head_module_op("_backward"), arguments)
 
 
 def test_opcheck_of_clipped_policy_loss(place: Any) -> None:
