@@ -28,6 +28,7 @@ def token_logprobs(
     *,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    inplace_backward: bool = False,
     return_entropy: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -39,6 +40,7 @@ def token_logprobs(
     *,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    inplace_backward: bool = False,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -49,6 +51,7 @@ def token_logprobs(
     *,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    inplace_backward: bool = False,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the log-prob of each target, and on request the entropy of its distribution.
@@ -70,6 +73,9 @@ def token_logprobs(
             0 and get a gradient of 0, whatever their logits hold. Shape [...].
         temperature: Divides the logits: a number, or one per row. Treated as a constant. Shape
             [...].
+        inplace_backward: Let the backward overwrite `logits` by their gradient, which then takes no
+            memory of its own. They must be an op's output that nothing else needs in its backward;
+            where something does, and in a second backward, autograd raises.
         return_entropy: Also return the entropy.
 
     Returns:
@@ -78,7 +84,8 @@ def token_logprobs(
     Raises:
         TypeError: `logits` is not floating point or `targets` not integer.
         ValueError: Shapes do not fit, the temperature is not above zero, or a target is outside the
-            vocabulary on a row that counts (a device assertion for CUDA tensors).
+            vocabulary on a row that counts (a device assertion for CUDA tensors), or
+            `inplace_backward` would overwrite a leaf.
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
@@ -90,8 +97,12 @@ def token_logprobs(
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {list(logits.shape)}")
     flat, counted = check_targets(targets, mask, logits.shape[:-1])
     per_row = row_temperature(temperature, targets, working_dtype(logits.dtype))
+    if inplace_backward and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError("inplace_backward would overwrite a leaf: logits must be an op's output")
     logits = logits.unsqueeze(0) if logits.dim() == 1 else logits
-    logprobs, entropy, *_ = _forward(logits, flat, counted, per_row, return_entropy)
+    logprobs, entropy, *_ = _forward(
+        logits, flat, counted, per_row, return_entropy, inplace_backward
+    )
     logprobs = logprobs.view(targets.shape)
     return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs
 
@@ -115,7 +126,12 @@ def _softmax_chunk(
 
 @torch.library.custom_op(f"{NAMESPACE}::token_logprobs", mutates_args=())
 def _forward(
-    logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor, with_entropy: bool
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    with_entropy: bool,
+    inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_rows(targets, mask, temperature, logits.shape[-1])
     if logits.is_cuda:
@@ -131,7 +147,12 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor, with_entropy: bool
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    with_entropy: bool,
+    inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return RowStatistics.zeros(targets, working_dtype(logits.dtype), entropy=with_entropy).tensors
 
@@ -146,19 +167,8 @@ def _backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> Tensor:
-    statistics = RowStatistics.of_tensors(known)
-    upstream = grad_logprobs, grad_entropy
-    if logits.is_cuda:
-        from ._triton import token_logprobs as kernels
-
-        return kernels.backward(logits, targets, mask, temperature, statistics, *upstream)
-    grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    for rows in row_pieces(active_rows(mask, *upstream), logits.shape[-1]):
-        at, softmax = _softmax_chunk(
-            logits, targets, temperature, rows, entropy=grad_entropy is not None, known=statistics
-        )
-        some = softmax.gradient_(take(grad_logprobs, rows), take(grad_entropy, rows))
-        grad[at] = some.to(grad.dtype)
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _write_gradient(grad, logits, targets, mask, temperature, known, grad_logprobs, grad_entropy)
     return grad
 
 
@@ -175,8 +185,51 @@ def _(
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::token_logprobs_backward_", mutates_args=("logits",))
+def _backward_(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    known: list[Tensor],
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    _write_gradient(logits, logits, targets, mask, temperature, known, grad_logprobs, grad_entropy)
+
+
+def _write_gradient(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    known: list[Tensor],
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    """Overwrite `grad`, which may be `logits`, by the gradient of the logits."""
+    statistics = RowStatistics.of_tensors(known)
+    upstream = grad_logprobs, grad_entropy
+    if logits.is_cuda:
+        from ._triton import token_logprobs as kernels
+
+        kernels.write_gradient(grad, logits, targets, mask, temperature, statistics, *upstream)
+        return
+    active = active_rows(mask, *upstream)
+    for rows in row_pieces(active, logits.shape[-1]):
+        at, softmax = _softmax_chunk(
+            logits, targets, temperature, rows, entropy=grad_entropy is not None, known=statistics
+        )
+        some = softmax.gradient_(take(grad_logprobs, rows), take(grad_entropy, rows))
+        grad[at] = some.to(grad.dtype)
+    others = torch.ones_like(targets, dtype=torch.bool)
+    others[active] = False
+    grad[others.view(grad.shape[:-1])] = 0
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.with_entropy = inputs
+    *tensors, ctx.with_entropy, ctx.in_place = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -187,10 +240,15 @@ def _run_backward(
     if not ctx.with_entropy:  # an empty tensor, and so is its gradient
         grad_entropy = None
     if grad_logprobs is None and grad_entropy is None:
-        return None, None, None, None, None
-    *inputs, logprobs, entropy, maximum, normalizer = ctx.saved_tensors
+        return (None,) * 6
+    logits, *others, logprobs, entropy, maximum, normalizer = ctx.saved_tensors
     known = [logprobs, entropy, maximum, normalizer]
-    return _backward(*inputs, known, grad_logprobs, grad_entropy), None, None, None, None
+    if ctx.in_place:
+        grad = logits.detach()
+        _backward_(grad, *others, known, grad_logprobs, grad_entropy)
+    else:
+        grad = _backward(logits, *others, known, grad_logprobs, grad_entropy)
+    return grad, *[None] * 5
 
 
 _forward.register_autograd(_run_backward, setup_context=_save_for_backward)

@@ -1,6 +1,5 @@
 """`token_logprobs` on CUDA: the row kernels over the logits where they lie."""
 
-import torch
 from torch import Tensor
 
 from ..softmax_rows import LogitTransform
@@ -18,7 +17,8 @@ def forward(
     )
 
 
-def backward(
+def write_gradient(
+    grad: Tensor,
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
@@ -26,12 +26,11 @@ def backward(
     known: RowStatistics,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
-) -> Tensor:
-    """Return the gradient of the logits, contiguous and in their dtype."""
-    walked = with_row_layout(logits)
-    grad = torch.empty_like(walked, memory_format=torch.contiguous_format)
+) -> None:
+    """Overwrite `grad`, which may be `logits`, by the gradient of the logits."""
+    walked, written = with_row_layout(logits), with_row_layout(grad)
     softmax_rows_backward(
-        grad,
+        written,
         walked,
         targets,
         mask,
@@ -40,4 +39,5 @@ def backward(
         grad_logprobs,
         grad_entropy,
     )
-    return grad.view(logits.shape)
+    if written.data_ptr() != grad.data_ptr():  # a copy, whose rows can be walked
+        grad.copy_(written.view(grad.shape))

@@ -204,7 +204,8 @@ def test_rows_are_on_the_axis_of_the_grid_that_has_no_limit_liger_1294(
     count = logits[..., 0].numel()
     targets = torch.zeros(count, dtype=torch.long)
     known = on_logits.forward(logits, targets, None, heat, False)
-    on_logits.backward(logits, targets, None, heat, known, torch.ones(count), None)
+    grad = torch.empty_like(logits)
+    on_logits.write_gradient(grad, logits, targets, None, heat, known, torch.ones(count), None)
     assert grids == [(count,)] * 2
 
 
@@ -274,10 +275,17 @@ def test_token_logprobs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     got = torch.stack(known.tensors[:2])
     torch.testing.assert_close(got.view_as(wanted), wanted, rtol=1e-5, atol=1e-5)
     upstream = torch.randn(2, flat.numel())
-    grad = on_logits.backward(logits.detach(), flat, counted, heat, known, *upstream)
+    grad = torch.full_like(logits, torch.nan, memory_format=torch.contiguous_format)
+    given = flat, counted, heat, known, *upstream
+    on_logits.write_gradient(grad, logits.detach(), *given)
     (exact,) = torch.autograd.grad(wanted, logits, upstream.view_as(wanted))
     rounding = torch.finfo(dtype).eps  # the interpreter truncates
     torch.testing.assert_close(grad, exact, rtol=rounding + 1e-5, atol=rounding / 100 + 1e-6)
+    with torch.no_grad():
+        beside = base[..., -1, :].clone()
+        on_logits.write_gradient(logits, logits, *given)
+        assert torch.equal(logits, grad)
+        assert torch.equal(base[..., -1, :], beside)
 
 
 def test_float64_is_refused_in_words() -> None:

@@ -150,6 +150,7 @@ def test_opcheck_of_token_logprobs(place: Any, with_entropy: bool) -> None:
     given = (inputs["logits"].detach(), flat, mask, heat)
     arguments = (*given, list(op(*given, with_entropy)), upstream, by_entropy)
     check_op(place, logits_module_op("_backward"), arguments)
+    check_op(place, logits_module_op("_backward_"), arguments)
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])

@@ -82,6 +82,25 @@ def test_logits_past_two_billion_elements(place: Any, assert_close: Close) -> No
         assert_close(grad[:, some], reference, gradient=True)
 
 
+@pytest.mark.parametrize("name", LOGITS)
+def test_inplace_backward_of_token_logprobs(place: Any, dtype: torch.dtype, name: str) -> None:
+    rows, vocabulary = place.pick(*LOGITS[name])
+    base = place.normal(2, rows // 2 + 1, vocabulary, dtype=dtype).requires_grad_()
+    targets = place.below(vocabulary, 2, rows // 2)
+    mask = targets % 3 != 0
+    upstream = place.normal(2, rows // 2, seed=1)
+
+    def run(in_place: bool) -> tuple[Tensor, Tensor]:
+        logits = (base * 1.0)[:, :-1]
+        out = token_logprobs(logits, targets, mask=mask, inplace_backward=in_place)
+        return logits.detach(), torch.autograd.grad(out, logits, upstream)[0]
+
+    _, wanted = run(in_place=False)
+    logits, grad = run(in_place=True)
+    assert grad.data_ptr() == logits.data_ptr()
+    assert torch.equal(grad, wanted)
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("advantage_of", ["sequence", "token"])
 def test_clipped_policy_loss(
