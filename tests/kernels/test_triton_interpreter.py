@@ -9,12 +9,24 @@ HERE = Path(__file__).parent
 # Of the tests for real devices those that a dtype and a size multiply run in one; the tracer that
 # torch.compile needs does not know tensors that only say they are CUDA's.
 ONE_OF_EACH = "(Qwen and bf16) or not (bf16 or fp16 or fp32 or torch_compile)"
+# Triton 3.6's, which needs NumPy before 2.4; later ones do without
+OF_TRITON = "ignore:Conversion of an array:DeprecationWarning"
 
 
 def interpret(*arguments: str) -> str:
     # a process of its own: the variable has to be set before triton is first imported
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            OF_TRITON,
+            *arguments,
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=HERE.parents[1],
         capture_output=True,
