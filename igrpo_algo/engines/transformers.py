@@ -135,7 +135,7 @@ class TransformersSampler:
 
         Raises:
             FileNotFoundError: The folder holds no safetensors file.
-            TypeError: `weights` is neither.
+            TypeError: `weights` is neither, or a value of it is no whole tensor.
             ValueError: A weight is missing, unknown, or of another shape.
         """
         new = dict(open_weights(weights))  # read whole before the first is written

@@ -207,7 +207,7 @@ class VllmSampler:
 
         Raises:
             FileNotFoundError: The folder holds no safetensors file.
-            TypeError: `weights` is neither.
+            TypeError: `weights` is neither, or a value of it is no whole tensor.
             ValueError: A weight is missing, unknown, or of another shape.
             RuntimeError: vLLM failed to write them, now or earlier.
         """

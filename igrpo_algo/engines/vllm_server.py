@@ -200,7 +200,7 @@ class VllmServerSampler:
         Raises:
             ConnectionError: No server answers.
             FileNotFoundError: The folder holds no safetensors file.
-            TypeError: `weights` is neither.
+            TypeError: `weights` is neither, or a value of it is no whole tensor.
             ValueError: A weight is missing, unknown, or of another shape.
             RuntimeError: A server refused a step, now or in an earlier sync.
         """

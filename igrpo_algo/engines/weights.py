@@ -19,6 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from igrpo_kernels.checks import describe
+
 Weights = Mapping[str, Tensor]
 
 
@@ -145,10 +147,14 @@ def open_weights(weights: Weights | str | os.PathLike[str]) -> Weights:
     """Take a state dict as it is, a folder as its tensors.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: It is neither, or a value of the state dict is no whole tensor.
         FileNotFoundError: The folder holds no safetensors file.
     """
+    if isinstance(weights, FolderWeights):
+        return weights
     if isinstance(weights, Mapping):
+        for name, value in weights.items():
+            _check_whole(name, value)
         return weights
     if isinstance(weights, str | os.PathLike):
         return FolderWeights(Path(weights))
@@ -176,6 +182,19 @@ def as_folder(wanted: WantedWeights, new: Weights, parent: Path) -> Iterator[Pat
             save_file(_apart(dict(wanted.complete(new))), folder / "model.safetensors")
         folder.chmod(0o755)  # the engine may run as somebody else
         yield folder
+
+
+def _check_whole(name: str, value: object) -> None:
+    """Raise unless a value is a tensor with all of its numbers in this process."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"weights[{name!r}] must be a tensor, got {describe(value)}")
+    if hasattr(value, "full_tensor"):  # a DTensor, as FSDP2 leaves it
+        raise TypeError(
+            f"weights[{name!r}] is sharded: gather it with full_tensor(), or take the state dict "
+            "with torch.distributed.checkpoint.state_dict.StateDictOptions(full_state_dict=True)"
+        )
+    if value.is_meta:
+        raise TypeError(f"weights[{name!r}] is on the meta device and has no numbers")
 
 
 def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -65,6 +65,33 @@ def test_what_is_no_weights(tmp_path):
         open_weights(3)
 
 
+class Sharded(torch.Tensor):
+    """As a DTensor shows itself."""
+
+    def full_tensor(self):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        ([0.0], r"weights\['a'\] must be a tensor, got list"),
+        (torch.zeros(2).as_subclass(Sharded), r"weights\['a'\] is sharded: gather it"),
+        (torch.zeros(2, device="meta"), r"weights\['a'\] is on the meta device"),
+    ],
+)
+def test_values_that_no_engine_could_load(value, match):
+    with pytest.raises(TypeError, match=match):
+        open_weights({"a": value})
+
+
+def test_a_folder_that_was_opened_is_not_read_again(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    opened = FolderWeights(tmp_path)
+    monkeypatch.setattr(FolderWeights, "__getitem__", lambda *_: pytest.fail("it was read"))
+    assert open_weights(opened) is opened
+
+
 @pytest.mark.parametrize("load", ["files", "config"])
 def test_a_model_wants_the_same_by_its_files_its_config_and_its_state(model, tmp_path, load):
     if load == "files":
