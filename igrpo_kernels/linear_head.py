@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_floating, check_number, check_rank, check_shape, describe
-from .row_chunks import row_chunks, rows_per_chunk, working_dtype
+from .row_chunks import row_chunks, rows_per_chunk, sequence_lengths, working_dtype
 from .softmax_rows import LogitTransform
 from .vocabulary_shard import VocabularyShard, check_slice
 
@@ -45,11 +45,16 @@ class LinearHead:
         """The most logits of a row that any rank has: what chunks are cut by."""
         return self.vocabulary if self.shard is None else self.shard.widest
 
-    def chunks(self, rows: Tensor) -> Iterator[Tensor]:
-        """Cut an index of rows into chunks, alike on every rank."""
+    def chunks(self, rows: Tensor, owner: Tensor | None = None) -> Iterator[Tensor]:
+        """Cut an index of rows into chunks, of whole sequences by `owner`; alike on every rank."""
         if self.shard is not None:
             self.shard.check_rows(rows)
-        return row_chunks(rows, self.widest)
+        return row_chunks(rows, self.widest, owner)
+
+    def holds_sequences(self, rows: Tensor, owner: Tensor) -> bool:
+        """Whether each sequence of some rows fits a chunk."""
+        most = rows_per_chunk(self.widest, rows.device)
+        return len(rows) <= most or max(sequence_lengths(rows, owner)) <= most
 
     def columns(self, targets: Tensor) -> Tensor:
         """Where targets stand among this weight's rows; outside of them for another slice's."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from .aggregates import Aggregate
 from .checks import check_floating, check_number, check_shape, check_tensor
 from .kl import K3, KlEstimator
-from .linear_head import cast_for_autocast, check_head
+from .linear_head import LinearHead, cast_for_autocast, check_head
 from .linear_policy_pass import LinearPolicyFunction, LinearPolicyPass, RowLosses
 from .linear_token_logprobs import linear_token_logprobs
 from .policy_loss import PolicyLoss, check_parts, policy_loss, prepare_tokens
@@ -59,16 +59,17 @@ def linear_policy_loss(
 
     policy_loss(linear_token_logprobs(hidden, weight, targets, ...), advantages, mask, ...)
 
-    is the definition, in value and gradient. Where the surrogate is `per_token` the logits are
-    computed once: a chunk of rows goes from products to log-probs, loss, gradient of the logits (in
-    the same memory) and on to the gradients of hidden, weight and bias, which the backward only
-    multiplies by the upstream scalar. Other surrogates, and torch.compile, take the definition's
-    two passes.
+    is the definition, in value and gradient. The logits are computed once: a chunk of rows goes
+    from products to log-probs, loss, gradient of the logits (in the same memory) and on to the
+    gradients of hidden, weight and bias, which the backward only multiplies by the upstream scalar.
+    A surrogate over sequences (GSPO, GMPO, VESPO) is given whole sequences; where one has more
+    logits than a chunk holds (in fp32, 5 GiB on CUDA and 256 MiB on a CPU) it takes the
+    definition's two passes, as surrogates over the batch (Clip-Cov, KL-Cov) and torch.compile do.
 
     Rows that cannot matter cost nothing: masked ones; those of zero advantage or zero importance
-    weight, where neither KL nor entropy has a coefficient (a `per_token` surrogate must vanish with
-    its advantage, as all of this library do); and, after their logits, those whose gradient is
-    exactly zero, such as clipped ones. Half-precision inputs: logits and all sums are in fp32, and
+    weight (for a surrogate over sequences, sequences in which all are), where neither KL nor
+    entropy has a coefficient; and, after their logits, those whose gradient is exactly zero, such
+    as clipped ones. Half-precision inputs: logits and all sums are in fp32, and
     every gradient is rounded once for the input's dtype. Masked slots may hold anything, NaN and
     inf included. Without a counted token the loss is zero and still on the graph. The same call
     gives the same bits. Once differentiable. On CUDA not yet measured.
@@ -142,13 +143,16 @@ def linear_policy_loss(
         "cu_seqlens": cu_seqlens,
     }
     check_parts(surrogate, aggregate, kl)
-    if not surrogate.per_token or torch.compiler.is_compiling():
+
+    def in_two_passes() -> PolicyLoss:
         score = partial(linear_token_logprobs, hidden, weight, targets, mask=mask, bias=bias)
         score = partial(score, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
         score = partial(score, shard=shard)
         logprobs, entropy = score(return_entropy=True) if wants_entropy else (score(), None)
         return policy_loss(logprobs, advantages, mask, entropy=entropy, **terms)
 
+    if surrogate.scope == "batch" or torch.compiler.is_compiling():
+        return in_two_passes()
     inputs = [check_tensor("hidden", hidden), check_tensor("weight", weight), bias]
     head_hidden, head_weight, head_bias = cast_for_autocast(*inputs)
     assert head_hidden is not None
@@ -159,12 +163,16 @@ def linear_policy_loss(
     heat = row_temperature(temperature, targets, dtype)
     losses = _row_losses(torch.zeros_like(targets, dtype=dtype), advantages, mask, **terms)
     check_rows(flat, counted, heat, vocabulary)
+    transform = LogitTransform(heat, softcap, logit_scale)
     rows = counted_rows(flat, counted)
     matter = losses.matter()[rows]
+    head = LinearHead(head_weight, head_bias, transform, shard)
+    if losses.whole is not None and not head.holds_sequences(rows[matter], losses.whole):
+        return in_two_passes()
     pass_ = LinearPolicyPass(
         losses=losses,
         targets=flat,
-        transform=LogitTransform(heat, softcap, logit_scale),
+        transform=transform,
         rows=rows[matter],
         others=rows[~matter] if all_metrics else rows[:0],
         with_entropy=wants_entropy,
@@ -208,6 +216,7 @@ def _row_losses(
         sequences,
         old_logprobs=old_logprobs,
         importance_weights=importance_weights,
+        per_token_weights=surrogate.folds_importance_weights,
     )
     if ref_logprobs is not None:
         check_floating("ref_logprobs", ref_logprobs)
@@ -224,6 +233,8 @@ def _row_losses(
         old_logprobs=None if old_logprobs is None else tokens.old_logprobs.reshape(-1),
         ref_logprobs=ref_logprobs,
         importance_weights=None if correction is None else rows(correction),
+        owner=rows(sequences.owners),
+        count=sequences.count,
         surrogate=surrogate,
         kl=kl,
         kl_coef=kl_coef,

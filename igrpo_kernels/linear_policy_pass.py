@@ -28,7 +28,9 @@ class RowLosses:
         old_logprobs: None: the log-probs themselves, detached.
         ref_logprobs: None without a reference.
         importance_weights: None without a correction.
-        surrogate: One whose `per_token` is True.
+        owner: Index of the sequence of each row.
+        count: B, the number of sequences.
+        surrogate: One whose scope is not the batch.
         kl: The KL estimator.
         kl_coef: Its weight.
         entropy_coef: The entropy's weight.
@@ -39,29 +41,40 @@ class RowLosses:
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None
+    owner: Tensor
+    count: int
     surrogate: Surrogate
     kl: KlEstimator
     kl_coef: float
     entropy_coef: float
 
     def matter(self) -> Tensor:
-        """Mark the rows whose loss is not zero whatever their log-prob is."""
+        """Mark the rows whose loss is not zero whatever the log-probs are."""
         if self.kl_coef != 0 or self.entropy_coef != 0:
             return torch.ones_like(self.advantages, dtype=torch.bool)
         matter = self.advantages != 0
-        if self.importance_weights is None:
+        if self.importance_weights is not None and not self.surrogate.folds_importance_weights:
+            matter &= self.importance_weights != 0
+        if self.surrogate.scope == "token":
             return matter
-        return matter & (self.importance_weights != 0)
+        # the log-prob of a row enters the losses of its whole sequence
+        sums = torch.zeros(self.count, dtype=torch.long, device=matter.device)
+        return sums.index_add_(0, self.owner, matter.long())[self.owner] > 0
+
+    @property
+    def whole(self) -> Tensor | None:
+        """The sequence of each row, where no chunk may cut through one."""
+        return self.owner if self.surrogate.scope == "sequence" else None
 
     def tokens(self, rows: Tensor, logprobs: Tensor) -> Tokens:
-        """View some rows as the tokens of one packed sequence."""
+        """View some rows as packed tokens."""
         old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs[rows]
         mask = torch.ones_like(rows, dtype=torch.bool)
         return Tokens(
             logprobs,
             old,
             self.advantages[rows],
-            Sequences(mask, 1, torch.zeros_like(rows)),
+            Sequences(mask, self.count, self.owner[rows]),
             take(self.importance_weights, rows),
         )
 
@@ -136,7 +149,7 @@ class LinearPolicyPass:
         loss = scores.logprobs.new_zeros(())
         gradients = HeadGradients(head, hidden, needed, len(self.rows))
         buffer = head.new_buffer(max(len(self.rows), len(self.others)))
-        for rows in head.chunks(self.rows):
+        for rows in head.chunks(self.rows, self.losses.whole):
             some = hidden[rows]
             softmax = self._softmax(head, buffer, some, rows)
             scores.put_(rows, softmax.statistics)

@@ -43,7 +43,7 @@ def check_parts(surrogate: object, aggregate: object, kl: object) -> None:
         TypeError: One of the three is not what a loss is composed of.
     """
     for name, value, attribute, example in (
-        ("surrogate", surrogate, "per_token", "Clip()"),
+        ("surrogate", surrogate, "scope", "Clip()"),
         ("aggregate", aggregate, "weights", "SequenceMean()"),
         ("kl", kl, "__call__", "K3()"),
     ):
@@ -58,8 +58,11 @@ def prepare_tokens(
     *,
     old_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    per_token_weights: bool = False,
 ) -> Tokens:
     """Bring the inputs of a loss to one layout and dtype, masked slots without effect.
+
+    With `per_token_weights` the importance weights must be one per token.
 
     Raises:
         TypeError: An input is not a floating-point tensor.
@@ -77,6 +80,8 @@ def prepare_tokens(
     advantages = sequences.broadcast("advantages", advantages.detach().to(dtype))
     if importance_weights is not None:
         check_floating("importance_weights", importance_weights)
+        if per_token_weights:
+            check_shape("importance_weights", importance_weights, logprobs.shape, "of logprobs")
         weights = importance_weights.detach().to(dtype)
         importance_weights = sequences.broadcast("importance_weights", weights)
     return Tokens(logprobs, old_logprobs, advantages, sequences, importance_weights)
@@ -189,10 +194,9 @@ def policy_loss(
         sequences,
         old_logprobs=old_logprobs,
         importance_weights=importance_weights,
+        per_token_weights=surrogate.folds_importance_weights,
     )
     dtype = tokens.logprobs.dtype
-    if surrogate.folds_importance_weights and importance_weights is not None:
-        check_shape("importance_weights", importance_weights, logprobs.shape, "of logprobs")
     if ref_logprobs is not None:
         check_shape(
             "ref_logprobs",

@@ -28,10 +28,36 @@ def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
     return max(1, budget // (4 * vocabulary))
 
 
-def row_chunks(rows: Tensor, vocabulary: int) -> Iterator[Tensor]:
-    """Cut an index of rows into chunks; none for no rows."""
+def row_chunks(rows: Tensor, vocabulary: int, owner: Tensor | None = None) -> Iterator[Tensor]:
+    """Cut an index of rows into chunks; none for no rows.
+
+    Args:
+        rows: In ascending order. Shape [N].
+        vocabulary: V.
+        owner: Index of the sequence of every row; then no chunk cuts through one.
+    """
     if rows.numel():
-        yield from rows.split(rows_per_chunk(vocabulary, rows.device))
+        most = rows_per_chunk(vocabulary, rows.device)
+        yield from rows.split(
+            most if owner is None else _whole(sequence_lengths(rows, owner), most)
+        )
+
+
+def sequence_lengths(rows: Tensor, owner: Tensor) -> list[int]:
+    """Count the rows of each sequence that has one."""
+    lengths: list[int] = owner[rows].unique_consecutive(return_counts=True)[1].tolist()
+    return lengths
+
+
+def _whole(lengths: list[int], most: int) -> list[int]:
+    """Fill chunks of at most `most` rows with one sequence after the other."""
+    sizes: list[int] = []
+    for length in lengths:
+        if sizes and sizes[-1] + length <= most:
+            sizes[-1] += length
+        else:
+            sizes.append(length)
+    return sizes
 
 
 def row_pieces(rows: Tensor, vocabulary: int) -> Iterator[Tensor]:

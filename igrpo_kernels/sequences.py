@@ -86,6 +86,14 @@ class Sequences:
             return self.mask.sum(-1)
         return self.owner.new_zeros(self.count).index_add(0, self.owner, self.mask.long())
 
+    @property
+    def owners(self) -> Tensor:
+        """Index of the sequence that each token belongs to. Shape of the tokens."""
+        if self.owner is not None:
+            return self.owner
+        rows = torch.arange(self.count, device=self.mask.device)
+        return rows[:, None].expand(self.mask.shape)
+
     def select(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Replace what stands in masked slots by `fill`; its gradient is exactly zero."""
         return torch.where(self.mask, values, fill)

@@ -3,17 +3,21 @@
 A surrogate is a frozen dataclass of its hyper-parameters. Called with `Tokens` it returns
 `TokenLosses`; how these are averaged is the aggregate's business, and KL, entropy and the
 correction for the sampler are added by `policy_loss`. Its class attributes say what a fused kernel
-needs to know: `per_token` is True where the loss of a token depends on nothing but that token, and
-is zero where its advantage is.
+needs to know. `scope` is what the loss of a token depends on: "token" where on nothing but that
+token, "sequence" where on no other sequence, else "batch"; within a token or a sequence, losses
+must be zero where all advantages are. `folds_importance_weights` is True where they are part of the
+surrogate's own weight.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..sequences import Sequences
+
+Scope = Literal["token", "sequence", "batch"]
 
 MAX_LOG_RATIO = 20.0
 """Ratios are exp(min(log-ratio, 20)): 5e8 at most, so that no product with zero becomes NaN."""
@@ -71,7 +75,7 @@ class TokenLosses(NamedTuple):
 class Surrogate(Protocol):
     """Maps tokens to their losses."""
 
-    per_token: ClassVar[bool]
+    scope: ClassVar[Scope]
     folds_importance_weights: ClassVar[bool]
 
     def __call__(self, tokens: Tokens) -> TokenLosses:

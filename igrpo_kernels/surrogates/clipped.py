@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..checks import check_number
-from .base import TokenLosses, Tokens, clamp_where_it_pays, exp_ratio
+from .base import Scope, TokenLosses, Tokens, clamp_where_it_pays, exp_ratio
 
 
 def _check_clip(low: float, high: float) -> None:
@@ -41,7 +41,7 @@ class Clip:
     high: float = 0.2
     dual: float | None = None
 
-    per_token: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "token"
     folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class SequenceClip:
     low: float = 3e-4
     high: float = 4e-4
 
-    per_token: ClassVar[bool] = False
+    scope: ClassVar[Scope] = "sequence"
     folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class SequenceTokenClip:
     low: float = 3e-4
     high: float = 4e-4
 
-    per_token: ClassVar[bool] = False
+    scope: ClassVar[Scope] = "sequence"
     folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -170,7 +170,7 @@ class Gmpo:
     low: float = 0.4
     high: float = 0.4
 
-    per_token: ClassVar[bool] = False
+    scope: ClassVar[Scope] = "sequence"
     folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number, describe
-from .base import TokenLosses, Tokens
+from .base import Scope, TokenLosses, Tokens
 from .clipped import Clip
 
 
@@ -66,7 +66,7 @@ class ClipCov:
     min_covariance: float = 1.0
     max_covariance: float = 5.0
 
-    per_token: ClassVar[bool] = False
+    scope: ClassVar[Scope] = "batch"
     folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class KlCov:
     share: float = 2e-4
     coef: float = 0.1
 
-    per_token: ClassVar[bool] = False
+    scope: ClassVar[Scope] = "batch"
     folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from .base import MAX_LOG_RATIO, TokenLosses, Tokens, either
+from .base import MAX_LOG_RATIO, Scope, TokenLosses, Tokens, either
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Reinforce:
         Reinforce()
     """
 
-    per_token: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "token"
     folds_importance_weights: ClassVar[bool] = False
 
     def __call__(self, tokens: Tokens) -> TokenLosses:
@@ -61,7 +61,7 @@ class Cispo:
     max_ratio: float
     min_ratio: float = 0.0
 
-    per_token: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "token"
     folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class Sapo:
     tau_positive: float = 1.0
     tau_negative: float = 1.05
 
-    per_token: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "token"
     folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ class Vespo:
     k_negative: float = 3.0
     lambda_negative: float = 2.0
 
-    per_token: ClassVar[bool] = False
+    scope: ClassVar[Scope] = "sequence"
     folds_importance_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -209,7 +209,7 @@ class DppoTv:
     high: float = 0.2
     max_ratio: float = 20.0
 
-    per_token: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "token"
     folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

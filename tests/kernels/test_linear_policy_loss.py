@@ -51,7 +51,8 @@ TOKEN_LEVEL = [
     DppoTv(low=0.02, high=0.02),
     DppoKl(low=0.02, high=0.02),
 ]
-SEQUENCE_LEVEL = [SequenceClip(), SequenceTokenClip(), Gmpo(), Vespo(), KlCov(share=0.2)]
+SEQUENCE_LEVEL = [SequenceClip(), SequenceTokenClip(), Gmpo(), Vespo()]
+BATCH_LEVEL = [KlCov(share=0.2)]
 AGGREGATES = [SequenceMean(), TokenMean(), FixedLength(7), Sum(denominator=3.0)]
 HEAD = ("temperature", "bias", "softcap", "logit_scale")
 
@@ -131,9 +132,14 @@ def assert_same_metrics(got: PolicyLoss, wanted: PolicyLoss, tolerance: float) -
         torch.testing.assert_close(value, wanted.metrics[name], rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(params=["one chunk", "many chunks", "many slices"])
+@pytest.fixture(params=["one chunk", "some chunks", "many chunks", "many slices"])
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test with all rows in one chunk, and with each in a chunk, or a slice, of its own."""
+    """Run a test with all rows in one chunk, and with each in a chunk, or a slice, of its own.
+
+    Some chunks hold whole sequences.
+    """
+    if request.param == "some chunks":
+        monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 4 * V * T)
     if request.param == "many slices":
         monkeypatch.setattr(row_chunks, "CACHE_BYTES", 0)
     if request.param == "many chunks":
@@ -142,7 +148,7 @@ def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("chunked")
 @pytest.mark.parametrize("aggregate", AGGREGATES, ids=repr)
-@pytest.mark.parametrize("surrogate", TOKEN_LEVEL + SEQUENCE_LEVEL, ids=repr)
+@pytest.mark.parametrize("surrogate", TOKEN_LEVEL + SEQUENCE_LEVEL + BATCH_LEVEL, ids=repr)
 def test_policy_loss_of_the_logprobs(surrogate: Any, aggregate: Any) -> None:
     case = make_case()
     options = {"surrogate": surrogate, "aggregate": aggregate}
@@ -305,6 +311,55 @@ def test_rows_of_zero_importance_weight_cost_nothing(products: dict[str, list[in
     assert products["logits"] == [4]
 
 
+@pytest.mark.parametrize("surrogate", SEQUENCE_LEVEL, ids=repr)
+def test_whole_sequences_go_through_once(
+    surrogate: Any, products: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 4 * V * 6)
+    case = make_case()
+    got = case.fused(surrogate=surrogate, aggregate=SequenceMean())
+    # of 3, 5, 3 and 1 tokens; the third has an advantage of zero, and the last fits behind it
+    assert products["logits"] == [3, 6]
+    assert sum(products["gradients"]) <= 9
+    products["logits"].clear()
+    assert_same(
+        got, case.composed(surrogate=surrogate, aggregate=SequenceMean()), case.leaves, 1e-10
+    )
+
+
+def test_a_sequence_longer_than_a_chunk_goes_through_twice(
+    products: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 4 * V * 4)
+    case = make_case()
+    options = {"surrogate": SequenceClip(0.9, 0.9), "aggregate": SequenceMean()}
+    got = case.fused(**options)
+    assert products == {"logits": [4, 4, 4], "gradients": []}
+    got.loss.backward(inputs=case.leaves)
+    assert products["logits"] == [4, 4, 4, 4, 4, 1]
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("surrogate", SEQUENCE_LEVEL, ids=repr)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_one_token_of_an_advantage_keeps_its_whole_sequence(
+    surrogate: Any, weighted: bool, products: dict[str, list[int]]
+) -> None:
+    case = make_case()
+    advantages = torch.zeros(B, T, dtype=torch.float64)
+    advantages[1, 2], advantages[2, 1], advantages[2, 4] = 0.7, -1.1, 5.0  # the last is masked
+    case = replace(case, advantages=advantages)
+    options: dict[str, Any] = {"surrogate": surrogate, "aggregate": SequenceMean()}
+    if weighted:
+        options["importance_weights"] = torch.ones(B, T, dtype=torch.float64)
+        options["importance_weights"][1] = 0.0
+    got = case.fused(**options)
+    keeps_both = not weighted or surrogate.folds_importance_weights
+    once = sum(products["logits"])
+    assert once in (8 if keeps_both else 3, 12)  # 12: in two passes
+    assert_same(got, case.composed(**options), case.leaves, 1e-10)
+
+
 @pytest.mark.usefixtures("chunked")
 def test_clipped_rows_cost_no_gradient(products: dict[str, list[int]]) -> None:
     case = make_case()
@@ -332,8 +387,19 @@ def test_metrics_are_of_the_rows_computed_or_of_all(products: dict[str, list[int
     assert_same_metrics(active, moving.composed(**options), 1e-10)
 
 
-@pytest.mark.parametrize("surrogate", TOKEN_LEVEL, ids=repr)
-def test_per_token_surrogates_vanish_with_their_advantage(surrogate: Any) -> None:
+@pytest.mark.parametrize("surrogate", SEQUENCE_LEVEL, ids=repr)
+def test_metrics_over_sequences_are_of_the_rows_computed_or_of_all(surrogate: Any) -> None:
+    case = make_case()
+    options = {"surrogate": surrogate, "aggregate": TokenMean()}
+    everything = case.fused(**options, with_entropy=True, all_metrics=True)
+    assert_same_metrics(everything, case.composed(**options), 1e-10)
+    active = case.fused(**options, with_entropy=True)
+    moving = replace(case, mask=case.mask * (case.advantages != 0)[:, None])
+    assert_same_metrics(active, moving.composed(**options), 1e-10)
+
+
+@pytest.mark.parametrize("surrogate", TOKEN_LEVEL + SEQUENCE_LEVEL, ids=repr)
+def test_surrogates_vanish_with_their_advantages(surrogate: Any) -> None:
     case = replace(make_case(), advantages=torch.zeros(B, dtype=torch.float64))
     wanted = case.composed(surrogate=surrogate, aggregate=Sum())
     assert wanted.loss == 0

@@ -295,7 +295,7 @@ def test_masked_junk_gets_a_gradient_of_exactly_zero(surrogate):
 class Probability:
     """A surrogate of a user's own, which is 1 and not 0 in masked slots."""
 
-    per_token = True
+    scope = "token"
     folds_importance_weights = False
 
     def __call__(self, tokens):
