@@ -19,7 +19,9 @@ GPU = ("cuda",)
 # What our own outputs may differ from float64 before a figure is refused. Gradients leave in the
 # inputs' dtype: one rounding, and one of the logits' gradient before the products.
 OUR_ERROR = {"fp32": 1e-5, "bf16": 1e-5, "bf16 gradient": 5e-3, "fp32 gradient": 1e-5}
-PEER_ERROR = 0.1  # beyond this a peer computes something else
+PEER_ERROR = (
+    0.25  # beyond this a peer computes something else; log-probs rounded to bf16 come near it
+)
 
 
 @dataclass(frozen=True)
