@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -74,3 +75,6 @@ def main(folder: Path, draft_loss_coef: float) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), float(sys.argv[2]))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # a thread of torch's that is still there when Python ends aborts the process
