@@ -30,9 +30,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from benchmarks import machine
+from benchmarks.models import random_qwen3
 from igrpo_algo import SharedPromptRow, pack_shared_prompt
 from igrpo_algo.trainers.transformers import enable_shared_prompt, shared_prompt_hidden
 from igrpo_kernels import Clip, SequenceMean, linear_policy_loss
@@ -67,20 +68,14 @@ class Problem:
 
 
 def make_problem(case: Case) -> Problem:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=case.vocabulary,
-        hidden_size=case.width,
-        intermediate_size=3 * case.width,
-        num_hidden_layers=case.layers,
-        num_attention_heads=case.width // 64,
-        num_key_value_heads=case.width // 128,
-        head_dim=64,
-        max_position_embeddings=16 * case.tokens,
-        tie_word_embeddings=False,
-        pad_token_id=0,
+    model = random_qwen3(
+        width=case.width,
+        layers=case.layers,
+        vocabulary=case.vocabulary,
+        positions=16 * case.tokens,
+        device=case.device,
+        dtype=DTYPES[case.dtype],
     )
-    model = Qwen3ForCausalLM(config).to(case.device, DTYPES[case.dtype])
     enable_shared_prompt(model)  # which is transformers' "sdpa" for the other forms
     shares = torch.linspace(1 - case.spread, 1 + case.spread, case.refinements)
 

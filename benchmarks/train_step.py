@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from benchmarks import peers_linear, results
 from benchmarks.batches import ABSENT, Batch, Draw, advantages_and_mask
 from benchmarks.cases import DTYPES
 from benchmarks.measure import reason, release, seconds_of, spread, synchronize
+from benchmarks.models import random_qwen3
 from igrpo_kernels import linear_token_logprobs
 
 FORMS: dict[str, Callable[[Batch], Tensor]] = {
@@ -98,21 +99,14 @@ class Problem:
 
 
 def make_model(case: Case) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=case.vocabulary,
-        hidden_size=case.width,
-        intermediate_size=3 * case.width,
-        num_hidden_layers=case.layers,
-        num_attention_heads=case.width // 64,
-        num_key_value_heads=max(1, case.width // 128),
-        head_dim=64,
-        max_position_embeddings=2**17,
-        tie_word_embeddings=False,
-        pad_token_id=0,
+    model = random_qwen3(
+        width=case.width,
+        layers=case.layers,
+        vocabulary=case.vocabulary,
+        positions=2**17,
+        device=case.device,
+        dtype=DTYPES[case.dtype],
     )
-    with torch.device(case.device):
-        model = Qwen3ForCausalLM(config).to(DTYPES[case.dtype])
     model.activation_checkpointing_enable()
     return model.train()
 

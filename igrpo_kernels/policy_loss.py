@@ -4,7 +4,7 @@ This is the only statement of the loss. `linear_policy_loss` runs `token_losses`
 chunk, and every fused kernel is tested against it.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from .aggregates import Aggregate
 from .checks import check_floating, check_number, check_shape, describe
 from .kl import K3, KlEstimator
 from .sequences import Sequences
-from .surrogates.base import Surrogate, TokenLosses, Tokens
+from .surrogates.base import Scope, Surrogate, TokenLosses, Tokens
 
 
 class PolicyLoss(NamedTuple):
@@ -41,6 +41,7 @@ def check_parts(surrogate: object, aggregate: object, kl: object) -> None:
 
     Raises:
         TypeError: One of the three is not what a loss is composed of.
+        ValueError: The surrogate's scope is none.
     """
     for name, value, attribute, example in (
         ("surrogate", surrogate, "scope", "Clip()"),
@@ -49,6 +50,9 @@ def check_parts(surrogate: object, aggregate: object, kl: object) -> None:
     ):
         if isinstance(value, type) or not hasattr(value, attribute):
             raise TypeError(f"{name} must be a value such as {example}, got {describe(value)}")
+    scope = getattr(surrogate, "scope", None)
+    if scope not in get_args(Scope):
+        raise ValueError(f"surrogate.scope must be one of {get_args(Scope)}, got {scope!r}")
 
 
 def prepare_tokens(

@@ -85,7 +85,7 @@ def token_logprobs(
         TypeError: `logits` is not floating point or `targets` not integer.
         ValueError: Shapes do not fit, the temperature is not above zero, or a target is outside the
             vocabulary on a row that counts (a device assertion for CUDA tensors), or
-            `inplace_backward` would overwrite a leaf.
+            `inplace_backward` would overwrite a leaf or expanded logits.
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
@@ -97,14 +97,26 @@ def token_logprobs(
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {list(logits.shape)}")
     flat, counted = check_targets(targets, mask, logits.shape[:-1])
     per_row = row_temperature(temperature, targets, working_dtype(logits.dtype))
-    if inplace_backward and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
-        raise ValueError("inplace_backward would overwrite a leaf: logits must be an op's output")
+    if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
+        _check_own_memory(logits)
     logits = logits.unsqueeze(0) if logits.dim() == 1 else logits
     logprobs, entropy, *_ = _forward(
         logits, flat, counted, per_row, return_entropy, inplace_backward
     )
     logprobs = logprobs.view(targets.shape)
     return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs
+
+
+def _check_own_memory(logits: Tensor) -> None:
+    """Raise unless the gradient can take the memory of the logits."""
+    if logits.is_leaf:
+        raise ValueError("inplace_backward would overwrite a leaf: logits must be an op's output")
+    axes = zip(logits.shape, logits.stride(), strict=True)
+    if any(size > 1 and stride == 0 for size, stride in axes):
+        raise ValueError(
+            "inplace_backward needs memory for each logit: logits must not be expanded, got shape "
+            f"{list(logits.shape)} with strides {list(logits.stride())}"
+        )
 
 
 def _softmax_chunk(

@@ -619,3 +619,13 @@ def test_under_torch_compile_without_graph_breaks():
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     (grad,) = torch.autograd.grad(actual, logprobs)
     torch.testing.assert_close(grad, torch.autograd.grad(expected, logprobs)[0], rtol=0, atol=0)
+
+
+def test_a_surrogate_of_an_unknown_scope_is_refused():
+    class Misspelt(Probability):
+        scope = "sentence"
+
+    with pytest.raises(ValueError, match=r"surrogate.scope must be one of .*, got 'sentence'"):
+        policy_loss(
+            torch.zeros(1, 2), torch.ones(1), surrogate=Misspelt(), aggregate=SequenceMean()
+        )

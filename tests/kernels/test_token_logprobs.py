@@ -372,6 +372,9 @@ def test_inplace_backward_is_refused_where_the_logits_are_still_needed() -> None
     leaf, targets = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 2])
     with pytest.raises(ValueError, match="inplace_backward would overwrite a leaf"):
         token_logprobs(leaf, targets, inplace_backward=True)
+    expanded = (leaf * 1.0)[:1].expand(3, 5)
+    with pytest.raises(ValueError, match=r"logits must not be expanded, got shape \[3, 5\] with"):
+        token_logprobs(expanded, targets, inplace_backward=True)
     with torch.no_grad():  # no backward will come
         token_logprobs(leaf, targets, inplace_backward=True)
     loss = token_logprobs(leaf * 1.0, targets, inplace_backward=True).sum()
