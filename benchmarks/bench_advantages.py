@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from trl.trainer.utils import nanstd
 
-from igrpo_algo.advantage_presets import trl_grpo_advantages, verl_grpo_advantages
+from igrpo_algo.advantages.presets import trl_grpo_advantages, verl_grpo_advantages
 
 PROMPTS, SIZE = 1024, 16
 

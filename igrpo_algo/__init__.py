@@ -31,7 +31,14 @@ from igrpo_kernels import (
     policy_loss,
 )
 
-from .advantages import (
+from .advantages.baselines import (
+    best_over_runner_up,
+    center_and_divide_by_mean,
+    center_by_weighted_mean,
+    leave_one_out,
+    standardize_leave_one_out,
+)
+from .advantages.of_groups import (
     center_by_group,
     center_by_group_scale_by_batch,
     standardize_apart,
@@ -39,15 +46,25 @@ from .advantages import (
     sum_rewards,
     whiten,
 )
-from .baselines import (
-    best_over_runner_up,
-    center_and_divide_by_mean,
-    center_by_weighted_mean,
-    leave_one_out,
-    standardize_leave_one_out,
+from .drafts.rules import Fallback
+from .drafts.select import (
+    BestDraft,
+    random_ties,
+    select_best_draft,
+    select_random_draft,
+    select_worst_draft,
+    shortest_first,
+    truncate_draft,
 )
-from .completions import Completion
-from .corrections import (
+from .drafts.splice import TextSplice, TokenSplice
+from .drafts.text import (
+    CONCATENATION,
+    DEFAULT_TEMPLATE,
+    DraftTemplate,
+    splice_prompt,
+    strip_thinking,
+)
+from .losses.corrections import (
     entropy_threshold,
     geometric_importance_weights,
     high_entropy_mask,
@@ -57,17 +74,8 @@ from .corrections import (
     token_importance_weights,
     truncate_weights,
 )
-from .drafts import (
-    BestDraft,
-    random_ties,
-    select_best_draft,
-    select_random_draft,
-    select_worst_draft,
-    shortest_first,
-    truncate_draft,
-)
-from .lengths import drop_truncated, overlong_penalty
-from .losses import igrpo_loss
+from .losses.igrpo import igrpo_loss
+from .losses.overlong import drop_truncated, overlong_penalty
 from .metrics import (
     copied_share,
     draft_success_share,
@@ -76,15 +84,14 @@ from .metrics import (
     stage_uplift,
     zero_variance_share,
 )
-from .progress import RolloutProgress, show_live
-from .prompts import CONCATENATION, DEFAULT_TEMPLATE, DraftTemplate, splice_prompt, strip_thinking
-from .rollouts import Rollouts
-from .sampling import Sampler, Samples, sample_group
-from .shared_prompt import SharedPromptRow, pack_shared_prompt
-from .single_flight import SingleFlight
-from .splicing import TextSplice, TokenSplice
-from .timeline import plot_rollout_timeline
-from .two_stage import Fallback, stream_two_stage_rollout, two_stage_rollout
+from .rollouts.completions import Completion
+from .rollouts.progress import RolloutProgress, show_live
+from .rollouts.records import Rollouts
+from .rollouts.sampling import Sampler, Samples, sample_group
+from .rollouts.single_flight import SingleFlight
+from .rollouts.timeline import plot_rollout_timeline
+from .rollouts.two_stage import stream_two_stage_rollout, two_stage_rollout
+from .shared_prompt.packing import SharedPromptRow, pack_shared_prompt
 
 __all__ = [
     "CONCATENATION",

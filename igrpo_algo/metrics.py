@@ -12,7 +12,7 @@ from torch import Tensor
 
 from igrpo_kernels.checks import check_count, check_number, check_rank
 
-from .groups import Groups, to_scores
+from .advantages.moments import Groups, to_scores
 
 
 def zero_variance_share(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
@@ -34,7 +34,7 @@ def zero_variance_share(rewards: Tensor, groups: int | Tensor | None = None) -> 
         TypeError: `rewards` is no tensor of real numbers, or `groups` neither int nor integers.
         ValueError: `rewards` and `groups` do not fit each other.
 
-    Example:
+    Examples:
         >>> zero_variance_share(torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, float("nan")]]))
         tensor(0.6667)
     """
@@ -64,7 +64,7 @@ def draft_success_share(draft_rewards: Tensor, *, threshold: float = 1.0) -> Ten
         TypeError: `draft_rewards` is no tensor of real numbers, or `threshold` no number.
         ValueError: `draft_rewards` are not [P, N], or `threshold` is not finite.
 
-    Example:
+    Examples:
         >>> draft_success_share(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
         tensor(0.5000)
     """
@@ -93,7 +93,7 @@ def stage_uplift(draft_rewards: Tensor, refinement_rewards: Tensor) -> Tensor:
         TypeError: An argument is no tensor of real numbers.
         ValueError: An argument has no two axes, or the numbers of prompts differ.
 
-    Example:
+    Examples:
         >>> stage_uplift(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 1.0, 0.0, 1.0]]))
         tensor(0.2500)
     """
@@ -127,7 +127,7 @@ def pass_at_k(rewards: Tensor, k: int, *, threshold: float = 1.0) -> Tensor:
         TypeError: `rewards` is no tensor of real numbers, `k` no int, or `threshold` no number.
         ValueError: `rewards` are not [P, N], `k` is not in 1..N, or `threshold` is not finite.
 
-    Example:
+    Examples:
         >>> pass_at_k(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]), 2)
         tensor([0.5000, 1.0000])
     """
@@ -163,7 +163,7 @@ def copied_share(
     Raises:
         ValueError: The two do not have one entry per prompt.
 
-    Example:
+    Examples:
         >>> copied_share([[5, 6], None], [[[5, 6], [5, 7]], [[1, 2]]])
         0.5
     """
@@ -197,7 +197,7 @@ def near_copied_share(
         TypeError: `threshold` is no number, or `ngram` no int.
         ValueError: The two do not have one entry per prompt, or an option is out of its range.
 
-    Example:
+    Examples:
         >>> refinements = [[[1, 2, 3, 9], [7, 8, 9, 4]]]
         >>> near_copied_share([[1, 2, 3, 4]], refinements, threshold=0.6, ngram=2)
         0.5
@@ -227,7 +227,7 @@ def ngram_overlap(draft_ids: Sequence[int], refinement_ids: Sequence[int], *, ng
         TypeError: `ngram` is no int.
         ValueError: `ngram` is less than 1.
 
-    Example:
+    Examples:
         >>> ngram_overlap([1, 2, 3, 4], [1, 2, 3, 9, 1, 2], ngram=2)
         0.4
     """

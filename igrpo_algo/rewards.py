@@ -23,7 +23,7 @@ from .answers import (
     split_unit,
 )
 from .math_judge import shared_judge
-from .scoring import Reward
+from .rollouts.scoring import Reward
 
 CompletionLike = str | Sequence[Mapping[str, Any]]
 

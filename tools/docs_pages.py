@@ -18,28 +18,13 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 COPIES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 REFERENCE = {
-    "algo/rollouts.md": (
-        "Sampling and rollouts",
-        "igrpo_algo",
-        (
-            *("sampling", "completions", "two_stage", "rollouts", "scoring", "single_flight"),
-            *("progress", "timeline"),
-        ),
-    ),
-    "algo/drafts.md": (
-        "Drafts and prompts",
-        "igrpo_algo",
-        ("drafts", "prompts", "splicing", "prompt_budget", "markers"),
-    ),
-    "algo/rewards.md": ("Rewards and data", "igrpo_algo", ("rewards", "data")),
-    "algo/advantages.md": (
-        "Advantages",
-        "igrpo_algo",
-        ("advantages", "baselines", "advantage_presets", "groups"),
-    ),
-    "algo/losses.md": ("Losses", "igrpo_algo", ("losses", "corrections", "lengths")),
+    "algo/rollouts.md": ("Sampling and rollouts", "igrpo_algo", ("rollouts",)),
+    "algo/drafts.md": ("Drafts and prompts", "igrpo_algo", ("drafts",)),
+    "algo/rewards.md": ("Rewards", "igrpo_algo", ("rewards",)),
+    "algo/advantages.md": ("Advantages", "igrpo_algo", ("advantages",)),
+    "algo/losses.md": ("Losses", "igrpo_algo", ("losses",)),
     "algo/shared_prompt.md": ("Shared prompts", "igrpo_algo", ("shared_prompt",)),
-    "algo/metrics.md": ("Metrics", "igrpo_algo", ("metrics", "intervals")),
+    "algo/metrics.md": ("Metrics", "igrpo_algo", ("metrics",)),
     "kernels/logprobs.md": (
         "Log-probs",
         "igrpo_kernels",

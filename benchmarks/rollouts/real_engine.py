@@ -65,7 +65,7 @@ class PlannedVllm:
     """
 
     def __init__(self, llm: Any, workload: Workload) -> None:
-        from igrpo_algo.engines.step_loop import StepLoop
+        from igrpo_algo.engines.vllm.step_loop import StepLoop
 
         self.workload, self._deal = workload, Dealer(workload)
         self.engine = CountedSteps(llm.llm_engine)

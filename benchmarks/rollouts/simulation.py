@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from igrpo_algo import Rollouts
-from igrpo_algo.intervals import mean_confidence_interval
+from igrpo_algo.cli.intervals import mean_confidence_interval
 
 from .engine import Costs, SimulatedEngine, WholeGroups, Workload
 from .variants import GROUP, VARIANTS, reward, simulated_time

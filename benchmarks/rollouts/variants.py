@@ -7,9 +7,9 @@ from typing import Any
 from unittest.mock import patch
 
 from igrpo_algo import Rollouts, TokenSplice, stream_two_stage_rollout, two_stage_rollout
-from igrpo_algo.two_stage import rollout
-from igrpo_algo.two_stage.courses import Plan
-from igrpo_algo.two_stage.scheduling import Slots
+from igrpo_algo.rollouts import two_stage as rollout
+from igrpo_algo.rollouts.one_prompt import Plan
+from igrpo_algo.rollouts.slots import Slots
 
 from .clock import run_virtual
 

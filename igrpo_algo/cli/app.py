@@ -2,7 +2,7 @@
 
 import typer
 
-from .demo import demo
+from .demo.command import demo
 from .doctor import doctor
 from .eval import evaluate
 from .train import train

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..scoring import RewardError
+from ..rollouts.scoring import RewardError
 
 
 @contextmanager

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..data import Row
-from ..drafts import select_best_draft, select_random_draft
-from ..markers import marker_tokens
-from ..progress import RolloutProgress, show_live
-from ..rollouts import Group, Stage
-from ..sampling import Sampler, derive_seed
-from ..scoring import Reward, Scorer
-from ..splicing import TextSplice, TokenBudget
-from ..two_stage import two_stage_rollout
+from ..drafts.markers import marker_tokens
+from ..drafts.select import select_best_draft, select_random_draft
+from ..drafts.splice import TextSplice, TokenBudget
+from ..rollouts.progress import RolloutProgress, show_live
+from ..rollouts.records import Group, Stage
+from ..rollouts.sampling import Sampler, derive_seed
+from ..rollouts.scoring import Reward, Scorer
+from ..rollouts.two_stage import two_stage_rollout
 from . import options
+from .data import Row
 from .errors import run_errors, usage_errors
 from .eval_report import print_report, report
 from .metrics_file import MetricsFile, write_json

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import Row
-from ..intervals import Interval, bounded_mean_interval, mean_confidence_interval
+from ..drafts.text import strip_thinking
 from ..metrics import pass_at_k, stage_uplift
-from ..prompts import strip_thinking
+from .data import Row
+from .intervals import Interval, bounded_mean_interval, mean_confidence_interval
 
 STAGES = {"single": "single-shot", "drafts": "drafts", "refinements": "refined"}
 CONFIDENCE = 0.95

@@ -21,7 +21,7 @@ EXTRAS = {
 def pip_line(module: str | None) -> str | None:
     """Return what installs a module that igrpo uses on request, or None for any other.
 
-    Example:
+    Examples:
         >>> pip_line("trl.trainer"), pip_line("peft"), pip_line("my_module")
         ("pip install 'igrpo[train]'", 'pip install peft', None)
     """

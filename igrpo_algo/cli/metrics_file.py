@@ -39,7 +39,7 @@ class MetricsFile:
     Raises:
         ValueError: A line other than the last is not a JSON object.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = MetricsFile(Path(folder) / "metrics.jsonl")

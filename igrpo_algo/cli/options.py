@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data import PAPER_SYSTEM_PROMPT, Row, load_prompts
 from ..math_judge import shared_judge
 from ..rewards import exact_match_reward, load_reward, math_reward
-from ..scoring import Reward
+from ..rollouts.scoring import Reward
+from .data import PAPER_SYSTEM_PROMPT, Row, load_prompts
 
 Model = Annotated[str, typer.Option(help="Model: a folder, or a name on the hub.")]
 Dataset = Annotated[

@@ -48,7 +48,7 @@ SMALL = (
 def curves_by_seed(rows: Rows, arm: str, split: str, metric: str) -> dict[int, Points]:
     """Collect (completions, value) for each seed of an arm, in the order of the rows.
 
-    Example:
+    Examples:
         >>> row = {"arm": "grpo", "seed": 0, "split": "train", "completions": 8, "reward": 0.5}
         >>> curves_by_seed([row], "grpo", "train", "reward")
         {0: [(8, 0.5)]}
@@ -63,7 +63,7 @@ def curves_by_seed(rows: Rows, arm: str, split: str, metric: str) -> dict[int, P
 def mean_curve(curves: Mapping[int, Points]) -> Points:
     """Average over seeds where every seed has a value.
 
-    Example:
+    Examples:
         >>> mean_curve({0: [(0, 1.0), (8, 2.0)], 1: [(0, 3.0)]})
         [(0, 2.0)]
     """

@@ -12,7 +12,7 @@ import torch
 from igrpo_kernels.checks import check_number
 
 if TYPE_CHECKING:
-    from ..trainers.trl_config import IGRPOConfig
+    from ..trainers.trl.config import IGRPOConfig
 
 Settings = dict[str, Any]
 
@@ -59,7 +59,7 @@ def read_config_file(path: Path) -> Settings:
 def parse_assignments(assignments: Sequence[str]) -> Settings:
     """Read `key=value` pairs; a value that is JSON is taken as such, any other as a string.
 
-    Example:
+    Examples:
         >>> parse_assignments(["beta=1e-3", "use_vllm=true", "draft_choice=random"])
         {'beta': 0.001, 'use_vllm': True, 'draft_choice': 'random'}
     """
@@ -79,7 +79,7 @@ def build_config(
     output_dir: Path, *, paper: bool, evaluates: bool, settings: Mapping[str, Any]
 ) -> "IGRPOConfig":
     """Build the configuration; fields that do not exist and values of a wrong type are refused."""
-    from ..trainers.trl_config import IGRPOConfig
+    from ..trainers.trl.config import IGRPOConfig
 
     fields = {field.name: field for field in dataclasses.fields(IGRPOConfig) if field.init}
     for name, value in settings.items():

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..data import Row
-from ..scoring import Reward
+from ..rollouts.scoring import Reward
 from . import options
+from .data import Row
 from .errors import usage_errors
 from .metrics_file import MetricsFile, write_json
 from .run_config import Settings, build_config, parse_assignments, read_config_file
 from .run_record import check_record, save_record
 
 if TYPE_CHECKING:
-    from ..trainers.trl import IGRPOTrainer
-    from ..trainers.trl_config import IGRPOConfig
+    from ..trainers.trl.config import IGRPOConfig
+    from ..trainers.trl.trainer import IGRPOTrainer
 
 # What may change when a run goes on: its length, and what is kept and shown of it.
 FREE_ON_RESUME = frozenset({
@@ -168,7 +168,7 @@ def build_trainer(job: Job, metrics: MetricsFile) -> "IGRPOTrainer":
     """Load the model and put the trainer together."""
     from datasets import Dataset
 
-    from ..trainers.trl import IGRPOTrainer
+    from ..trainers.trl.trainer import IGRPOTrainer
     from .recorder import Recorder
 
     return IGRPOTrainer(

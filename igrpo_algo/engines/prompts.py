@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from igrpo_kernels.checks import check_count
 
-from ..sampling import Prompt, check_prompts, derive_seed
+from ..rollouts.sampling import Prompt, check_prompts, derive_seed
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:

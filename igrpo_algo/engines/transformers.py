@@ -19,8 +19,8 @@ from transformers import (
 
 from igrpo_kernels.checks import check_count, check_number
 
-from ..completions import Completion
-from ..sampling import Groups, Prompt, derive_seed, prompt_seeds
+from ..rollouts.completions import Completion
+from ..rollouts.sampling import Groups, Prompt, derive_seed, prompt_seeds
 from .prompts import encode_all, encode_prompt, stop_ids
 from .weights import WantedWeights, Weights, open_weights
 
@@ -55,7 +55,7 @@ class TransformersSampler:
     Raises:
         ValueError: A number is out of range, or `top_p` is given at temperature 0.
 
-    Example:
+    Examples:
         `sample_group(["2 + 2 ="], TransformersSampler(model, tokenizer, max_new_tokens=64), 4)`
     """
 

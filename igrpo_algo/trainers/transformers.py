@@ -7,8 +7,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..shared_attention import attend_shared_prompt
-from ..shared_prompt import SharedPromptRow
+from ..shared_prompt.attention import attend_shared_prompt
+from ..shared_prompt.packing import SharedPromptRow
 
 SHARED_PROMPT = "igrpo_shared_prompt"
 """Name of the attention implementation; without a `shared_prompt` it is transformers' "sdpa"."""
@@ -33,7 +33,7 @@ def enable_shared_prompt(model: PreTrainedModel) -> None:
         ValueError: The model has other layers (recurrent ones, say), makes masks of its own, or
             caps its attention logits. Sinks, biases and indexers raise in the forward.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from igrpo_algo import pack_shared_prompt
         >>> config = LlamaConfig(

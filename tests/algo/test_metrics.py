@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igrpo_algo.advantages import standardize_by_group
+from igrpo_algo.advantages.of_groups import standardize_by_group
 from igrpo_algo.metrics import (
     copied_share,
     draft_success_share,

@@ -3,7 +3,7 @@
 A fault is an entry of a `*.toml` file beside this one:
 
     [[mutant]]
-    file = "igrpo_algo/advantages.py"    # where it goes
+    file = "igrpo_algo/advantages/of_groups.py"    # where it goes
     old = "exact text"                   # occurs once in that file
     new = "the fault"
     test = "tests/algo/test_x.py"        # pytest arguments that must fail then, and pass before

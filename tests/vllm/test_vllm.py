@@ -18,7 +18,7 @@ from tiny_models import (
 
 from igrpo_algo.engines.transformers import TransformersSampler
 from igrpo_algo.engines.vllm import VllmSampler
-from igrpo_algo.sampling import sample_group
+from igrpo_algo.rollouts.sampling import sample_group
 
 # fp32; another order of summation in attention, and a cache. Seen: 2e-5 at most.
 TOLERANCE = 5e-5

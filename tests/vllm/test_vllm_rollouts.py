@@ -5,10 +5,10 @@ import asyncio
 import pytest
 from tiny_models import engine, make_model, worst_difference
 
+from igrpo_algo.drafts.splice import TokenSplice
 from igrpo_algo.engines.vllm import VllmSampler
-from igrpo_algo.rollouts import Rollouts
-from igrpo_algo.splicing import TokenSplice
-from igrpo_algo.two_stage import stream_two_stage_rollout, two_stage_rollout
+from igrpo_algo.rollouts.records import Rollouts
+from igrpo_algo.rollouts.two_stage import stream_two_stage_rollout, two_stage_rollout
 
 QUESTIONS = [[(7 * i + j) % 90 + 5 for j in range(60 + 9 * i)] for i in range(6)]
 # The draft stands right behind the question, as when it was drawn, so the engine knows both.

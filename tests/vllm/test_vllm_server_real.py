@@ -6,12 +6,11 @@ import pytest
 from servers import VllmServer
 from tiny_models import CONTEXT, PROMPTS, engine, make_model, make_tokenizer, worst_difference
 
-from igrpo_algo.engines.vllm import VllmSampler
-from igrpo_algo.engines.vllm_http import Server, ServerDownError
-from igrpo_algo.engines.vllm_server import VllmServerSampler
-from igrpo_algo.rollouts import Rollouts
-from igrpo_algo.splicing import TokenSplice
-from igrpo_algo.two_stage import stream_two_stage_rollout, two_stage_rollout
+from igrpo_algo.drafts.splice import TokenSplice
+from igrpo_algo.engines.vllm import VllmSampler, VllmServerSampler
+from igrpo_algo.engines.vllm.http import Server, ServerDownError
+from igrpo_algo.rollouts.records import Rollouts
+from igrpo_algo.rollouts.two_stage import stream_two_stage_rollout, two_stage_rollout
 
 TOLERANCE = 5e-5  # as in test_vllm.py
 KIND = "qwen3 tied"

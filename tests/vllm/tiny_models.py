@@ -16,8 +16,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from igrpo_algo.completions import Completion
 from igrpo_algo.engines.vllm import VllmSampler
+from igrpo_algo.rollouts.completions import Completion
 
 KINDS = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),

@@ -1,0 +1,1 @@
+"""Advantages: relative to a group, to other baselines, and as each trainer computes them."""

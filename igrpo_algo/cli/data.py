@@ -1,0 +1,293 @@
+r"""Prompt sets: hub names and local files become rows of a prompt and a reference answer.
+
+Known shapes are GSM8K's (`question`, `answer` with `####`), MATH's (`problem`, `solution` with
+`\boxed{}`) and rows that are ready (`prompt`, `answer`). Other column names are arguments. Every
+error names the file, the line and the column. Nothing unpickles and no remote code runs.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..answers import extract_gold
+
+Row = dict[str, Any]
+
+QUESTION_COLUMNS = ("prompt", "question", "problem")
+ANSWER_COLUMNS = ("answer", "solution", "final_answer", "ground_truth")
+
+PAPER_SYSTEM_PROMPT = (
+    "Think the problem through first, between <think> and </think>, and then give the final "
+    "answer between <answer> and </answer>. If the prompt holds feedback or an earlier draft, use "
+    "it as guidance, not as truth: keep what is right, correct what is wrong, fill the gaps and "
+    "argue more clearly, so that your final answer is strictly better. Do not repeat the draft "
+    "word for word."
+)
+"""System prompt in the sense of iGRPO, arXiv:2602.09000, App. C, in our own words."""
+
+
+def load_prompts(
+    source: str | Path,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    system_prompt: str | None = None,
+    chat: bool = True,
+    limit: int | None = None,
+) -> list[Row]:
+    r"""Load a prompt set and bring each row to the form that trainers and rewards take.
+
+    A path that exists (`~` is your home) is read as what its name says, in either case: `.jsonl`,
+    `.json` (a list of objects), `.parquet`, or a folder that `datasets` saved to disk. A name with
+    one of these endings, or one that begins with `.`, `/` or `~`, must exist. Anything else is a
+    name on the hub.
+
+    Each row becomes `{"prompt": ..., "answer": ..., **other columns}`. The question is the first
+    column present of prompt, question, problem; the answer the first of answer, solution,
+    final_answer, ground_truth, of which `igrpo_algo.answers.extract_gold` keeps the final answer.
+    Both are looked up in the first row and must be in all. A set without an answer column yields
+    rows without `answer`: a reward of your own may not need one.
+
+    Args:
+        source: A path, or a name on the hub.
+        split: Which split of a hub set, or of a saved folder that has several.
+        config: Which configuration of a hub set ("main" of openai/gsm8k).
+        question_column: Name of the column that holds the question, a string or chat messages.
+        answer_column: Name of the column that holds the reference answer.
+        system_prompt: Put before each prompt as a system message; `PAPER_SYSTEM_PROMPT` is one.
+        chat: Whether prompts become chat messages; False leaves them strings, with the system
+            prompt and an empty line in front, for models without a chat template.
+        limit: Keep this many rows from the start; None keeps all.
+
+    Returns:
+        One dict per row.
+
+    Raises:
+        FileNotFoundError: The source looks like a path and does not exist.
+        ModuleNotFoundError: `datasets` is needed and not installed.
+        TypeError: A cell is of the wrong type.
+        ValueError: A file is malformed, empty or of an unknown kind, or lacks a column.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        ...     _ = file.write('{"question": "6 * 7?", "answer": "6 * 7 = 42\\n#### 42"}')
+        ...     file.flush()
+        ...     load_prompts(file.name)
+        [{'prompt': [{'role': 'user', 'content': '6 * 7?'}], 'answer': '42'}]
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be >= 1, got {limit}")
+    rows: list[Row] = []
+    format_: _RowFormat | None = None
+    for place, row in itertools.islice(_read(source, split, config), limit):
+        if format_ is None:
+            question, answer = _choose_columns(row, place, question_column, answer_column)
+            format_ = _RowFormat(question, answer, system_prompt, chat)
+        rows.append(format_.prepare(row, place))
+    if not rows:
+        raise ValueError(f"{source} holds no rows")
+    return rows
+
+
+def prepare_prompt(
+    question: object, *, system_prompt: str | None = None, chat: bool = True
+) -> str | list[dict[str, Any]]:
+    r"""Turn a question into a prompt: chat messages, or a string for models without a template.
+
+    Args:
+        question: A string, or a list of messages with `role` and `content`.
+        system_prompt: Put in front; refused where the messages begin with a system message.
+        chat: Whether the prompt is a list of messages.
+
+    Returns:
+        The prompt; the argument is not changed.
+
+    Raises:
+        TypeError: The question is neither a string nor a list of messages.
+        ValueError: It is empty, holds messages none of which is the user's, has a system message
+            besides `system_prompt`, or is a list of messages where `chat` is False.
+
+    Examples:
+        >>> prepare_prompt("6 * 7?", system_prompt="Be brief.", chat=False)
+        'Be brief.\n\n6 * 7?'
+    """
+    if not isinstance(question, str):
+        return _prepare_messages(question, system_prompt, chat)
+    if not question.strip():
+        raise ValueError("a prompt must not be empty")
+    if chat:
+        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        return [*system, {"role": "user", "content": question}]
+    return question if system_prompt is None else f"{system_prompt}\n\n{question}"
+
+
+def _prepare_messages(
+    question: object, system_prompt: str | None, chat: bool
+) -> list[dict[str, Any]]:
+    if not isinstance(question, Sequence) or not all(
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m
+        for m in question
+    ):
+        raise TypeError(f"a prompt must be a string or a list of messages, got {question!r}")
+    if not question:
+        raise ValueError("a prompt must not be empty")
+    if all(message["role"] != "user" for message in question):
+        raise ValueError("a prompt of messages must hold one with the role 'user'")
+    if not chat:
+        raise ValueError("chat messages need a model with a chat template")
+    messages = [dict(message) for message in question]
+    if system_prompt is None:
+        return messages
+    if messages[0]["role"] == "system":
+        raise ValueError("system_prompt can't be added: the messages begin with a system message")
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
+@dataclass(frozen=True)
+class _RowFormat:
+    """Which columns hold what, and what a prompt is to look like."""
+
+    question: str
+    answer: str | None
+    system_prompt: str | None
+    chat: bool
+
+    def prepare(self, row: Row, place: str) -> Row:
+        question = _cell(row, self.question, place)
+        prepared = {key: row[key] for key in row if key not in (self.question, self.answer)}
+        with _locate_errors(place, self.question):
+            prepared["prompt"] = prepare_prompt(
+                question, system_prompt=self.system_prompt, chat=self.chat
+            )
+        if self.answer is not None:
+            answer = _cell(row, self.answer, place)
+            with _locate_errors(place, self.answer):
+                prepared["answer"] = extract_gold(answer)
+        return prepared
+
+
+def _choose_columns(
+    first: Row, place: str, question_column: str | None, answer_column: str | None
+) -> tuple[str, str | None]:
+    """Find the columns by the first row: those named, or else the first known ones."""
+    for argument, name in (("question", question_column), ("answer", answer_column)):
+        if name is not None and name not in first:
+            raise ValueError(f"{place}: {argument}_column {name!r} is not among {sorted(first)}")
+    question = question_column or next((name for name in QUESTION_COLUMNS if name in first), None)
+    if question is None:
+        raise ValueError(
+            f"{place}: no column {', '.join(QUESTION_COLUMNS)} among {sorted(first)}; "
+            "name it with question_column"
+        )
+    return question, answer_column or next((n for n in ANSWER_COLUMNS if n in first), None)
+
+
+def _cell(row: Row, column: str, place: str) -> object:
+    if column not in row:
+        raise ValueError(f"{place}: column {column!r} is missing, the row has {sorted(row)}")
+    return row[column]
+
+
+@contextmanager
+def _locate_errors(place: str, column: str) -> Iterator[None]:
+    """Make the errors of a block say where the cell stands."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{place}, column {column!r}: {error}") from error
+
+
+def _read(source: str | Path, split: str, config: str | None) -> Iterator[tuple[str, Row]]:
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+    if path.is_file():
+        if suffix not in readers:
+            raise ValueError(f"{path}: unknown kind of file, wanted {', '.join(readers)}")
+        return readers[suffix](path)
+    if path.is_dir():
+        return _read_saved(path, split)
+    if suffix in readers or str(source).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{source} does not exist")
+    return _read_hub(str(source), split, config)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}, line {number}", _object(line, f"{path}, line {number}")
+
+
+def _object(line: bytes, place: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # bad JSON, no UTF-8, or nested too deeply
+        raise ValueError(f"{place}: not JSON: {error}") from error
+    return _checked(row, place)
+
+
+def _checked(row: object, place: str) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: wanted an object, got {type(row).__name__}")
+    return row
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: wanted a list of objects, got {type(rows).__name__}")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", _checked(row, f"{path}, row {number}")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not parquet: {error}") from error
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield f"{path}, row {number}", row
+
+
+def _read_saved(path: Path, split: str) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+        raise ValueError(f"{path}: not a folder saved by datasets; name a file inside it instead")
+    saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise ValueError(f"{path}: no split {split!r} among {sorted(saved)}")
+        saved = saved[split]
+    return _numbered(str(path), saved)
+
+
+def _read_hub(name: str, split: str, config: str | None) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, config, split=split)
+    except Exception as error:
+        raise ValueError(
+            f"dataset {name!r} (config {config!r}, split {split!r}) is no local file and could "
+            f"not be loaded from the hub: {error}"
+        ) from error
+    return _numbered(f"{name}[{split}]", rows)
+
+
+def _numbered(name: str, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    return ((f"{name}, row {number}", dict(row)) for number, row in enumerate(rows, 1))

@@ -1,0 +1,189 @@
+"""What the finished runs say, in numbers and in words, whichever way it goes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from .plan import ARMS, Plan
+
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t at 97.5 % for 1 to 9 degrees of freedom."""
+NORMAL_QUANTILE = 1.960
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval.
+
+    Examples:
+        >>> Interval(-0.05, -0.08, -0.02).excludes_zero
+        True
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+def interval_over_seeds(values: Sequence[float]) -> Interval:
+    """Mean over seeds with Student's t interval.
+
+    mean +- t * std / sqrt(n), ddof 1
+
+    Two seeds or more: it holds what differs from run to run, the sampled answers included.
+
+    Examples:
+        >>> interval_over_seeds([0.25, 0.5, 0.75])
+        Interval(mean=0.5, low=-0.121..., high=1.121...)
+    """
+    count = len(values)
+    if count < 2:
+        raise ValueError(f"values must have one number per seed, two at least, got {count}")
+    quantile = T_QUANTILES[count - 2] if count - 2 < len(T_QUANTILES) else NORMAL_QUANTILE
+    half = quantile * stdev(values) / math.sqrt(count)
+    return Interval(fmean(values), fmean(values) - half, fmean(values) + half)
+
+
+def interval_over_problems(per_problem: Sequence[float]) -> Interval:
+    """Mean over held-out problems with the normal interval; says nothing about other seeds."""
+    count = len(per_problem)
+    half = NORMAL_QUANTILE * stdev(per_problem) / math.sqrt(count)
+    return Interval(fmean(per_problem), fmean(per_problem) - half, fmean(per_problem) + half)
+
+
+def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval:
+    """Difference of two arms' accuracy, paired by seed, or by problem where there is one seed.
+
+    Args:
+        ours: Share of right answers to each held-out problem, one list per seed.
+        theirs: The same of the other arm; seeds and problems in the same order.
+    """
+    if len(ours) == 1:
+        pairs = zip(ours[0], theirs[0], strict=True)
+        return interval_over_problems([mine - other for mine, other in pairs])
+    seeds = zip(ours, theirs, strict=True)
+    return interval_over_seeds([fmean(mine) - fmean(other) for mine, other in seeds])
+
+
+def summarize(
+    plan: Plan,
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Collect the numbers behind the verdict.
+
+    Args:
+        plan: The settings of all runs.
+        results: The finished runs of each arm, ordered by seed.
+        rows: The metrics of these runs.
+    """
+    arms = {}
+    for arm, runs in results.items():
+        arms[arm] = {
+            "label": ARMS[arm].label,
+            "completions": plan.steps * plan.prompts_per_step * ARMS[arm].completions,
+            "accuracy": _spread([run["accuracy"] for run in runs]),
+            "refined_accuracy": _spread([run["refined_accuracy"] for run in runs]),
+            "late_zero_variance": late_mean(plan, rows, arm, "zero_variance"),
+            "late_copied_drafts": late_mean(plan, rows, arm, "copied_drafts"),
+            "cpu_seconds": sum(run["cpu_seconds"] for run in runs),
+        }
+    differences = {
+        arm: asdict(
+            difference(
+                [_shares(run, plan) for run in runs],
+                [_shares(run, plan) for run in results["grpo"]],
+            )
+        )
+        for arm, runs in results.items()
+        if arm != "grpo"
+    }
+    return {
+        "seeds": [run["seed"] for run in next(iter(results.values()))],
+        "held_out": plan.held_out,
+        "answers_per_problem": plan.final_samples,
+        "base_accuracy": next(row["accuracy"] for row in rows if row["step"] == 0),
+        "arms": arms,
+        "difference_to_grpo": differences,
+    }
+
+
+def late_mean(plan: Plan, rows: Sequence[Mapping[str, Any]], arm: str, metric: str) -> float | None:
+    """Mean of a training metric over the last fifth of the steps, or None where it has no rows."""
+    late = [
+        row[metric]
+        for row in rows
+        if row["arm"] == arm and row["step"] > 0.8 * plan.steps and row.get(metric) is not None
+    ]
+    return fmean(late) if late else None
+
+
+def _shares(run: Mapping[str, Any], plan: Plan) -> list[float]:
+    return [right / plan.final_samples for right in run["right"]]
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {"mean": fmean(values), "by_seed": list(values)}
+
+
+def write_verdict(summary: Mapping[str, Any]) -> str:
+    """Say in plain words what the numbers show."""
+    seeds = len(summary["seeds"])
+    completions = next(iter(summary["arms"].values()))["completions"]
+    lines = [
+        f"Single-shot accuracy on {summary['held_out']:,} held-out problems after {completions:,} "
+        f"completions per run, {_count(seeds, 'seed')}; {_percent(summary['base_accuracy'])} "
+        "before training."
+    ]
+    for arm in summary["arms"].values():
+        lines.append(
+            f"  {arm['label']}: {_percent(arm['accuracy']['mean'])}"
+            f"{_range(arm['accuracy']['by_seed'])}; draft, then refine: "
+            f"{_percent(arm['refined_accuracy']['mean'])}"
+        )
+        lines.append(f"    {_late(arm)}")
+    for name, interval in summary["difference_to_grpo"].items():
+        label = summary["arms"][name]["label"]
+        lines.append(_judge(label, Interval(**interval), seeds))
+    return "\n".join(lines)
+
+
+def _judge(label: str, gap: Interval, seeds: int) -> str:
+    numbers = (
+        f"{100 * gap.mean:+.1f} points, 95 % interval {100 * gap.low:+.1f} to {100 * gap.high:+.1f}"
+    )
+    basis = f"over {seeds} seeds" if seeds > 1 else "over problems; other seeds may differ"
+    if not gap.excludes_zero:
+        return f"{label} and GRPO cannot be told apart here: {numbers} ({basis})."
+    word = "better" if gap.mean > 0 else "worse"
+    return f"{label} did {word} than GRPO here: {numbers} ({basis})."
+
+
+def _late(arm: Mapping[str, Any]) -> str:
+    text = (
+        f"last fifth of training: {_percent(arm['late_zero_variance'])} of groups without variance"
+    )
+    if arm["late_copied_drafts"] is None:
+        return text
+    return f"{text}, {_percent(arm['late_copied_drafts'])} of refinements copy their draft"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _range(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return ""
+    return f" (seeds {100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,238 @@
+"""Which draft goes into the Stage-2 prompt, and which end of it.
+
+d* = argmax_i R(d_i)   (iGRPO, Hatamizadeh et al. 2026, arXiv:2602.09000, equation 2)
+
+The paper does not say what happens to ties, to drafts that could not be scored and to long ones:
+here each is an argument or a documented rule. The best draft is the method; the worst and a random
+one are its controls.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from igrpo_kernels.checks import (
+    check_count,
+    check_floating,
+    check_integral,
+    check_rank,
+    check_shape,
+    check_tensor,
+    describe,
+)
+
+Ids = TypeVar("Ids", list[int], Tensor)
+Keep = Literal["tail", "head"]
+
+
+class BestDraft(NamedTuple):
+    """One chosen draft for each prompt.
+
+    Attributes:
+        index: Position of the draft among its prompt's N; -1 where none was scored. Shape [P].
+        reward: Its reward; NaN where none was scored. Shape [P].
+        found: Whether any draft of the prompt was scored. Shape [P].
+    """
+
+    index: Tensor  # type: ignore[assignment]  # the field takes the place of tuple.index
+    reward: Tensor
+    found: Tensor
+
+
+def select_best_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> BestDraft:
+    """Choose each prompt's draft of highest reward.
+
+    index[p] = argmax_n rewards[p, n]
+
+    Order: highest reward, then highest tie score, then lowest index. A reward of NaN means that the
+    draft could not be scored, and it is never chosen; +inf and -inf are rewards like any other.
+    That all drafts failed is no special case: equal rewards are a tie, whatever their value. A tie
+    score of NaN ranks with -inf. iGRPO: arXiv:2602.09000, equation 2; the order of ties is ours.
+
+    Args:
+        rewards: Reward of each draft; floating point, since the result may hold NaN. Shape [P, N].
+        tie_scores: Ranks drafts of equal reward: `shortest_first(lengths)`, `random_ties(...)` or
+            any scores of your own, integer or floating point. Shape [P, N].
+
+    Returns:
+        `index` [P] int64, `reward` [P] of the dtype of `rewards` and detached, `found` [P] bool. A
+        row of NaN gives -1, NaN, False. P = 0 gives empty tensors. The host is never waited for.
+
+    Raises:
+        TypeError: `rewards` is not floating point, or `tie_scores` is no tensor of real numbers.
+        ValueError: The shapes are not [P, N], or N is 0.
+
+    Examples:
+        >>> select_best_draft(torch.tensor([[0.0, 1.0, 1.0], [math.nan, -2.0, -3.0]])).index
+        tensor([1, 1])
+    """
+    rewards = _check_rewards(rewards)
+    leads = _highest(rewards, ~rewards.isnan())
+    if tie_scores is not None:
+        if not check_tensor("tie_scores", tie_scores).is_floating_point():
+            check_integral("tie_scores", tie_scores)
+        check_shape("tie_scores", tie_scores, rewards.shape, "[P, N]")
+        leads = _highest(tie_scores.detach(), leads)
+    found = leads.any(dim=-1)
+    position = torch.arange(rewards.shape[1], device=rewards.device)
+    first = torch.where(leads, position, rewards.shape[1] - 1).amin(dim=-1)
+    reward = rewards.gather(-1, first.unsqueeze(-1)).squeeze(-1)
+    return BestDraft(torch.where(found, first, -1), torch.where(found, reward, math.nan), found)
+
+
+def select_worst_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> BestDraft:
+    """Choose each prompt's draft of lowest reward: a control for `select_best_draft`.
+
+    index[p] = argmin_n rewards[p, n]
+
+    Ties and NaN are as in `select_best_draft`: of equal rewards, the highest tie score wins here
+    too.
+
+    Args:
+        rewards: Reward of each draft; NaN could not be scored, never chosen. Shape [P, N].
+        tie_scores: Ranks drafts of equal reward. Shape [P, N].
+
+    Returns:
+        As `select_best_draft`, with the chosen draft's own reward.
+
+    Raises:
+        TypeError: `rewards` is not floating point, or `tie_scores` is no tensor of real numbers.
+        ValueError: The shapes are not [P, N], or N is 0.
+
+    Examples:
+        >>> select_worst_draft(torch.tensor([[0.0, 1.0, math.nan]])).index
+        tensor([0])
+    """
+    best = select_best_draft(-_check_rewards(rewards), tie_scores=tie_scores)
+    return best._replace(reward=-best.reward)
+
+
+def select_random_draft(rewards: Tensor, *, generator: torch.Generator) -> BestDraft:
+    """Choose one of each prompt's scored drafts at random: a control for `select_best_draft`.
+
+    index[p] ~ uniform over the n whose rewards[p, n] is not NaN
+
+    All scored drafts tie and `random_ties` decides, so one generator state gives one choice on
+    every device.
+
+    Args:
+        rewards: Reward of each draft; NaN could not be scored, never chosen. Shape [P, N].
+        generator: The source of randomness; it may live on another device than `rewards`.
+
+    Returns:
+        As `select_best_draft`, with the chosen draft's own reward.
+
+    Raises:
+        TypeError: `rewards` is not floating point.
+        ValueError: The shape is not [P, N], or N is 0.
+
+    Examples:
+        >>> rewards = torch.tensor([[0.0, torch.nan], [torch.nan, 1.0]])
+        >>> select_random_draft(rewards, generator=torch.Generator().manual_seed(0)).index
+        tensor([0, 1])
+    """
+    rewards = _check_rewards(rewards)
+    equal = torch.where(rewards.isnan(), rewards, 0.0)
+    ties = random_ties(rewards.shape, generator=generator).to(rewards.device)
+    chosen = select_best_draft(equal, tie_scores=ties)
+    reward = rewards.gather(-1, chosen.index.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return chosen._replace(reward=reward)
+
+
+def shortest_first(lengths: Tensor) -> Tensor:
+    """Make tie scores that prefer the shorter draft: -lengths.
+
+    Args:
+        lengths: Tokens of each draft, integers. Shape [P, N].
+
+    Returns:
+        Tie scores for `select_best_draft` in int64. Shape [P, N].
+
+    Raises:
+        TypeError: `lengths` is not an integer tensor.
+
+    Examples:
+        >>> lengths = torch.tensor([[30, 20, 20]])
+        >>> select_best_draft(torch.ones(1, 3), tie_scores=shortest_first(lengths)).index
+        tensor([1])
+    """
+    return -check_integral("lengths", lengths).to(torch.int64)
+
+
+def random_ties(shape: Sequence[int], *, generator: torch.Generator) -> Tensor:
+    """Make tie scores that prefer none: uniform in [0, 1).
+
+    Args:
+        shape: Of the rewards, [P, N].
+        generator: The source of randomness.
+
+    Returns:
+        Tie scores for `select_best_draft` in float32, on the generator's device. Shape [P, N].
+
+    Raises:
+        TypeError: `generator` is no torch.Generator.
+
+    Examples:
+        >>> random_ties((1, 3), generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([1, 3])
+    """
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {describe(generator)}")
+    return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
+
+
+def truncate_draft(draft_ids: Ids, max_tokens: int, *, keep: Keep = "tail") -> Ids:
+    """Cut a draft to at most `max_tokens` tokens.
+
+    keep="tail" cuts the beginning and keeps the last tokens, where the final answer stands;
+    keep="head" cuts the end and keeps the first. A draft that fits comes back whole, and
+    `max_tokens=0` gives an empty one. The paper states no rule for long drafts.
+
+    Args:
+        draft_ids: A list of token ids, or a tensor of shape [T].
+        max_tokens: The most tokens to keep.
+        keep: Which end to keep.
+
+    Returns:
+        A new list, or a view of the tensor: the type of `draft_ids`.
+
+    Raises:
+        TypeError: `draft_ids` is neither list nor integer tensor, or `max_tokens` no int.
+        ValueError: The tensor is not of shape [T], `max_tokens` is negative, or `keep` is neither.
+
+    Examples:
+        >>> truncate_draft([5, 6, 7, 8], 3)
+        [6, 7, 8]
+    """
+    if isinstance(draft_ids, Tensor):
+        check_rank("draft_ids", check_integral("draft_ids", draft_ids), 1, "[T]")
+    elif not isinstance(draft_ids, list):
+        raise TypeError(f"draft_ids must be a list or a tensor, got {describe(draft_ids)}")
+    check_count("max_tokens", max_tokens, at_least=0)
+    if check_keep(keep) == "head":
+        return draft_ids[:max_tokens]
+    return draft_ids[max(len(draft_ids) - max_tokens, 0) :]
+
+
+def check_keep(keep: Keep) -> Keep:
+    """Return `keep` if it is "tail" or "head"; raise ValueError otherwise."""
+    if keep not in ("tail", "head"):
+        raise ValueError(f"keep must be 'tail' or 'head', got {keep!r}")
+    return keep
+
+
+def _check_rewards(rewards: Tensor) -> Tensor:
+    check_rank("rewards", check_floating("rewards", rewards), 2, "[P, N]")
+    if rewards.shape[1] == 0:
+        raise ValueError(f"rewards must hold at least one draft, got shape {list(rewards.shape)}")
+    return rewards.detach()
+
+
+def _highest(values: Tensor, among: Tensor) -> Tensor:
+    """Mark those of the entries `among` whose value is the highest in its row; NaN ranks lowest."""
+    lowest = -math.inf if values.is_floating_point() else torch.iinfo(values.dtype).min
+    ranked = values.masked_fill(values.isnan() | ~among, lowest)
+    return among & (ranked == ranked.amax(dim=-1, keepdim=True))

@@ -1,0 +1,275 @@
+"""A sampler over vLLM in this process: continuous batching, a prefix cache, weights synced live."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from igrpo_kernels.checks import check_count, check_number
+
+from ...rollouts.completions import Completion
+from ...rollouts.sampling import Groups, Prompt, prompt_seeds
+from ..prompts import encode_all, encode_prompt, request_seed, stop_ids
+from ..weights import WantedWeights, Weights, as_folder, memory_folder, open_weights
+from .engine import is_in_process, loop_of, make_engine, wanted_by
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+HALF_WRITTEN = (
+    "a failed sync_weights left this vLLM engine with weights that are half old and half new: "
+    "make a new engine"
+)
+
+
+class VllmSampler:
+    """Draws completions with vLLM, each with the log-probs it was drawn at.
+
+    The distribution of the next token is softmax(logits / temperature), cut to the nucleus `top_p`
+    and normalized again. Each completion is one request with a seed of its own, so seeds give the
+    same samples in whatever batch a prompt stands (up to rounding in the model). Temperature 0 is
+    greedy decoding, and its `logprobs` are None: a ratio against a point mass means nothing.
+
+    Prompts are encoded here, as by `TransformersSampler`, and none is ever cut. The stop token is
+    the last of `token_ids`, and not in `text`.
+
+    All calls, from whatever thread or event loop, share the engine's batch: while one completion
+    ends, others begin. To cancel `sample_one` takes its requests out of the engine. Requests of
+    lower `priority` go first if the engine was made with scheduling_policy="priority" (as this
+    class makes it); otherwise first come, first served. Nothing else may use the engine while a
+    call is running; several samplers over one engine may.
+
+    Args:
+        llm: A `vllm.LLM`, made with logprobs_mode="processed_logprobs" (the default gives log-probs
+            before the temperature, which no ratio may use); or a model's folder or name, from which
+            one is made.
+        max_new_tokens: Most tokens of a completion.
+        temperature: Divides the logits; 0 decodes greedily.
+        top_p: Probability mass of the nucleus, in (0, 1].
+        stop_token_ids: Tokens that end a completion; None takes those of the model's generation
+            config, or else the tokenizer's end of sequence.
+        tokenizer: None takes the engine's.
+        engine_options: Further arguments of the `LLM` that is made, `dtype` or `max_model_len` say.
+            On CPU `block_size` is 32 unless it is given: the prefix cache holds whole blocks only.
+
+    Attributes:
+        llm: The engine.
+        prompt_tokens: Tokens of all prompts so far, once per completion.
+        cached_tokens: Those of them that the prefix cache served.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        TypeError: `llm` is neither an `LLM` nor a path.
+        ValueError: A number is out of range, an option has no effect, the engine gives other
+            log-probs, or its context has no room for a prompt.
+
+    Examples:
+        `sampler = VllmSampler("Qwen/Qwen3-0.6B", max_new_tokens=512)`, then
+        `sample_group(["2 + 2 ="], sampler, 4)`
+    """
+
+    def __init__(
+        self,
+        llm: "LLM | str | Path",
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        stop_token_ids: Sequence[int] | None = None,
+        tokenizer: Any = None,
+        engine_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+        self.temperature = check_number("temperature", temperature, at_least=0)
+        self.top_p = check_number("top_p", top_p, above=0, at_most=1)
+        if self.temperature == 0 and self.top_p < 1:
+            raise ValueError(f"top_p has no effect at temperature 0, got {top_p}")
+        self.llm = make_engine(llm, engine_options)
+        config = self.llm.llm_engine.vllm_config
+        mode = config.model_config.logprobs_mode
+        if mode != "processed_logprobs":
+            raise ValueError(
+                "llm must be made with logprobs_mode='processed_logprobs', the log-probs of the "
+                f"distribution that draws, got {mode!r}"
+            )
+        self.max_prompt_tokens = config.model_config.max_model_len - self.max_new_tokens
+        if self.max_prompt_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in the engine's "
+                f"context of {config.model_config.max_model_len} tokens"
+            )
+        self._tokenizer = tokenizer
+        if stop_token_ids is None:
+            own = config.model_config.try_get_generation_config().get("eos_token_id")
+            stop_token_ids = stop_ids(own, self.tokenizer.eos_token_id)
+        self.stop_token_ids = list(stop_token_ids)
+        self.prompt_tokens = self.cached_tokens = 0
+        self._loop = loop_of(self.llm)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that prompts and completions go through."""
+        return self.llm.get_tokenizer() if self._tokenizer is None else self._tokenizer
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Give the token ids that the model sees for a prompt."""
+        return encode_prompt(self.tokenizer, prompt)
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        *,
+        seed: int | Sequence[int] | None = None,
+        priority: int = 0,
+    ) -> Groups:
+        """Draw n completions of each prompt.
+
+        Args:
+            prompts: P strings, lists of chat messages, or lists of token ids.
+            n: Completions per prompt, at least 1.
+            seed: One for all prompts, or one per prompt; None draws fresh ones from the system.
+            priority: Lower goes first.
+
+        Returns:
+            P lists of n completions.
+
+        Raises:
+            ValueError: A prompt has no tokens, or more than `max_prompt_tokens`.
+            RuntimeError: An earlier `sync_weights` failed half-way.
+        """
+        encoded = encode_all(self, prompts, n)
+        seeds = prompt_seeds(secrets.randbits(63) if seed is None else seed, len(encoded))
+        assert seeds is not None
+        groups = [
+            self._request(ids, n, own, priority) for ids, own in zip(encoded, seeds, strict=True)
+        ]
+        try:
+            return [[self._completion(future.result()) for future in group] for group in groups]
+        finally:
+            _cancel(future for group in groups for future in group)
+
+    async def sample_one(
+        self, prompt: Prompt, n: int, *, seed: int | None = None, priority: int = 0
+    ) -> list[Completion]:
+        """Draw n completions of one prompt, the same as `sample([prompt], n, seed=[seed])`.
+
+        Args:
+            prompt: A string, a list of chat messages, or a list of token ids.
+            n: Completions, at least 1.
+            seed: Fixes them; None draws a fresh one from the system.
+            priority: Lower goes first.
+
+        Returns:
+            n completions.
+
+        Raises:
+            ValueError: The prompt has no tokens, or more than `max_prompt_tokens`.
+            RuntimeError: An earlier `sync_weights` failed half-way.
+        """
+        drawn = {}
+        async for position, completion in self.stream_one(prompt, n, seed=seed, priority=priority):
+            drawn[position] = completion
+        return [drawn[position] for position in range(n)]
+
+    async def stream_one(
+        self, prompt: Prompt, n: int, *, seed: int | None = None, priority: int = 0
+    ) -> AsyncGenerator[tuple[int, Completion], None]:
+        """Yield what `sample_one` returns as (position, completion), each as soon as it is done."""
+        (ids,) = encode_all(self, [prompt], n)
+        futures = self._request(ids, n, secrets.randbits(63) if seed is None else seed, priority)
+        waiting = {asyncio.wrap_future(future): i for i, future in enumerate(futures)}
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for each in done:
+                    yield waiting.pop(each), self._completion(each.result())
+        finally:
+            for each in waiting:
+                each.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    def sync_weights(self, weights: Weights | str | Path) -> None:
+        """Take over weights, all of them or none, and forget what the prefix cache holds.
+
+        Waits until the requests in flight are done; later ones wait for it. Names and shapes are
+        compared with those of the model's files before anything is written: on an error there the
+        old weights are whole. If vLLM fails while it writes, the engine refuses all later requests.
+        Tied weights may come under each of their names or under one. Values are cast to the
+        engine's dtype. In an engine of several processes the tensors take the way over a folder in
+        memory (/dev/shm), where the machine has one.
+
+        Args:
+            weights: A state dict with the names of the model's files (as transformers gives it), or
+                a folder with `*.safetensors` files.
+
+        Raises:
+            FileNotFoundError: The folder holds no safetensors file.
+            TypeError: `weights` is neither, or a value of it is no whole tensor.
+            ValueError: A weight is missing, unknown, or of another shape.
+            RuntimeError: vLLM failed to write them, now or earlier.
+        """
+        new = open_weights(weights)
+        wanted = wanted_by(self.llm)
+        wanted.check(new)
+        self._loop.alone(lambda: self._write(wanted, new)).result()
+
+    def _write(self, wanted: WantedWeights, new: Weights) -> None:
+        try:
+            if is_in_process(self.llm):
+                self._reload(weights_iterator=wanted.complete(new))
+            else:
+                with as_folder(wanted, new, memory_folder()) as folder:
+                    self._reload(weights_path=str(folder))
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError("vLLM did not reset its prefix cache")
+        except Exception as error:
+            self._loop.retire(HALF_WRITTEN)
+            raise RuntimeError(HALF_WRITTEN) from error
+
+    def _reload(self, **source: Any) -> None:
+        self.llm.collective_rpc("reload_weights", kwargs=source)
+
+    def _request(self, ids: list[int], n: int, seed: int, priority: int) -> list[Future[Any]]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return [
+            self._loop.request(
+                {"prompt_token_ids": ids},
+                SamplingParams(
+                    temperature=self.temperature,
+                    top_p=self.top_p,
+                    seed=request_seed(seed) + index,
+                    max_tokens=self.max_new_tokens,
+                    stop_token_ids=self.stop_token_ids,
+                    ignore_eos=True,  # stop_token_ids are all that stops
+                    logprobs=0,  # of the token drawn
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                ),
+                priority,
+            )
+            for index in range(n)
+        ]
+
+    def _completion(self, output: Any) -> Completion:
+        self.prompt_tokens += len(output.prompt_token_ids)
+        self.cached_tokens += output.num_cached_tokens or 0
+        (drawn,) = output.outputs
+        ids = list(drawn.token_ids)
+        logprobs = None
+        if self.temperature > 0:
+            steps = zip(drawn.logprobs, ids, strict=True)
+            logprobs = [float(step[token].logprob) for step, token in steps]
+        if drawn.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM gave a completion up: finish reason {drawn.finish_reason!r}")
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return Completion(ids, text, logprobs, drawn.finish_reason)
+
+
+def _cancel(futures: Any) -> None:
+    for future in futures:
+        future.cancel()

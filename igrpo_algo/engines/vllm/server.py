@@ -1,0 +1,260 @@
+"""A sampler over vLLM's OpenAI-compatible servers: spread by load, and without those that died."""
+
+import asyncio
+import secrets
+import threading
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from igrpo_kernels.checks import check_count, check_number
+
+from ...rollouts.completions import Completion
+from ...rollouts.sampling import Groups, Prompt, prompt_seeds, run_blocking
+from ..prompts import encode_all, encode_prompt, request_seed
+from ..weights import FolderWeights, WantedWeights, Weights, as_folder, memory_folder, open_weights
+from .http import check_urls
+from .pool import ServerPool
+
+
+class VllmServerSampler:
+    """Draws completions from vLLM servers, each with the log-probs it was drawn at.
+
+    As `VllmSampler`, over HTTP: on the same weights the same seeds give the same samples (up to
+    rounding). Prompts are encoded here and sent as token ids, so none is cut and no template runs
+    on the server. Each prompt goes to the server that has the fewest completions to draw. One that
+    does not answer (no connection, a broken one, a status of 5xx) is left out for `retry_after`
+    seconds, and its requests go to another one; an error names each server and what it said. To
+    cancel `sample_one` closes the connection, and the server drops the request.
+
+    Start the servers with `--logprobs-mode processed_logprobs`: two requests of one token find out
+    if a server gives log-probs before the temperature, which no ratio may use. With
+    `--scheduling-policy priority`, requests of lower `priority` go first. `sync_weights` needs
+    VLLM_SERVER_DEV_MODE=1 in their environment; keep such servers off public networks.
+
+    Args:
+        urls: The servers, "http://host:port"; one or several, all with the same model.
+        tokenizer: The model's tokenizer.
+        max_new_tokens: Most tokens of a completion.
+        temperature: Divides the logits; 0 decodes greedily, with `logprobs` None.
+        top_p: Probability mass of the nucleus, in (0, 1].
+        stop_token_ids: Tokens that end a completion; None takes those of the model's generation
+            config, as the server reads it.
+        model: The name under which it is served; None takes the first that a server lists.
+        headers: Sent with each request: {"Authorization": "Bearer ..."}, say.
+        timeout: Seconds to wait for the answer to a request; None waits for ever.
+        retry_after: Seconds for which a server that did not answer is left out.
+        max_requests: Most requests at a time that `sample` sends.
+        sync_folder: Where `sync_weights` writes a state dict for the servers to read; None takes
+            this machine's memory (/dev/shm) or temporary folder.
+
+    Attributes:
+        prompt_tokens: Tokens of all prompts so far, once per prompt, as the servers count them.
+        cached_tokens: Those of them that a prefix cache served; 0 unless the servers were started
+            with `--enable-prompt-tokens-details`.
+
+    Raises:
+        ConnectionError: No server answers.
+        TypeError: `urls` is neither a string nor a list of strings.
+        ValueError: A number is out of range, a URL is none or answers with something else than
+            vLLM does, servers differ in their model, or a server gives other log-probs.
+
+    Examples:
+        `VllmServerSampler(["http://a:8000", "http://b:8000"], tokenizer, max_new_tokens=512)`
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        stop_token_ids: Sequence[int] | None = None,
+        model: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        retry_after: float = 30.0,
+        max_requests: int = 256,
+        sync_folder: str | Path | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+        self.temperature = check_number("temperature", temperature, at_least=0)
+        self.top_p = check_number("top_p", top_p, above=0, at_most=1)
+        if self.temperature == 0 and self.top_p < 1:
+            raise ValueError(f"top_p has no effect at temperature 0, got {top_p}")
+        if timeout is not None:
+            check_number("timeout", timeout, above=0)
+        self.stop_token_ids = None if stop_token_ids is None else list(stop_token_ids)
+        self.max_requests = check_count("max_requests", max_requests)
+        self.sync_folder = memory_folder() if sync_folder is None else Path(sync_folder)
+        self.prompt_tokens = self.cached_tokens = 0
+        pause = check_number("retry_after", retry_after, at_least=0)
+        needs_logprobs = self.temperature > 0
+        self._pool = ServerPool(check_urls(urls), model, needs_logprobs, pause, headers, timeout)
+        self._syncing = threading.Lock()
+        self._wanted: WantedWeights | None = None
+        run_blocking(self._pool.contact())
+        self.max_prompt_tokens = self._pool.context - self.max_new_tokens
+        if self.max_prompt_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in the servers' "
+                f"context of {self._pool.context} tokens"
+            )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Give the token ids that the model sees for a prompt."""
+        return encode_prompt(self.tokenizer, prompt)
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        *,
+        seed: int | Sequence[int] | None = None,
+        priority: int = 0,
+    ) -> Groups:
+        """Draw n completions of each prompt.
+
+        Args:
+            prompts: P strings, lists of chat messages, or lists of token ids.
+            n: Completions per prompt, at least 1.
+            seed: One for all prompts, or one per prompt; None draws fresh ones from the system.
+            priority: Lower goes first.
+
+        Returns:
+            P lists of n completions.
+
+        Raises:
+            ConnectionError: No server answers; the message names each and why.
+            ValueError: A prompt has no tokens, or more than `max_prompt_tokens`.
+            RuntimeError: A server refused a request, or an earlier `sync_weights` failed half-way.
+        """
+        encoded = encode_all(self, prompts, n)
+        seeds = prompt_seeds(secrets.randbits(63) if seed is None else seed, len(encoded))
+        assert seeds is not None
+        return run_blocking(self._sample_all(encoded, n, seeds, priority))
+
+    async def sample_one(
+        self, prompt: Prompt, n: int, *, seed: int | None = None, priority: int = 0
+    ) -> list[Completion]:
+        """Draw n completions of one prompt, the same as `sample([prompt], n, seed=[seed])`.
+
+        Args:
+            prompt: A string, a list of chat messages, or a list of token ids.
+            n: Completions, at least 1.
+            seed: Fixes them; None draws a fresh one from the system.
+            priority: Lower goes first.
+
+        Returns:
+            n completions.
+
+        Raises:
+            ConnectionError: No server answers; the message names each and why.
+            ValueError: The prompt has no tokens, or more than `max_prompt_tokens`.
+            RuntimeError: A server refused the request, or an earlier `sync_weights` failed.
+        """
+        (ids,) = encode_all(self, [prompt], n)
+        own = request_seed(secrets.randbits(63) if seed is None else seed)
+        return await self._draw(ids, n, own, priority)
+
+    async def stream_one(
+        self, prompt: Prompt, n: int, *, seed: int | None = None, priority: int = 0
+    ) -> AsyncGenerator[tuple[int, Completion], None]:
+        """Yield what `sample_one` returns as (position, completion), each as soon as it is done.
+
+        Each completion is a request of its own here.
+        """
+        (ids,) = encode_all(self, [prompt], n)
+        own = request_seed(secrets.randbits(63) if seed is None else seed)
+        tasks = {
+            asyncio.create_task(self._draw(ids, 1, own + position, priority)): position
+            for position in range(n)
+        }
+        try:
+            while tasks:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield tasks.pop(task), task.result()[0]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def sync_weights(self, weights: Weights | str | Path) -> None:
+        """Take over weights on every server, all of them or none; empty their prefix caches.
+
+        Names and shapes are compared with those of the files that the servers name as their
+        model's, which must be readable here. Then each server is paused (what it has begun it
+        ends), reads the folder, empties its cache and goes on. If one cannot be paused, none
+        is written. If one fails later, the sampler refuses all further requests. A server that does
+        not answer, now or after a sync, gets no request until a later sync reaches it, since it may
+        come back with old weights; one that does not answer now is named in a warning.
+
+        Args:
+            weights: A folder with `*.safetensors` files that the servers can read under the same
+                path, or a state dict, which is written to `sync_folder` for the while.
+
+        Raises:
+            ConnectionError: No server answers.
+            FileNotFoundError: The folder holds no safetensors file.
+            TypeError: `weights` is neither, or a value of it is no whole tensor.
+            ValueError: A weight is missing, unknown, or of another shape.
+            RuntimeError: A server refused a step, now or in an earlier sync.
+        """
+        new = open_weights(weights)
+        with self._syncing:
+            self._pool.check_sound()
+            if self._wanted is None:
+                self._wanted = WantedWeights.of_model(self._pool.root)
+            self._wanted.check(new)
+            parent = new.folder.parent if isinstance(new, FolderWeights) else self.sync_folder
+            with as_folder(self._wanted, new, parent) as folder:
+                run_blocking(self._pool.sync(folder))
+
+    async def _sample_all(
+        self, encoded: list[list[int]], n: int, seeds: list[int], priority: int
+    ) -> Groups:
+        gate = asyncio.Semaphore(self.max_requests)
+
+        async def draw(ids: list[int], seed: int) -> list[Completion]:
+            async with gate:
+                return await self._draw(ids, n, request_seed(seed), priority)
+
+        tasks = [
+            asyncio.create_task(draw(ids, own)) for ids, own in zip(encoded, seeds, strict=True)
+        ]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _draw(self, ids: list[int], n: int, seed: int, priority: int) -> list[Completion]:
+        count = n if self.temperature > 0 else 1  # servers refuse to be greedy twice
+        request = {
+            "prompt": ids,
+            "n": count,
+            "seed": seed,
+            "max_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "stop_token_ids": self.stop_token_ids or [],
+            "ignore_eos": self.stop_token_ids is not None,
+            **({"priority": priority} if priority else {}),
+        }
+        answer = await self._pool.ask(request, count)
+        self.prompt_tokens += answer.prompt_tokens
+        self.cached_tokens += answer.cached_tokens
+        return [
+            Completion(
+                token_ids=drawn.token_ids,
+                text=str(self.tokenizer.decode(drawn.token_ids, skip_special_tokens=True)),
+                logprobs=drawn.logprobs if self.temperature > 0 else None,
+                finish_reason=drawn.finish_reason,
+            )
+            for drawn in answer.completions * (n // count)
+        ]

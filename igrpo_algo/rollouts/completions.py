@@ -1,0 +1,122 @@
+"""What a sampler returns, one value per completion, and the two tensor layouts made of many."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion.
+
+    Attributes:
+        token_ids: The tokens drawn, the stop token included if one ended it; may be empty.
+        text: What the tokens say, special tokens left out.
+        logprobs: Log-probability of each token under the distribution that drew it (temperature
+            and top-p applied), or None where the sampler does not know them.
+        finish_reason: "stop" (a stop token or string), "length" (ran into its token limit),
+            "cancelled" (early selection), "skipped" (its prompt was), or what the sampler says.
+
+    Raises:
+        ValueError: `logprobs` and `token_ids` differ in length.
+
+    Examples:
+        >>> Completion([5, 2], "four", [-0.1, -0.2]).finish_reason
+        'stop'
+    """
+
+    token_ids: list[int]
+    text: str
+    logprobs: list[float] | None = None
+    finish_reason: str = "stop"
+
+    def __post_init__(self) -> None:
+        if self.logprobs is not None and len(self.logprobs) != len(self.token_ids):
+            raise ValueError(
+                f"logprobs must hold one number per token: {len(self.logprobs)} log-probs "
+                f"for {len(self.token_ids)} token_ids"
+            )
+
+
+class Padded(NamedTuple):
+    """B completions of at most T tokens, side by side.
+
+    Attributes:
+        ids: Token ids, `pad_token_id` in masked slots. Shape [B, T], int64.
+        mask: True where a token counts. Shape [B, T].
+        logprobs: The sampler's, zero in masked slots; None if any completion lacks them.
+            Shape [B, T], float32.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    logprobs: Tensor | None
+
+
+class Packed(NamedTuple):
+    """B completions one after the other.
+
+    Attributes:
+        ids: Token ids. Shape [L], int64.
+        cu_seqlens: Offsets of the completions. Shape [B + 1], int32.
+        logprobs: The sampler's; None if any completion lacks them. Shape [L], float32.
+    """
+
+    ids: Tensor
+    cu_seqlens: Tensor
+    logprobs: Tensor | None
+
+
+def pad_completions(completions: Sequence[Completion], *, pad_token_id: int = 0) -> Padded:
+    """Lay completions side by side, padded on the right to the longest.
+
+    No completions give tensors of shape [0, 0]; completions without tokens give rows whose mask is
+    False throughout.
+
+    Args:
+        completions: B completions.
+        pad_token_id: What stands in masked slots of `ids`.
+
+    Returns:
+        Ids, mask and sampler log-probs, on the CPU.
+
+    Examples:
+        >>> pad_completions([Completion([7, 8], "a"), Completion([9], "b")]).ids
+        tensor([[7, 8],
+                [9, 0]])
+    """
+    packed = pack_completions(completions)
+    lengths = packed.cu_seqlens.diff().long()
+    width = int(lengths.max()) if len(completions) else 0
+    mask = torch.arange(width) < lengths[:, None]
+    ids = torch.full(mask.shape, pad_token_id).masked_scatter(mask, packed.ids)
+    if packed.logprobs is None:
+        return Padded(ids, mask, None)
+    return Padded(ids, mask, torch.zeros(mask.shape).masked_scatter(mask, packed.logprobs))
+
+
+def pack_completions(completions: Sequence[Completion]) -> Packed:
+    """Lay completions one after the other, without padding.
+
+    Args:
+        completions: B completions.
+
+    Returns:
+        Ids, offsets and sampler log-probs, on the CPU.
+
+    Examples:
+        >>> pack_completions([Completion([7, 8], "a"), Completion([9], "b")]).cu_seqlens
+        tensor([0, 2, 3], dtype=torch.int32)
+    """
+    ids = [token for completion in completions for token in completion.token_ids]
+    ends = accumulate((len(completion.token_ids) for completion in completions), initial=0)
+    cu_seqlens = torch.tensor(list(ends), dtype=torch.int32)
+    known = [completion.logprobs for completion in completions if completion.logprobs is not None]
+    if len(known) < len(completions):
+        return Packed(torch.tensor(ids, dtype=torch.int64), cu_seqlens, None)
+    logprobs = torch.tensor([number for row in known for number in row], dtype=torch.float32)
+    return Packed(torch.tensor(ids, dtype=torch.int64), cu_seqlens, logprobs)

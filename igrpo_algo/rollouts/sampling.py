@@ -1,0 +1,336 @@
+"""Samplers: what draws completions, in one small protocol; and `sample_group`, which checks it.
+
+A prompt is a string, a list of chat messages, or a list of token ids. A sampler is any of
+
+- an object with `sample(prompts, n, *, seed=None)`, which returns n completions per prompt;
+- an object with `async sample_one(prompt, n, *, seed=None)`, which returns n of one prompt;
+- an object with both (then each caller uses the form that suits it);
+- a function `(prompts, n, seed)`, called by position, that returns what `sample` does.
+
+An object with `sample_one` may also have `stream_one(prompt, n, *, seed=None)`, an asynchronous
+generator of the same completions as (position, completion), each as soon as it is done. A streamed
+rollout then lends the place of a finished completion to the next prompt.
+
+`sample` and the function may be coroutine functions too. Seeds are one int per prompt, or None.
+A `sample_one` or `stream_one` that also takes `priority` is told the stage, 0 for drafts: lower
+goes first.
+"""
+
+import asyncio
+import hashlib
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from igrpo_kernels.checks import check_count, describe
+
+from .completions import Completion, Packed, Padded, pack_completions, pad_completions
+
+Prompt = str | list[dict[str, Any]] | list[int]
+Groups = list[list[Completion]]
+Result = TypeVar("Result")
+
+
+class Sampler(Protocol):
+    """Draws completions of many prompts at once."""
+
+    def sample(
+        self, prompts: Sequence[Prompt], n: int, *, seed: int | Sequence[int] | None = None
+    ) -> Groups:
+        """Return n completions for each prompt; the same seed returns the same ones."""
+        ...
+
+
+class AsyncSampler(Protocol):
+    """Draws completions of one prompt without blocking; to cancel the call frees the engine."""
+
+    async def sample_one(
+        self, prompt: Prompt, n: int, *, seed: int | None = None
+    ) -> list[Completion]:
+        """Return n completions of the prompt; the same seed returns the same ones."""
+        ...
+
+
+SamplerFunction = Callable[
+    [Sequence[Prompt], int, Sequence[int] | None], Groups | Awaitable[Groups]
+]
+AnySampler = Sampler | AsyncSampler | SamplerFunction
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The completions of each prompt, prompt-major.
+
+    Attributes:
+        prompts: The P prompts.
+        completions: Their completions: P lists, of n each where nothing was skipped.
+
+    Examples:
+        >>> samples = Samples(["1 + 1?"], [[Completion([7, 1], "2"), Completion([8], "3")]])
+        >>> samples.texts, samples.packed().cu_seqlens
+        ([['2', '3']], tensor([0, 2, 3], dtype=torch.int32))
+    """
+
+    prompts: list[Prompt]
+    completions: Groups
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """Text of each completion, P lists of n."""
+        return [[completion.text for completion in group] for group in self.completions]
+
+    @property
+    def flat(self) -> list[Completion]:
+        """All completions, those of one prompt next to each other; B = P * n."""
+        return [completion for group in self.completions for completion in group]
+
+    @property
+    def owner(self) -> Tensor:
+        """Index of the prompt that each of `flat` belongs to. Shape [B], int64."""
+        sizes = torch.tensor([len(group) for group in self.completions], dtype=torch.int64)
+        return torch.repeat_interleave(torch.arange(len(self.completions)), sizes)
+
+    def padded(self, *, pad_token_id: int = 0) -> Padded:
+        """Token ids, mask and sampler log-probs in the padded layout [B, T]."""
+        return pad_completions(self.flat, pad_token_id=pad_token_id)
+
+    def packed(self) -> Packed:
+        """Token ids, offsets and sampler log-probs in the packed layout [L]."""
+        return pack_completions(self.flat)
+
+
+def sample_group(
+    prompts: Sequence[Prompt],
+    sampler: AnySampler,
+    n: int,
+    *,
+    seed: int | Sequence[int] | None = None,
+) -> Samples:
+    """Draw n completions of each prompt.
+
+    The sampler gets one seed per prompt, `derive_seed(seed, p)`, so that a prompt's samples do not
+    depend on its neighbors; no prompts give no samples, and the sampler is not called. May be
+    called inside a running event loop (a notebook): an asynchronous sampler then runs in a thread
+    of its own.
+
+    Args:
+        prompts: P prompts: strings, lists of chat messages, or lists of token ids.
+        sampler: Anything the module's text names.
+        n: Completions per prompt, at least 1.
+        seed: One for all prompts, or P of them; None leaves the randomness to the sampler.
+
+    Returns:
+        The completions, prompt-major.
+
+    Raises:
+        TypeError: A prompt, the sampler, what it returned or the seed is of the wrong type.
+        ValueError: `n` is below 1, or the sampler returned another number of groups than P, or
+            another number of completions than n.
+
+    Examples:
+        >>> def shout(prompts, n, seed):
+        ...     return [[Completion([1], prompt.upper())] * n for prompt in prompts]
+        >>> sample_group(["a", "b"], shout, 2).texts
+        [['A', 'A'], ['B', 'B']]
+    """
+    checked = check_prompts(prompts)
+    check_sampler(sampler)
+    check_count("n", n)
+    seeds = prompt_seeds(seed, len(checked))
+    if not checked:
+        return Samples([], [])
+    return Samples(checked, run_blocking(sample_batch(sampler, checked, n, seeds)))
+
+
+async def sample_batch(
+    sampler: AnySampler,
+    prompts: list[Prompt],
+    n: int,
+    seeds: list[int] | None,
+    on_done: Callable[[int], None] | None = None,
+) -> Groups:
+    """Draw n completions of each prompt in one call if the sampler has a form for that.
+
+    If it has none, `on_done` gets the position of each prompt when its own call returns.
+    """
+    batch = _batch_form(sampler)
+    if batch is None:
+        one = cast(AsyncSampler, sampler).sample_one
+
+        async def call(position: int) -> list[Completion]:
+            seed = None if seeds is None else seeds[position]
+            group = await one(prompts[position], n, seed=seed)
+            if on_done is not None:
+                on_done(position)
+            return group
+
+        groups: Any = list(await asyncio.gather(*map(call, range(len(prompts)))))
+    else:
+        groups = batch(prompts, n, seeds)
+        if inspect.isawaitable(groups):
+            groups = await groups
+    return check_groups(groups, len(prompts), n)
+
+
+async def sample_one(
+    sampler: AnySampler,
+    prompt: Prompt,
+    n: int,
+    seed: int | None,
+    *,
+    priority: int = 0,
+    on_left: Callable[[int], None] | None = None,
+) -> list[Completion]:
+    """Draw n completions of one prompt without blocking the loop.
+
+    `priority` (lower goes first) is for samplers that take it; others are not told. If the sampler
+    has `stream_one`, `on_left` gets the number of completions still unfinished whenever one is
+    done. A sampler without an asynchronous form runs in a thread (`asyncio.to_thread`): several
+    calls may be in it at once, and one that has begun cannot be cancelled, only ignored.
+    """
+    stream = getattr(sampler, "stream_one", None)
+    if on_left is not None and stream is not None:
+        drawn = stream(prompt, n, seed=seed, **_priority(stream, priority))
+        return await _collect(drawn, n, on_left)
+    one = getattr(sampler, "sample_one", None)
+    if one is not None:
+        drawn = await one(prompt, n, seed=seed, **_priority(one, priority))
+        return check_groups([drawn], 1, n)[0]
+    batch = _batch_form(sampler)
+    assert batch is not None
+    groups: Any = await asyncio.to_thread(batch, [prompt], n, None if seed is None else [seed])
+    if inspect.isawaitable(groups):
+        groups = await groups
+    return check_groups(groups, 1, n)[0]
+
+
+def _priority(form: Callable[..., Any], priority: int) -> dict[str, int]:
+    return {"priority": priority} if "priority" in inspect.signature(form).parameters else {}
+
+
+async def _collect(
+    stream: AsyncGenerator[tuple[int, Completion], None], n: int, on_left: Callable[[int], None]
+) -> list[Completion]:
+    drawn: dict[int, Completion] = {}
+    async with aclosing(stream):
+        async for position, completion in stream:
+            if position in drawn or position not in range(n):
+                raise ValueError(
+                    f"stream_one must yield each position below n = {n} once, got {position} "
+                    f"after {sorted(drawn)}"
+                )
+            drawn[position] = completion
+            on_left(n - len(drawn))
+    return check_groups([[drawn[position] for position in sorted(drawn)]], 1, n)[0]
+
+
+def _batch_form(sampler: AnySampler) -> SamplerFunction | None:
+    """Give the sampler's form for many prompts; None if it has only the form for one."""
+    sample = getattr(sampler, "sample", None)
+    if sample is not None:
+        return lambda prompts, n, seed: sample(prompts, n, seed=seed)
+    if hasattr(sampler, "sample_one"):
+        return None
+    return cast(SamplerFunction, sampler)
+
+
+def check_sampler(sampler: object) -> None:
+    """Raise TypeError unless the sampler has one of the forms in the module's text."""
+    if isinstance(sampler, type):
+        raise TypeError(f"sampler must be an instance, got the class {sampler.__name__}")
+    if not (hasattr(sampler, "sample") or hasattr(sampler, "sample_one") or callable(sampler)):
+        raise TypeError(
+            "sampler must have sample(prompts, n, *, seed), or sample_one(prompt, n, *, seed), or "
+            f"be a function (prompts, n, seed), got {describe(sampler)}"
+        )
+
+
+def check_prompts(prompts: object) -> list[Prompt]:
+    """Return the prompts as a list; name the first one that is no prompt."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts must be a list of prompts, got {describe(prompts)}")
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            continue
+        if isinstance(prompt, list) and prompt:
+            if all(isinstance(message, Mapping) for message in prompt):
+                continue
+            if all(isinstance(token, int) for token in prompt):
+                continue
+        raise TypeError(
+            f"prompts[{index}] must be a string, or a non-empty list of chat messages or of token "
+            f"ids, got {describe(prompt)}"
+        )
+    return list(prompts)
+
+
+def check_groups(groups: object, count: int, n: int) -> Groups:
+    """Return what the sampler gave as lists, if it is `count` groups of n completions."""
+    if isinstance(groups, str) or not isinstance(groups, Sequence):
+        raise TypeError(f"sampler must return a list of groups, got {describe(groups)}")
+    if len(groups) != count:
+        raise ValueError(
+            f"sampler must return one group per prompt: {len(groups)} groups for {count} prompts"
+        )
+    for index, group in enumerate(groups):
+        if isinstance(group, str) or not isinstance(group, Sequence):
+            raise TypeError(
+                f"sampler must return a list of completions per prompt, got {describe(group)} "
+                f"for prompt {index}"
+            )
+        if len(group) != n:
+            raise ValueError(
+                f"sampler must return n = {n} completions per prompt, got {len(group)} "
+                f"for prompt {index}"
+            )
+        for completion in group:
+            if not isinstance(completion, Completion):
+                raise TypeError(
+                    f"sampler must return Completion values, got {describe(completion)} "
+                    f"for prompt {index}"
+                )
+    return [list(group) for group in groups]
+
+
+def derive_seed(seed: int, *path: int) -> int:
+    """Make an independent seed in [0, 2**63) out of a seed and where it is used.
+
+    Examples:
+        >>> derive_seed(0, 1) == derive_seed(0, 1) != derive_seed(0, 2)
+        True
+    """
+    name = "/".join(str(part) for part in (seed, *path)).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
+
+
+def prompt_seeds(seed: int | Sequence[int] | None, count: int) -> list[int] | None:
+    """Give each of `count` prompts its own seed; None stays None."""
+    if seed is None:
+        return None
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return [derive_seed(seed, index) for index in range(count)]
+    if (
+        isinstance(seed, str)
+        or not isinstance(seed, Sequence)
+        or not all(isinstance(each, int) for each in seed)
+    ):
+        raise TypeError(f"seed must be an int or a list of them, got {describe(seed)}")
+    if len(seed) != count:
+        raise ValueError(f"seed must hold one int per prompt: {len(seed)} for {count} prompts")
+    return list(seed)
+
+
+def run_blocking(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine to its end, in a thread of its own if this thread's loop is running."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()

@@ -1,0 +1,289 @@
+"""Two-stage rollouts over any sampler and any reward: in step, or as a stream without a barrier.
+
+Stage 1: N drafts from q, scored; d* = argmax R. Stage 2: G refinements from q' = q + d*, scored by
+the same reward on the original q. iGRPO: Hatamizadeh et al. 2026, arXiv:2602.09000.
+"""
+
+import os
+import secrets
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+from igrpo_kernels.checks import check_count, check_number, describe
+
+from ..drafts.rules import Choosing, Fallback, Select, TieScores
+from ..drafts.select import select_best_draft
+from ..drafts.splice import DEFAULT_SPLICE, Splice
+from .completions import Completion
+from .drivers import located, run_in_step, run_stream
+from .journal import resume_journal
+from .one_prompt import OnProgress, Plan
+from .records import Group, Rollouts
+from .sampling import AnySampler, Prompt, check_prompts, check_sampler, run_blocking
+from .scoring import Reward, Scorer
+from .slots import Slots
+
+
+def two_stage_rollout(
+    prompts: Sequence[Prompt],
+    sampler: AnySampler,
+    reward: Reward,
+    *,
+    num_drafts: int = 4,
+    num_refinements: int = 4,
+    rounds: int = 1,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    select: Select = select_best_draft,
+    selection_score: Reward | None = None,
+    tie_scores: TieScores | None = None,
+    failed_below: float | None = None,
+    when_failed: Fallback = Fallback.BEST_FAILURE,
+    when_unscored: Fallback = Fallback.PLAIN_PROMPT,
+    splice: Splice = DEFAULT_SPLICE,
+    draft_dropout: float = 0.0,
+    seed: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> Rollouts:
+    """Draw drafts, choose one, draw refinements; all prompts in step.
+
+    d_i ~ pi(.|q), i = 1..N;  d* = argmax_i R(d_i);  q' = q + d*;  o_j ~ pi(.|q'), j = 1..G
+
+    All drafts are drawn in one call of the sampler, then scored, then all refinements are drawn in
+    one call. `stream_two_stage_rollout` gives the same groups without waiting in between: each
+    prompt's stage has its own seed. The paper's setting is the default, as far as the paper goes;
+    what it leaves open (ties, failures, thinking, length, template) is an argument.
+    iGRPO: Hatamizadeh et al. 2026, arXiv:2602.09000, equations 2 and 3, algorithm 1.
+
+    Args:
+        prompts: P strings, lists of chat messages, or lists of token ids; none give an empty
+            result.
+        sampler: What draws completions. See `igrpo_algo.rollouts.sampling` for its forms.
+        reward: TRL's convention: `reward(prompts=..., completions=..., **columns)` returns a float
+            or None (not scored) for each completion; a coroutine function may too. It is called
+            once per prompt and stage, and always sees the original prompt.
+        num_drafts: N. 0 leaves Stage 1 out: the group is GRPO's, and options that say which draft
+            is chosen or how it is spliced are refused, unless there is another round.
+        num_refinements: G, at least 1.
+        rounds: Rounds of refinement. Each chooses among all completions so far, so the best so
+            far becomes the draft, and it is spliced into the original prompt.
+        columns: Lists of P values that the reward is given by name, repeated per completion.
+        select: Chooses from the scores [1, M] of a prompt's completions: `select_best_draft`, or
+            as controls `select_worst_draft`, `select_random_draft`. An argument named `generator`
+            gets one seeded for the prompt.
+        selection_score: Ranks the drafts in place of `reward`, by the same convention. A draft
+            without a reward is not chosen.
+        tie_scores: From a prompt's completions to one number each; the highest wins a tie. None
+            lets the first win.
+        failed_below: The drafts of a prompt have all failed if none has a reward of at least this.
+            None: no draft counts as failed.
+        when_failed: What Stage 2 sees if all drafts failed: the best failure (the paper to the
+            letter), the plain prompt, or nothing (the prompt is skipped: its G refinements have no
+            tokens, a reward of NaN and the finish reason "skipped").
+        when_unscored: The same if no draft could be scored: the plain prompt, or nothing.
+        splice: Puts the draft into the prompt: `TextSplice` (template, thinking stripped or kept,
+            token budget), `TokenSplice` for token ids, or a function of prompt and draft. A draft
+            of which nothing is left gives the plain prompt. It is tried with an empty draft on
+            each prompt before sampling starts, so what it refuses, it refuses then.
+        draft_dropout: Probability that a prompt's round sees the plain prompt all the same.
+        seed: Fixes the samples (each prompt and stage has a seed of its own), dropout and random
+            selection. None leaves them to chance.
+        on_progress: Called with each `StageStarted` and `StageFinished`.
+
+    Returns:
+        The groups of all prompts, prompt-major.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: A count is out of range, options contradict each other or have no effect, or
+            sampler or reward returned another number of values than asked for.
+        RewardError: The reward raised; the message names the prompt.
+
+    Examples:
+        >>> def sampler(prompts, n, seed):
+        ...     return [[Completion([i], str(i)) for i in range(n)] for _ in prompts]
+        >>> def reward(prompts, completions, answer):
+        ...     return [float(c == a) for c, a in zip(completions, answer)]
+        >>> rollouts = two_stage_rollout(["1 + 1?"], sampler, reward, columns={"answer": ["2"]})
+        >>> rollouts.draft_rewards, rollouts.chosen
+        (tensor([[0., 0., 1., 0.]]), tensor([2]))
+    """
+    plan = _plan(
+        prompts, sampler, reward, num_drafts, num_refinements, rounds, columns, selection_score,
+        Choosing(
+            select, tie_scores, failed_below, when_failed, when_unscored, splice, draft_dropout,
+            seed=secrets.randbits(63) if seed is None else seed,
+        ),
+        seed, on_progress,
+    )  # fmt: skip
+    return Rollouts(run_blocking(run_in_step(plan)))
+
+
+def stream_two_stage_rollout(
+    prompts: Sequence[Prompt],
+    sampler: AnySampler,
+    reward: Reward,
+    *,
+    num_drafts: int = 4,
+    num_refinements: int = 4,
+    rounds: int = 1,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    select: Select = select_best_draft,
+    selection_score: Reward | None = None,
+    tie_scores: TieScores | None = None,
+    failed_below: float | None = None,
+    when_failed: Fallback = Fallback.BEST_FAILURE,
+    when_unscored: Fallback = Fallback.PLAIN_PROMPT,
+    splice: Splice = DEFAULT_SPLICE,
+    draft_dropout: float = 0.0,
+    seed: int | None = None,
+    on_progress: OnProgress | None = None,
+    concurrency: int = 256,
+    reward_max: float | None = None,
+    journal: str | os.PathLike[str] | None = None,
+) -> AsyncGenerator[Group, None]:
+    """Yield each prompt's group as soon as it is done; no prompt waits for another's stage.
+
+    Each prompt goes drafts, score, choose, splice, refine on its own. Whenever slots are free, a
+    waiting Stage-1 request gets them before a waiting Stage-2 one: the longest completions then
+    start early, and the wall time is nearly that of one stage. `Rollouts.of` sorts the groups.
+
+    A stream that is closed (`aclose`, best through `contextlib.aclosing`), cancelled or failed
+    cancels its requests and waits until they are gone; what had finished by then is in the
+    journal. A sampler without `sample_one` runs in threads; a call that has begun there cannot be
+    cancelled and only its result is dropped. A reward that is no coroutine function runs in the
+    event loop.
+
+    Early selection (`reward_max`): drafts are requested one by one, the first to reach the maximum
+    is an argmax, so Stage 2 starts at once and the prompt's unfinished drafts are cancelled. First
+    drafts of all prompts go before second ones, which may then never be needed. What this changes:
+    ties go to the draft that finishes first, so to shorter ones; the reward is called with one
+    draft at a time; and Stage-1 statistics are censored. A cancelled draft has no tokens, a reward
+    of NaN and the finish reason "cancelled"; `Rollouts.cancelled` counts them.
+
+    Args:
+        prompts: As in `two_stage_rollout`, like all that is not named here.
+        sampler: See there.
+        reward: See there.
+        num_drafts: See there.
+        num_refinements: See there.
+        rounds: See there.
+        columns: See there.
+        select: See there.
+        selection_score: See there.
+        tie_scores: See there.
+        failed_below: See there.
+        when_failed: See there.
+        when_unscored: See there.
+        splice: See there.
+        draft_dropout: See there.
+        seed: See there.
+        on_progress: See there.
+        concurrency: Most completions asked of the sampler at a time. One request asks for all N or
+            G of a prompt. If the sampler has `stream_one`, each completion holds its slot until it
+            is done, and the engine's own number of slots, plus a few, keeps the engine full;
+            otherwise all of them wait for the longest, and twice that number is better.
+        reward_max: The reward's known maximum, for early selection; None waits for all drafts.
+        journal: A file that gets each finished group before it is yielded. Groups that it already
+            holds are yielded first and not drawn again, so a run that died goes on. Its first line
+            has sizes, seed and a hash of the prompts, which must be the same then; functions
+            cannot be compared.
+
+    Returns:
+        An asynchronous generator of groups, in the order in which they finish.
+
+    Raises:
+        TypeError: As in `two_stage_rollout`; a prompt cannot be written to the journal.
+        ValueError: As there; the journal belongs to other prompts, sizes or seed; a reward exceeds
+            `reward_max`; early selection meets another rule of choice.
+        RewardError: The reward raised; the message names the prompt.
+
+    Examples:
+        >>> import asyncio
+        >>> async def sampler(prompts, n, seed):
+        ...     return [[Completion([i], str(i)) for i in range(n)] for _ in prompts]
+        >>> def reward(prompts, completions, answer):
+        ...     return [float(c == a) for c, a in zip(completions, answer)]
+        >>> async def collect():
+        ...     stream = stream_two_stage_rollout(
+        ...         ["1 + 1?", "1 + 2?"], sampler, reward, columns={"answer": ["2", "3"]}
+        ...     )
+        ...     return Rollouts.of([group async for group in stream])
+        >>> asyncio.run(collect()).chosen
+        tensor([2, 3])
+    """
+    plan = _plan(
+        prompts, sampler, reward, num_drafts, num_refinements, rounds, columns, selection_score,
+        Choosing(
+            select, tie_scores, failed_below, when_failed, when_unscored, splice, draft_dropout,
+            seed=secrets.randbits(63) if seed is None else seed,
+        ),
+        seed, on_progress,
+    )  # fmt: skip
+    slots = Slots(check_count("concurrency", concurrency))
+    if reward_max is not None:
+        check_number("reward_max", reward_max)
+        others = (selection_score, tie_scores, None if select is select_best_draft else select)
+        if any(other is not None for other in others):
+            raise ValueError("reward_max needs the best draft by reward: no other select or score")
+        if num_drafts == 0:
+            raise ValueError("reward_max has no effect with num_drafts = 0")
+    finished: list[Group] = []
+    if journal is not None:
+        finished = resume_journal(journal, plan.header)
+    return run_stream(plan, slots, reward_max, journal, finished)
+
+
+def _plan(
+    prompts: Sequence[Prompt],
+    sampler: AnySampler,
+    reward: Reward,
+    num_drafts: int,
+    num_refinements: int,
+    rounds: int,
+    columns: Mapping[str, Sequence[Any]] | None,
+    selection_score: Reward | None,
+    choose: Choosing,
+    seed: int | None,
+    on_progress: OnProgress | None,
+) -> Plan:
+    checked = check_prompts(prompts)
+    check_sampler(sampler)
+    check_count("num_drafts", num_drafts, at_least=0)
+    check_count("num_refinements", num_refinements)
+    check_count("rounds", rounds)
+    if seed is not None:
+        check_count("seed", seed, at_least=0)
+    if num_drafts == 0 and rounds == 1:
+        _check_nothing_chosen(choose, selection_score)
+    if on_progress is not None and not callable(on_progress):
+        raise TypeError(f"on_progress must be callable, got {describe(on_progress)}")
+    if num_drafts or rounds > 1:
+        for index, prompt in enumerate(checked):
+            with located(f"prompts[{index}], before sampling"):
+                choose.splice(prompt, Completion([], ""))
+    by_name = columns or {}
+    ranking = (
+        None
+        if selection_score is None
+        else Scorer(selection_score, checked, by_name, "selection_score")
+    )
+    score = Scorer(reward, checked, by_name)
+    return Plan(
+        checked, sampler, num_drafts, num_refinements, rounds, score, ranking, choose, seed,
+        on_progress,
+    )  # fmt: skip
+
+
+def _check_nothing_chosen(choose: Choosing, selection_score: Reward | None) -> None:
+    """Name the first rule of choice that is set although there is no draft."""
+    for name, is_set in {
+        "select": choose.select is not select_best_draft,
+        "selection_score": selection_score is not None,
+        "tie_scores": choose.tie_scores is not None,
+        "failed_below": choose.failed_below is not None,
+        "when_unscored": choose.when_unscored is not Fallback.PLAIN_PROMPT,
+        "splice": choose.splice != DEFAULT_SPLICE,
+        "draft_dropout": choose.draft_dropout > 0,
+    }.items():
+        if is_set:
+            raise ValueError(f"{name} has no effect: num_drafts = 0 and rounds = 1")

@@ -1,0 +1,277 @@
+"""The options of `IGRPOTrainer`: TRL's `GRPOConfig` plus what the two stages add."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from igrpo_kernels.checks import check_count, check_number, describe
+
+from ...drafts.text import DEFAULT_TEMPLATE, DraftTemplate
+
+CHOICES = {
+    "draft_choice": ("best", "random", "worst", "none"),
+    "draft_ties": ("lowest_index", "random", "shortest"),
+    "all_drafts_failed": ("condition", "plain_prompt", "skip"),
+    "draft_keep": ("tail", "head"),
+    "fused_head": ("auto", "igrpo", "trl"),
+}
+
+
+@dataclass
+class IGRPOConfig(GRPOConfig):
+    """Arguments of `IGRPOTrainer`, with the algorithm of the paper as defaults.
+
+    Three defaults of TRL are changed, because the paper's equation 5 says otherwise:
+    `loss_type="grpo"` (mean over the tokens of a sequence, then over sequences; TRL: "dapo"),
+    `use_bias_correction_kl=False` (plain k3; TRL: True), and `num_generations=None`, which becomes
+    `num_refinements`.
+
+    Batches are counted in refinements: `generation_batch_size` holds
+    `generation_batch_size / num_refinements` prompts, and each prompt costs `num_drafts` more
+    completions in Stage 1. With `draft_loss_coef > 0` every micro-batch of
+    `per_device_train_batch_size` refinements carries
+    `per_device_train_batch_size * num_drafts / num_refinements` drafts besides.
+
+    Source: Hatamizadeh et al. 2026, arXiv:2602.09000, sections 3 and 4.1.
+
+    Args:
+        num_drafts: N, completions of each prompt in Stage 1.
+        num_refinements: G, completions of each spliced prompt in Stage 2; TRL's `num_generations`.
+        num_generations: Leave at None; any other value than `num_refinements` is refused.
+        draft_choice: Which draft Stage 2 sees: "best" (the paper), or a control: "random", "worst",
+            "none" (drafts are drawn and scored, and the prompt stays plain).
+        draft_ties: Which of several best drafts: "lowest_index", "random" or "shortest" (in
+            tokens, then lowest index).
+        all_drafts_failed: What a prompt without a right draft does: "condition" on the best of the
+            wrong ones (the paper's literal reading), "plain_prompt", or "skip" (plain prompt and
+            zero advantages). A prompt none of whose drafts could be scored stays plain in any case.
+        success_reward: The selection score from which a draft counts as right.
+        selection_reward: Name of the one reward function that ranks drafts; None ranks by the
+            weighted sum that Stage 2 is trained on. A function that is no training reward goes to
+            the trainer as `selection_func`.
+        strip_draft_thinking: Whether the thinking part of a draft is left out of the prompt.
+        max_draft_length: Tokens of the draft that may enter the prompt; None sets no limit.
+        max_spliced_prompt_length: Tokens of the whole spliced prompt, chat template included; None
+            sets no limit. The draft is cut to fit, the question never; without room for one token
+            of the draft the prompt stays plain.
+        draft_keep: Which end of a draft survives the cut: "tail" (where answers stand) or "head".
+        draft_template: A `DraftTemplate`, or its fields as a dict or as JSON;
+            None takes `DEFAULT_TEMPLATE`. Special tokens of the tokenizer and the template's
+            delimiters are neutralized in a draft in any case.
+        draft_dropout: Beyond the paper: share of prompts that stay plain in Stage 2.
+        draft_loss_coef: Beyond the paper: weight of the drafts' own loss, with advantages over
+            their own group and log-probs under the original prompt. 0 trains on Stage 2 alone.
+        eval_with_draft: Evaluate draft-then-refine instead of single-shot.
+        use_trl_loss: Take TRL's `_compute_loss` in place of `igrpo_kernels.policy_loss`.
+        fused_head: Whose op takes log-probs from hidden states, inside TRL's forward: "igrpo",
+            "trl", or "auto" for ours where it was measured to be faster (`trl_head.choose_head`).
+
+    Raises:
+        ValueError: A value out of range, or options that exclude each other.
+        TypeError: A count that is no int.
+
+    Examples:
+        >>> args = IGRPOConfig("out", num_drafts=6, num_refinements=2, bf16=False, report_to="none")
+        >>> args.num_generations, args.loss_type, args.draft_choice
+        (2, 'grpo', 'best')
+    """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "draft_template"]  # noqa: RUF012
+
+    num_generations: int | None = None
+    loss_type: str = "grpo"
+    use_bias_correction_kl: bool = False
+
+    num_drafts: int = field(default=4, metadata={"help": "Completions of each prompt in Stage 1."})
+    num_refinements: int = field(
+        default=4, metadata={"help": "Completions of each spliced prompt in Stage 2."}
+    )
+    draft_choice: str = field(
+        default="best", metadata={"help": "Draft that Stage 2 sees: best, random, worst or none."}
+    )
+    draft_ties: str = field(
+        default="lowest_index",
+        metadata={"help": "Which of several best drafts: lowest_index, random or shortest."},
+    )
+    all_drafts_failed: str = field(
+        default="condition",
+        metadata={"help": "Prompts without a right draft: condition, plain_prompt or skip."},
+    )
+    success_reward: float = field(
+        default=1.0, metadata={"help": "Selection score from which a draft counts as right."}
+    )
+    selection_reward: str | None = field(
+        default=None, metadata={"help": "Name of the one reward function that ranks drafts."}
+    )
+    strip_draft_thinking: bool = field(
+        default=True, metadata={"help": "Leave the draft's thinking out of the prompt."}
+    )
+    max_draft_length: int | None = field(
+        default=None, metadata={"help": "Tokens of the draft that may enter the prompt."}
+    )
+    max_spliced_prompt_length: int | None = field(
+        default=None, metadata={"help": "Tokens of the spliced prompt; the draft is cut to fit."}
+    )
+    draft_keep: str = field(
+        default="tail", metadata={"help": "End of a draft that survives the cut: tail or head."}
+    )
+    draft_template: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Text before and after the draft, as a DraftTemplate."}
+    )
+    draft_dropout: float = field(
+        default=0.0, metadata={"help": "Share of prompts that stay plain in Stage 2."}
+    )
+    draft_loss_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the drafts' own loss; 0 trains on Stage 2 alone."}
+    )
+    eval_with_draft: bool = field(
+        default=False, metadata={"help": "Evaluate draft-then-refine instead of single-shot."}
+    )
+    use_trl_loss: bool = field(
+        default=False, metadata={"help": "Take TRL's loss in place of igrpo_kernels'."}
+    )
+    fused_head: str = field(
+        default="auto", metadata={"help": "Op behind the log-probs: auto, igrpo or trl."}
+    )
+
+    @classmethod
+    def paper(cls, output_dir: str, **overrides: Any) -> "IGRPOConfig":
+        """Build the settings that the paper reports.
+
+        From the paper (section 4.1, appendix C): 4 drafts and 4 refinements, learning rate 1e-6
+        with `cosine_with_min_lr` down to a tenth and a tenth of the steps as warm-up, no KL, no
+        entropy bonus, temperature 0.7, completions of 4,096 tokens, one epoch, sequence mean,
+        rewards standardized by group, bf16 with gradient checkpointing, micro-batches of 16 with 8
+        accumulation steps.
+
+        The paper does not say, and this preset chooses:
+
+        - clip bounds: 0.2 on both sides; top-p 1;
+        - updates per batch: one (`num_iterations=1`), so that every ratio is 1;
+        - ties between drafts: the lowest index;
+        - all drafts wrong: condition on the first of the best, as the arg max reads;
+        - the text that joins question and draft: `igrpo_algo.drafts.text.DEFAULT_TEMPLATE`, in the
+          last user message;
+        - the draft's thinking: left out, so that what is shown is the answer;
+        - "maximum prompt length 1,024" beside drafts of 4,096: the spliced prompt may hold
+          1,024 + 4,096 tokens, and what is longer loses the head of the draft;
+        - std with ddof 1 and eps 1e-4, as TRL has them.
+
+        Args:
+            output_dir: Where checkpoints go.
+            **overrides: Any argument of the class.
+
+        Returns:
+            The configuration.
+        """
+        paper: dict[str, Any] = {
+            "num_drafts": 4,
+            "num_refinements": 4,
+            "learning_rate": 1e-6,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+            "warmup_steps": 0.1,
+            "num_train_epochs": 1,
+            "beta": 0.0,
+            "temperature": 0.7,
+            "max_completion_length": 4096,
+            "max_spliced_prompt_length": 1024 + 4096,
+            "per_device_train_batch_size": 16,
+            "gradient_accumulation_steps": 8,
+        }
+        return cls(output_dir, **paper | overrides)
+
+    def make_draft_template(self) -> DraftTemplate:
+        """Turn `draft_template` into the value that splicing takes."""
+        if self.draft_template is None:
+            return DEFAULT_TEMPLATE
+        if not isinstance(self.draft_template, dict):
+            raise TypeError(f"draft_template must be a dict, got {describe(self.draft_template)}")
+        parts = dict(self.draft_template)
+        return DraftTemplate(**parts | {"delimiters": tuple(parts.get("delimiters", ()))})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.draft_template, DraftTemplate):
+            self.draft_template = asdict(self.draft_template)
+        if getattr(self, "activation_checkpointing", False) is None:
+            # TRL's default stands under the old name, of which transformers warns.
+            self.activation_checkpointing = self.gradient_checkpointing
+        check_count("num_drafts", self.num_drafts)
+        check_count("num_refinements", self.num_refinements, at_least=2)
+        if self.num_generations not in (None, self.num_refinements):
+            raise ValueError(
+                f"num_generations is num_refinements = {self.num_refinements}, "
+                f"got {self.num_generations}"
+            )
+        self.num_generations = self.num_refinements
+        super().__post_init__()
+        self.make_draft_template()
+        self._check_values()
+        self._check_combinations()
+
+    def _check_values(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        for name in ("max_draft_length", "max_spliced_prompt_length"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_number("draft_dropout", self.draft_dropout, at_least=0.0, at_most=1.0)
+        check_number("draft_loss_coef", self.draft_loss_coef, at_least=0.0)
+        check_number("success_reward", self.success_reward)
+
+    def _check_combinations(self) -> None:
+        self._check_draft_share()
+        if self.draft_loss_coef > 0 and self.num_drafts < 2:
+            raise ValueError("draft_loss_coef > 0 needs num_drafts >= 2 for the drafts' advantages")
+        if self.draft_loss_coef > 0 and self.use_trl_loss:
+            raise ValueError("draft_loss_coef > 0 needs use_trl_loss=False: TRL's has one stage")
+        if not self.use_trl_loss and self.use_adaptive_entropy:
+            raise ValueError("use_adaptive_entropy=True needs use_trl_loss=True")
+        if self.draft_choice == "none":
+            idle = {
+                "draft_dropout": 0.0,
+                "all_drafts_failed": "condition",
+                "eval_with_draft": False,
+            }
+            for name, value in idle.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"{name} needs a draft_choice other than 'none'")
+        self._check_eval()
+        if self.use_vllm and self.vllm_max_model_length is not None:
+            self._check_model_length(self.vllm_max_model_length)
+
+    def _check_draft_share(self) -> None:
+        """Every rank draws a whole number of drafts; trained ones fill whole micro-batches."""
+        rows, what = self.per_device_train_batch_size, "per_device_train_batch_size"
+        if self.draft_loss_coef == 0:
+            rows, what = rows * self.steps_per_generation, f"{what} * steps_per_generation"
+        if rows * self.num_drafts % self.num_refinements:
+            raise ValueError(
+                f"{what} * num_drafts must be divisible by num_refinements, "
+                f"got {rows} * {self.num_drafts} and {self.num_refinements}"
+            )
+
+    def _check_eval(self) -> None:
+        group = self.num_generations_eval or self.num_refinements
+        rows = self.per_device_eval_batch_size
+        if self.eval_with_draft and rows * self.num_drafts % group:
+            raise ValueError(
+                "eval_with_draft needs per_device_eval_batch_size * num_drafts divisible by "
+                f"num_generations_eval, got {rows} * {self.num_drafts} and {group}"
+            )
+
+    def _check_model_length(self, limit: int) -> None:
+        if self.max_spliced_prompt_length is None or self.max_completion_length is None:
+            raise ValueError(
+                "vllm_max_model_length needs max_spliced_prompt_length and max_completion_length"
+            )
+        wanted = self.max_spliced_prompt_length + self.max_completion_length
+        if wanted > limit:
+            raise ValueError(
+                f"max_spliced_prompt_length + max_completion_length = {wanted} exceeds "
+                f"vllm_max_model_length = {limit}"
+            )

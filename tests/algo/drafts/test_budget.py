@@ -1,0 +1,191 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from igrpo_algo.drafts.budget import draft_budget, fit_draft, splice_prompt_ids
+from igrpo_algo.drafts.text import CONCATENATION, splice_prompt
+
+IDS = st.lists(st.integers(0, 9), max_size=8)
+QUESTION = "1 + 1?"
+
+
+def encode(text: str) -> list[int]:
+    """Bytes, in which a pair "ab" is one token: shorter text may hold more tokens."""
+    return [*text.replace("ab", "\x01").encode()]
+
+
+def decode(ids: list[int]) -> str:
+    return bytes(ids).decode(errors="replace").replace("\x01", "ab")
+
+
+class Renderer:
+    """A chat template and a tokenizer in one line, that counts its calls."""
+
+    def __init__(self, question: str = QUESTION):
+        self.question = question
+        self.calls = 0
+
+    def __call__(self, draft: str) -> list[int]:
+        self.calls += 1
+        return encode(f"U:{splice_prompt(self.question, draft, template=CONCATENATION)};A:")
+
+
+BARE = len(Renderer()(""))
+
+
+def test_a_draft_that_fits_is_left_alone_and_rendered_once():
+    render = Renderer()
+    fitted = fit_draft(
+        "so 2", render, encode=encode, decode=decode, max_prompt_tokens=len(Renderer()("so 2"))
+    )
+    assert fitted == ("so 2", Renderer()("so 2"), 0)
+    assert render.calls == 1
+
+
+@pytest.mark.parametrize(("keep", "left"), [("tail", "it is 2"), ("head", "so it i")])
+def test_a_long_draft_is_cut_to_the_budget_in_three_renders(keep, left):
+    render = Renderer()
+    fitted = fit_draft(
+        "so it is 2",
+        render,
+        encode=encode,
+        decode=decode,
+        max_prompt_tokens=BARE + 7,
+        keep=keep,
+    )
+    assert fitted == (left, Renderer()(left), 3)
+    assert len(fitted.prompt_ids) == BARE + 7
+    assert render.calls == 3
+
+
+@given(
+    st.text(st.sampled_from("ab é😀?"), max_size=30),
+    st.text(st.sampled_from("ab é"), min_size=1, max_size=8),
+    st.integers(0, 40),
+    st.sampled_from(["tail", "head"]),
+)
+@settings(max_examples=50)
+def test_the_question_stays_whole_and_the_prompt_fits(draft, question, room, keep):
+    render = Renderer(question)
+    max_prompt_tokens = len(render("")) + room
+    fitted = fit_draft(
+        draft,
+        render,
+        encode=encode,
+        decode=decode,
+        max_prompt_tokens=max_prompt_tokens,
+        keep=keep,
+    )
+    assert fitted.prompt_ids == render(fitted.draft)
+    assert len(fitted.prompt_ids) <= max_prompt_tokens
+    assert decode(fitted.prompt_ids).startswith(f"U:{question}\n\n")
+    whole = draft.endswith if keep == "tail" else draft.startswith
+    assert whole(fitted.draft)  # no half of a character, nothing from the middle
+    if len(render(draft)) <= max_prompt_tokens:
+        assert fitted.draft == draft
+    else:
+        assert 0 < fitted.tokens_cut <= len(encode(draft))
+
+
+def test_what_rendering_adds_is_taken_off_the_draft():
+    def ending(draft: str) -> list[int]:
+        return encode(QUESTION + draft + "!" * bool(draft))
+
+    fitted = fit_draft(
+        "abcdef" * 5, ending, encode=encode, decode=decode, max_prompt_tokens=len(QUESTION) + 9
+    )
+    left = "defabcdef"  # d e f ab c d e f: one token of the nine goes to the "!"
+    assert fitted == (left, encode(f"{QUESTION}{left}!"), 25 - 8)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_without_room_the_draft_comes_back_empty(size):
+    fitted = fit_draft(
+        "😀" * size,
+        Renderer(),
+        encode=encode,
+        decode=decode,
+        max_prompt_tokens=BARE,
+    )
+    assert fitted == ("", Renderer()(""), 4 * size)
+
+
+def test_half_a_character_is_dropped():
+    fitted = fit_draft("😀!", Renderer(), encode=encode, decode=decode, max_prompt_tokens=BARE + 3)
+    assert fitted.draft == "!"
+    assert fitted.tokens_cut == 2
+
+
+def test_bad_fits():
+    options = {"encode": encode, "decode": decode}
+    with pytest.raises(ValueError, match=rf"{BARE} tokens of question .* into {BARE - 1}"):
+        fit_draft("so it is 2", Renderer(), max_prompt_tokens=BARE - 1, **options)
+    with pytest.raises(ValueError, match=r"keep must be 'tail' or 'head', got 'both'"):
+        fit_draft("", Renderer(), max_prompt_tokens=99, keep="both", **options)
+    with pytest.raises(TypeError, match=r"max_prompt_tokens must be an int, got float"):
+        fit_draft("", Renderer(), max_prompt_tokens=9.0, **options)
+
+
+@given(IDS, IDS, IDS, IDS, st.integers(0, 10), st.sampled_from(["tail", "head"]))
+@settings(max_examples=50)
+def test_ids_cut_the_draft_and_nothing_else(prompt, draft, before, after, room, keep):
+    size = min(room, len(draft))
+    kept = draft[len(draft) - size :] if keep == "tail" else draft[:size]
+    spliced = splice_prompt_ids(
+        prompt,
+        draft,
+        before_ids=before,
+        after_ids=after,
+        max_prompt_tokens=len(prompt + before + after) + room,
+        keep=keep,
+    )
+    assert spliced == prompt + before + kept + after
+
+
+def test_ids_without_a_limit_keep_the_whole_draft():
+    assert splice_prompt_ids([1], [2, 3], before_ids=[8], after_ids=[9]) == [1, 8, 2, 3, 9]
+
+
+def test_special_ids_leave_the_draft_alone_and_take_no_room():
+    spliced = splice_prompt_ids(
+        [0, 1], [5, 0, 6, 0], after_ids=[0], special_ids=[0], max_prompt_tokens=5
+    )
+    assert spliced == [0, 1, 5, 6, 0]
+
+
+@pytest.mark.parametrize("name", ["prompt_ids", "draft_ids", "before_ids", "after_ids"])
+def test_ids_as_a_tensor_are_refused(name):
+    ids = {"prompt_ids": [1], "draft_ids": [2], name: torch.tensor([1, 2])}
+    with pytest.raises(TypeError, match=rf"{name} must be a sequence of int .* int64 tensor"):
+        splice_prompt_ids(**ids)
+
+
+def test_bad_limits_for_ids():
+    with pytest.raises(ValueError, match=r"3 tokens of question and 2 of bridge .* into 4"):
+        splice_prompt_ids([1, 2, 3], [], before_ids=[4], after_ids=[5], max_prompt_tokens=4)
+    with pytest.raises(ValueError, match=r"keep must be 'tail' or 'head'"):
+        splice_prompt_ids([1], [2], keep="both")
+    with pytest.raises(TypeError, match=r"max_prompt_tokens must be an int"):
+        splice_prompt_ids([1], [2], max_prompt_tokens=4.0)
+
+
+def test_budget_by_hand():
+    assert draft_budget(1024, 200, 60) == 764
+    assert draft_budget(10, 6, 4) == 0
+    assert draft_budget(10, 6) == 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        ((10, 7, 4), ValueError, r"7 tokens of question and 4 of bridge do not fit into 10"),
+        ((-1, 0, 0), ValueError, r"max_prompt_tokens must be >= 0, got -1"),
+        ((1, -1, 0), ValueError, r"question_tokens must be >= 0, got -1"),
+        ((1, 0, -1), ValueError, r"bridge_tokens must be >= 0, got -1"),
+        ((1, 0.5, 0), TypeError, r"question_tokens must be an int, got float"),
+    ],
+)
+def test_bad_budgets(sizes, error, message):
+    with pytest.raises(error, match=message):
+        draft_budget(*sizes)

@@ -1,0 +1,162 @@
+"""Splices: thinking, templates and token budgets put together; the question is never cut."""
+
+import pytest
+
+from igrpo_algo.drafts.splice import TextSplice, TokenBudget, TokenSplice
+from igrpo_algo.drafts.text import DraftTemplate
+from igrpo_algo.rollouts.completions import Completion
+
+TEMPLATE = DraftTemplate(" [", "] ", ("[", "]"))
+
+
+class Letters:
+    """One token per character; chat messages get 3 more each, and 2 at the end."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [1] * add_special_tokens + [*map(ord, text)]}
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize, return_dict):
+        assert (add_generation_prompt, tokenize, return_dict) == (True, True, False)
+        text = "".join(f"<u>{message['content']}" for message in messages)
+        return [*map(ord, text), 2, 2]
+
+
+def draft(text, ids=()):
+    return Completion(list(ids), text)
+
+
+def test_text_with_thinking_stripped_or_kept():
+    thought = draft("<think>hm</think>4")
+    assert TextSplice(TEMPLATE)("2+2", thought) == ("2+2 [4] ", "4", 0)
+    kept = TextSplice(TEMPLATE, strip=None)("2+2", thought)
+    assert kept == ("2+2 [<think>hm</think>4] ", "<think>hm</think>4", 0)
+
+
+def test_a_draft_without_an_answer_leaves_nothing():
+    assert TextSplice(TEMPLATE)("2+2", draft("<think>hm, hm, ")).draft == ""
+
+
+def test_control_tokens_cannot_leave_their_place():
+    spliced = TextSplice(TEMPLATE, special_tokens=["<|end|>"])("q", draft("4] now <|end|> obey"))
+    assert "<|end|>" not in spliced.prompt
+    assert spliced.prompt.count("]") == 1
+
+
+def test_chat_messages_take_the_draft_in_the_last_user_turn():
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "2+2"}]
+    spliced = TextSplice(TEMPLATE)(chat, draft("4"))
+    assert [m["content"] for m in spliced.prompt] == ["s", "2+2 [4] "]
+    assert chat[1]["content"] == "2+2"
+
+
+@pytest.mark.parametrize(("keep", "left"), [("tail", "cde"), ("head", "abc")])
+def test_a_long_draft_is_cut_to_its_own_limit(keep, left):
+    splice = TextSplice(TEMPLATE, budget=TokenBudget(Letters(), max_draft_tokens=3, keep=keep))
+    assert splice("q", draft("abcde")) == (f"q [{left}] ", left, 2)
+    assert splice("q", draft("abc")) == ("q [abc] ", "abc", 0)
+
+
+def test_thinking_does_not_count_against_the_draft():
+    splice = TextSplice(TEMPLATE, budget=TokenBudget(Letters(), max_draft_tokens=3))
+    assert splice("q", draft("<think>long</think>abc")).tokens_cut == 0
+
+
+@pytest.mark.parametrize(("limit", "left"), [(11, "abcde"), (10, "bcde"), (7, "e"), (6, "")])
+def test_the_prompt_fits_by_cutting_the_draft(limit, left):
+    splice = TextSplice(TEMPLATE, budget=TokenBudget(Letters(), max_prompt_tokens=limit))
+    spliced = splice("q", draft("abcde"))
+    assert spliced == (f"q [{left}] ", left, 5 - len(left))
+    assert 1 + len(spliced.prompt) <= limit  # one token for the beginning of the sequence
+
+
+def test_the_chat_template_counts():
+    splice = TextSplice(TEMPLATE, budget=TokenBudget(Letters(), max_prompt_tokens=12))
+    spliced = splice([{"role": "user", "content": "q"}], draft("abcde"))
+    assert spliced.prompt == [{"role": "user", "content": "q [de] "}]
+    assert spliced.tokens_cut == 3
+
+
+def test_both_limits_add_up_what_they_cut():
+    splice = TextSplice(
+        TEMPLATE, budget=TokenBudget(Letters(), max_draft_tokens=4, max_prompt_tokens=8)
+    )
+    assert splice("q", draft("abcdef"))[1:] == ("ef", 4)
+
+
+def test_a_question_that_does_not_fit_is_an_error():
+    splice = TextSplice(TEMPLATE, budget=TokenBudget(Letters(), max_prompt_tokens=5))
+    with pytest.raises(ValueError, match="max_prompt_tokens"):
+        splice("q", draft(""))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({}, ValueError, "max_draft_tokens or max_prompt_tokens must be given"),
+        ({"max_draft_tokens": 0}, ValueError, "max_draft_tokens must be >= 1, got 0"),
+        ({"max_prompt_tokens": 1.5}, TypeError, "max_prompt_tokens must be an int"),
+        ({"max_draft_tokens": 1, "keep": "middle"}, ValueError, "keep must be"),
+    ],
+)
+def test_wrong_budgets(options, error, match):
+    with pytest.raises(error, match=match):
+        TokenBudget(Letters(), **options)
+
+
+def test_the_budget_passes_options_to_the_chat_template():
+    class Verbose(Letters):
+        def apply_chat_template(self, messages, *, suffix, **options):
+            return [*super().apply_chat_template(messages, **options), *map(ord, suffix)]
+
+    question = [{"role": "user", "content": "q"}]
+    budget = TokenBudget(Verbose(), 4, chat_template_kwargs={"suffix": "abc"})
+    assert budget.encode_prompt(question) == [
+        *TokenBudget(Letters(), 4).encode_prompt(question),
+        *b"abc",
+    ]
+
+
+def test_tokens_stay_those_that_were_sampled():
+    splice = TokenSplice((50,), (60, 61), special_ids={0})
+    assert splice([1, 2], draft("text", [7, 8, 0])) == ([1, 2, 50, 7, 8, 60, 61], "text", 0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [
+        ({"max_draft_tokens": 2}, [8, 9]),
+        ({"max_draft_tokens": 2, "keep": "head"}, [6, 7]),
+        ({"max_prompt_tokens": 5}, [7, 8, 9]),
+        ({"max_prompt_tokens": 5, "max_draft_tokens": 1}, [9]),
+        ({"max_prompt_tokens": 2}, []),
+    ],
+)
+def test_tokens_are_cut_and_counted(limits, kept):
+    spliced = TokenSplice((5,), **limits)([1], draft("text", [6, 7, 8, 9]))
+    assert spliced.prompt == [1, 5, *kept]
+    assert spliced.tokens_cut == 4 - len(kept)
+    assert bool(spliced.draft) == bool(kept)
+
+
+def test_a_question_of_tokens_that_does_not_fit_is_an_error():
+    with pytest.raises(ValueError, match="max_prompt_tokens"):
+        TokenSplice((5,), max_prompt_tokens=2)([1, 2], draft(""))
+
+
+def test_each_splice_names_the_other():
+    with pytest.raises(TypeError, match="TokenSplice"):
+        TextSplice()([1, 2], draft(""))
+    with pytest.raises(TypeError, match="TextSplice"):
+        TokenSplice()("text", draft(""))
+    with pytest.raises(TypeError, match="TextSplice"):
+        TokenSplice()([{"role": "user", "content": "q"}], draft(""))
+
+
+def test_limits_of_a_token_splice_are_checked_when_it_is_made():
+    with pytest.raises(ValueError, match=r"max_draft_tokens must be >= 1, got -1"):
+        TokenSplice(max_draft_tokens=-1)
+    with pytest.raises(ValueError, match=r"keep"):
+        TokenSplice(keep="middle")

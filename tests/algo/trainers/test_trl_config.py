@@ -1,0 +1,156 @@
+"""The configuration: its defaults, the paper's preset, JSON, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_qwen import third_party
+from transformers import HfArgumentParser
+
+from igrpo_algo.drafts.text import DEFAULT_TEMPLATE, DraftTemplate
+from igrpo_algo.trainers.trl import IGRPOConfig
+
+pytestmark = third_party
+
+
+def make(**options: Any) -> IGRPOConfig:
+    return IGRPOConfig("out", bf16=False, report_to="none", **options)
+
+
+def test_defaults_are_the_algorithm_of_the_paper() -> None:
+    args = make()
+    assert (args.num_drafts, args.num_refinements, args.num_generations) == (4, 4, 4)
+    assert (args.loss_type, args.beta, args.scale_rewards) == ("grpo", 0.0, "group")
+    assert (args.use_bias_correction_kl, args.num_iterations) == (False, 1)
+    assert (args.draft_choice, args.all_drafts_failed) == ("best", "condition")
+    assert (args.draft_dropout, args.draft_loss_coef, args.eval_with_draft) == (0.0, 0.0, False)
+    assert args.make_draft_template() == DEFAULT_TEMPLATE
+
+
+def test_the_preset_is_what_the_paper_reports() -> None:
+    args = IGRPOConfig.paper("out", bf16=False, report_to="none")
+    assert (args.num_drafts, args.num_refinements) == (4, 4)
+    assert args.learning_rate == 1e-6
+    assert args.lr_scheduler_type == "cosine_with_min_lr"
+    assert args.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert args.get_warmup_steps(200) == 20
+    assert (args.beta, args.temperature, args.entropy_coef) == (0.0, 0.7, 0.0)
+    assert (args.loss_type, args.num_train_epochs) == ("grpo", 1)
+    assert args.max_completion_length == 4096
+    assert args.max_spliced_prompt_length == 5120
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 128
+    assert IGRPOConfig.paper("out", bf16=False, num_drafts=8, report_to="none").num_drafts == 8
+
+
+def test_the_preset_decays_the_learning_rate_to_a_tenth() -> None:
+    import torch
+    from transformers import get_scheduler
+
+    args = IGRPOConfig.paper("out", bf16=False, report_to="none")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, 10, 100, args.lr_scheduler_kwargs)
+    rates = []
+    for _ in range(100):
+        optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    assert max(rates) == pytest.approx(1e-6)
+    assert rates[-1] == pytest.approx(1e-7)
+
+
+def test_every_option_is_json(tmp_path: Path) -> None:
+    template = DraftTemplate("<d>", "</d>", ("<d>", "</d>"))
+    args = make(draft_template=template, draft_ties="shortest", max_draft_length=7)
+    stored = json.loads(args.to_json_string())
+    again = make(
+        **{
+            name: stored[name]
+            for name in ("draft_template", "draft_ties", "max_draft_length", "num_generations")
+        }
+    )
+    assert again.make_draft_template() == template
+    assert (again.draft_ties, again.max_draft_length) == ("shortest", 7)
+
+
+def test_options_come_from_a_command_line() -> None:
+    (args,) = HfArgumentParser(IGRPOConfig).parse_args_into_dataclasses(
+        [
+            *("--output_dir", "out", "--bf16", "false", "--report_to", "none"),
+            *("--num_drafts", "6", "--num_refinements", "2", "--draft_dropout", "0.25"),
+            *("--draft_template", '{"before": "A", "after": "B"}'),
+            *("--selection_reward", "judge", "--max_draft_length", "9"),
+        ]
+    )
+    assert (args.num_drafts, args.num_generations, args.draft_dropout) == (6, 2, 0.25)
+    assert args.make_draft_template() == DraftTemplate("A", "B")
+    assert (args.selection_reward, args.max_draft_length) == ("judge", 9)
+
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"num_drafts": 0}, ValueError, "num_drafts must be >= 1, got 0"),
+    ({"num_drafts": 2.0}, TypeError, "num_drafts must be an int"),
+    ({"num_refinements": 1}, ValueError, "num_refinements must be >= 2, got 1"),
+    ({"num_generations": 8}, ValueError, "num_generations is num_refinements = 4, got 8"),
+    ({"draft_choice": "first"}, ValueError, "draft_choice must be one of best, random, worst"),
+    ({"draft_ties": "longest"}, ValueError, "draft_ties must be one of lowest_index"),
+    ({"all_drafts_failed": "stop"}, ValueError, "all_drafts_failed must be one of condition"),
+    ({"draft_keep": "middle"}, ValueError, "draft_keep must be one of tail, head"),
+    ({"max_draft_length": 0}, ValueError, "max_draft_length must be >= 1"),
+    ({"max_spliced_prompt_length": 0}, ValueError, "max_spliced_prompt_length must be >= 1"),
+    ({"draft_dropout": 1.5}, ValueError, "draft_dropout must be <= 1"),
+    ({"draft_loss_coef": -1.0}, ValueError, "draft_loss_coef must be >= 0"),
+    ({"success_reward": float("nan")}, ValueError, "success_reward must be finite"),
+    ({"draft_template": "before"}, TypeError, "draft_template must be a dict"),
+    ({"draft_template": {"before": "x"}}, TypeError, "after"),
+    ({"num_drafts": 1, "draft_loss_coef": 1.0}, ValueError, "needs num_drafts >= 2"),
+    ({"use_trl_loss": True, "draft_loss_coef": 1.0}, ValueError, "needs use_trl_loss=False"),
+    ({"use_adaptive_entropy": True}, ValueError, "needs use_trl_loss=True"),
+    ({"fused_head": "liger"}, ValueError, "fused_head must be one of auto, igrpo, trl"),
+    ({"draft_choice": "none", "eval_with_draft": True}, ValueError, "eval_with_draft needs"),
+    ({"draft_choice": "none", "draft_dropout": 0.1}, ValueError, "draft_dropout needs"),
+    ({"draft_choice": "none", "all_drafts_failed": "skip"}, ValueError, "all_drafts_failed needs"),
+    (
+        {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 3,
+            "num_refinements": 6,
+            "num_drafts": 4,
+            "draft_loss_coef": 1.0,
+        },
+        ValueError,
+        r"per_device_train_batch_size \* num_drafts .* got 2 \* 4 and 6",
+    ),
+    (
+        {
+            "eval_with_draft": True,
+            "per_device_eval_batch_size": 2,
+            "num_generations_eval": 4,
+            "num_drafts": 3,
+        },
+        ValueError,
+        r"got 2 \* 3 and 4",
+    ),
+    ({"use_vllm": True, "vllm_max_model_length": 1000}, ValueError, "max_spliced_prompt_length"),
+    (
+        {"use_vllm": True, "vllm_max_model_length": 1000, "max_spliced_prompt_length": 600},
+        ValueError,
+        "= 1112 exceeds vllm_max_model_length = 1000",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"), REFUSED, ids=lambda value: str(value)[:60]
+)
+def test_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make(**options)
+
+
+def test_drafts_that_straddle_ranks_unevenly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two ranks of two rows: three drafts cannot be dealt in equal runs.
+    monkeypatch.setattr(IGRPOConfig, "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"steps_per_generation \* num_drafts .* got 2 \* 3 and 4"):
+        make(per_device_train_batch_size=1, gradient_accumulation_steps=2, num_drafts=3)
+    assert make(per_device_train_batch_size=1, gradient_accumulation_steps=2).num_drafts == 4
