@@ -13,7 +13,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from igrpo_algo import Clip, TokenMean, igrpo_loss, policy_loss
+from igrpo_algo import igrpo_loss, policy_loss
+from igrpo_kernels import Clip, TokenMean
 
 SEQUENCES, TOKENS = 256, 4096
 

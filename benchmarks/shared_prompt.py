@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import machine
 from benchmarks.models import random_qwen3
-from igrpo_algo import SharedPromptRow, pack_shared_prompt
+from igrpo_algo.shared_prompt.packing import SharedPromptRow, pack_shared_prompt
 from igrpo_algo.trainers.transformers import enable_shared_prompt, shared_prompt_hidden
 from igrpo_kernels import Clip, SequenceMean, linear_policy_loss
 

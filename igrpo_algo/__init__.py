@@ -5,172 +5,51 @@ function here. Samplers live in `igrpo_algo.engines`, trainers in `igrpo_algo.tr
 `igrpo_algo.rewards`, and each is imported by name; this import loads nothing but torch and einops.
 """
 
-from igrpo_kernels import (
-    K1,
-    K2,
-    K3,
-    Cispo,
-    Clip,
-    ClipCov,
-    DppoKl,
-    DppoTv,
-    FixedLength,
-    Gmpo,
-    KlCov,
-    PolicyLoss,
-    RatioWeighted,
-    Reinforce,
-    Sapo,
-    ScoreWeighted,
-    SequenceClip,
-    SequenceMean,
-    SequenceTokenClip,
-    Sum,
-    TokenMean,
-    Vespo,
-    policy_loss,
-)
+from igrpo_kernels import policy_loss
 
-from .advantages.baselines import (
-    best_over_runner_up,
-    center_and_divide_by_mean,
-    center_by_weighted_mean,
-    leave_one_out,
-    standardize_leave_one_out,
-)
-from .advantages.of_groups import (
-    center_by_group,
-    center_by_group_scale_by_batch,
-    standardize_apart,
-    standardize_by_group,
-    sum_rewards,
-    whiten,
-)
+from .advantages.baselines import rloo
+from .advantages.of_groups import center_by_group, standardize_by_group, whiten
 from .drafts.rules import Fallback
 from .drafts.select import (
-    BestDraft,
-    random_ties,
     select_best_draft,
     select_random_draft,
     select_worst_draft,
-    shortest_first,
     truncate_draft,
 )
 from .drafts.splice import TextSplice, TokenSplice
-from .drafts.text import (
-    CONCATENATION,
-    DEFAULT_TEMPLATE,
-    DraftTemplate,
-    splice_prompt,
-    strip_thinking,
-)
-from .losses.corrections import (
-    entropy_threshold,
-    geometric_importance_weights,
-    high_entropy_mask,
-    mask_weights,
-    off_policy_sequence_mask,
-    sequence_importance_weights,
-    token_importance_weights,
-    truncate_weights,
-)
+from .drafts.text import DraftTemplate, splice_prompt, strip_thinking
 from .losses.igrpo import igrpo_loss
-from .losses.overlong import drop_truncated, overlong_penalty
-from .metrics import (
-    copied_share,
-    draft_success_share,
-    near_copied_share,
-    pass_at_k,
-    stage_uplift,
-    zero_variance_share,
-)
+from .metrics import copy_rate, pass_at_k, stage_uplift, zero_variance_rate
 from .rollouts.completions import Completion
-from .rollouts.progress import RolloutProgress, show_live
 from .rollouts.records import Rollouts
-from .rollouts.sampling import Sampler, Samples, sample_group
-from .rollouts.single_flight import SingleFlight
-from .rollouts.timeline import plot_rollout_timeline
+from .rollouts.sampling import Samples, sample_group
 from .rollouts.two_stage import stream_two_stage_rollout, two_stage_rollout
-from .shared_prompt.packing import SharedPromptRow, pack_shared_prompt
 
 __all__ = [
-    "CONCATENATION",
-    "DEFAULT_TEMPLATE",
-    "K1",
-    "K2",
-    "K3",
-    "BestDraft",
-    "Cispo",
-    "Clip",
-    "ClipCov",
     "Completion",
-    "DppoKl",
-    "DppoTv",
     "DraftTemplate",
     "Fallback",
-    "FixedLength",
-    "Gmpo",
-    "KlCov",
-    "PolicyLoss",
-    "RatioWeighted",
-    "Reinforce",
-    "RolloutProgress",
     "Rollouts",
-    "Sampler",
     "Samples",
-    "Sapo",
-    "ScoreWeighted",
-    "SequenceClip",
-    "SequenceMean",
-    "SequenceTokenClip",
-    "SharedPromptRow",
-    "SingleFlight",
-    "Sum",
     "TextSplice",
-    "TokenMean",
     "TokenSplice",
-    "Vespo",
-    "best_over_runner_up",
-    "center_and_divide_by_mean",
     "center_by_group",
-    "center_by_group_scale_by_batch",
-    "center_by_weighted_mean",
-    "copied_share",
-    "draft_success_share",
-    "drop_truncated",
-    "entropy_threshold",
-    "geometric_importance_weights",
-    "high_entropy_mask",
+    "copy_rate",
     "igrpo_loss",
-    "leave_one_out",
-    "mask_weights",
-    "near_copied_share",
-    "off_policy_sequence_mask",
-    "overlong_penalty",
-    "pack_shared_prompt",
     "pass_at_k",
-    "plot_rollout_timeline",
     "policy_loss",
-    "random_ties",
+    "rloo",
     "sample_group",
     "select_best_draft",
     "select_random_draft",
     "select_worst_draft",
-    "sequence_importance_weights",
-    "shortest_first",
-    "show_live",
     "splice_prompt",
     "stage_uplift",
-    "standardize_apart",
     "standardize_by_group",
-    "standardize_leave_one_out",
     "stream_two_stage_rollout",
     "strip_thinking",
-    "sum_rewards",
-    "token_importance_weights",
     "truncate_draft",
-    "truncate_weights",
     "two_stage_rollout",
     "whiten",
-    "zero_variance_share",
+    "zero_variance_rate",
 ]

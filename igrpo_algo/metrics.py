@@ -15,7 +15,7 @@ from igrpo_kernels.checks import check_count, check_number, check_rank
 from .advantages.moments import Groups, to_scores
 
 
-def zero_variance_share(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
+def zero_variance_rate(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
     """Share of groups whose rewards are all equal, and which therefore teach nothing.
 
     share = #{groups with std(r) = 0} / #groups
@@ -35,7 +35,7 @@ def zero_variance_share(rewards: Tensor, groups: int | Tensor | None = None) -> 
         ValueError: `rewards` and `groups` do not fit each other.
 
     Examples:
-        >>> zero_variance_share(torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, float("nan")]]))
+        >>> zero_variance_rate(torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, float("nan")]]))
         tensor(0.6667)
     """
     grouped = Groups.of(rewards, groups)
@@ -45,7 +45,7 @@ def zero_variance_share(rewards: Tensor, groups: int | Tensor | None = None) -> 
     return grouped.restore(equal / grouped.count).sum() / weight.sum()
 
 
-def draft_success_share(draft_rewards: Tensor, *, threshold: float = 1.0) -> Tensor:
+def draft_success_rate(draft_rewards: Tensor, *, threshold: float = 1.0) -> Tensor:
     """Share of prompts with a draft that succeeded: what Stage 2 is given to start from.
 
     share = #{p : max_n r_pn >= threshold} / #prompts
@@ -65,7 +65,7 @@ def draft_success_share(draft_rewards: Tensor, *, threshold: float = 1.0) -> Ten
         ValueError: `draft_rewards` are not [P, N], or `threshold` is not finite.
 
     Examples:
-        >>> draft_success_share(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+        >>> draft_success_rate(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
         tensor(0.5000)
     """
     check_number("threshold", threshold)
@@ -144,7 +144,7 @@ def pass_at_k(rewards: Tensor, k: int, *, threshold: float = 1.0) -> Tensor:
     return 1 - ratios.prod(-1)
 
 
-def copied_share(
+def copy_rate(
     draft_ids: Sequence[Sequence[int] | None], refinement_ids: Sequence[Sequence[Sequence[int]]]
 ) -> float:
     """Share of refinements that repeat their draft token for token.
@@ -164,14 +164,14 @@ def copied_share(
         ValueError: The two do not have one entry per prompt.
 
     Examples:
-        >>> copied_share([[5, 6], None], [[[5, 6], [5, 7]], [[1, 2]]])
+        >>> copy_rate([[5, 6], None], [[[5, 6], [5, 7]], [[1, 2]]])
         0.5
     """
     pairs = _pairs(draft_ids, refinement_ids)
     return _share([list(draft) == list(refinement) for draft, refinement in pairs])
 
 
-def near_copied_share(
+def near_copy_rate(
     draft_ids: Sequence[Sequence[int] | None],
     refinement_ids: Sequence[Sequence[Sequence[int]]],
     *,
@@ -199,7 +199,7 @@ def near_copied_share(
 
     Examples:
         >>> refinements = [[[1, 2, 3, 9], [7, 8, 9, 4]]]
-        >>> near_copied_share([[1, 2, 3, 4]], refinements, threshold=0.6, ngram=2)
+        >>> near_copy_rate([[1, 2, 3, 4]], refinements, threshold=0.6, ngram=2)
         0.5
     """
     check_number("threshold", threshold, above=0, at_most=1)

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from igrpo_algo import plot_rollout_timeline
+from igrpo_algo.rollouts.timeline import plot_rollout_timeline
 
 from .simulation import Setting
 

@@ -11,7 +11,7 @@ from igrpo_kernels.checks import check_number, check_shape
 from .moments import Groups, check_ddof, divide, to_scores
 
 
-def leave_one_out(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
+def rloo(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
     """Take from each reward the mean of the others in its group.
 
     A_i = r_i - sum_{j != i} r_j / (n - 1) = n / (n - 1) (r_i - mean(r))
@@ -31,7 +31,7 @@ def leave_one_out(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor
         ValueError: As in `center_by_group`.
 
     Examples:
-        >>> leave_one_out(torch.tensor([[1.0, 0.0, 0.0, 0.5]]))
+        >>> rloo(torch.tensor([[1.0, 0.0, 0.0, 0.5]]))
         tensor([[ 0.8333, -0.5000, -0.5000,  0.1667]])
     """
     grouped = Groups.of(rewards, groups)
@@ -84,9 +84,7 @@ def standardize_leave_one_out(
     return grouped.restore(difference).to(scores.dtype)
 
 
-def center_by_weighted_mean(
-    rewards: Tensor, weights: Tensor, groups: int | Tensor | None = None
-) -> Tensor:
+def opo(rewards: Tensor, weights: Tensor, groups: int | Tensor | None = None) -> Tensor:
     """Take from each reward the weighted mean of its group.
 
     A_i = r_i - sum_j w_j r_j / sum_j w_j
@@ -108,7 +106,7 @@ def center_by_weighted_mean(
         ValueError: As in `center_by_group`, or `weights` do not have the shape of `rewards`.
 
     Examples:
-        >>> center_by_weighted_mean(torch.tensor([[1.0, 0.0]]), torch.tensor([[30, 10]]))
+        >>> opo(torch.tensor([[1.0, 0.0]]), torch.tensor([[30, 10]]))
         tensor([[ 0.2500, -0.7500]])
     """
     grouped = Groups.of(rewards, groups)
@@ -120,9 +118,7 @@ def center_by_weighted_mean(
     return grouped.restore(centered - shift)
 
 
-def center_and_divide_by_mean(
-    rewards: Tensor, groups: int | Tensor | None = None, *, eps: float = 1e-6
-) -> Tensor:
+def maxrl(rewards: Tensor, groups: int | Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
     """Take from each reward the mean of its group, and divide by that mean.
 
     A_i = (r_i - mean(r)) / (mean(r) + eps)
@@ -145,7 +141,7 @@ def center_and_divide_by_mean(
         ValueError: As in `center_by_group`, or `eps` is negative.
 
     Examples:
-        >>> center_and_divide_by_mean(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), eps=0)
+        >>> maxrl(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), eps=0)
         tensor([[ 3., -1., -1., -1.]])
     """
     check_number("eps", eps, at_least=0)

@@ -205,7 +205,7 @@ def whiten(
     return divide(centered, variance.sqrt(), eps)
 
 
-def standardize_apart(
+def gdpo(
     rewards: Tensor,
     groups: int | Tensor | None = None,
     *,
@@ -238,7 +238,7 @@ def standardize_apart(
 
     Examples:
         >>> both = torch.tensor([[[1.0, 30.0], [0.0, 10.0]]])
-        >>> standardize_apart(both, weights=[1.0, 0.5], ddof=0, eps=0)
+        >>> gdpo(both, weights=[1.0, 0.5], ddof=0, eps=0)
         tensor([[ 1.5000, -1.5000]])
     """
     scores, weight = _check_several(rewards, weights)

@@ -24,16 +24,16 @@ from igrpo_kernels.checks import check_shape
 
 from .baselines import (
     best_over_runner_up,
-    center_and_divide_by_mean,
-    center_by_weighted_mean,
-    leave_one_out,
+    maxrl,
+    opo,
+    rloo,
     standardize_leave_one_out,
 )
 from .moments import Groups, to_scores, weighted_moments
 from .of_groups import (
     center_by_group,
     center_by_group_scale_by_batch,
-    standardize_apart,
+    gdpo,
     standardize_by_group,
     std_by_group,
     sum_rewards,
@@ -76,7 +76,7 @@ def trl_normalize_then_sum_advantages(
 
     By group and reward, then over the batch: ddof 1 and eps 1e-4 both times.
     """
-    total = standardize_apart(rewards, groups, weights=weights, ddof=1, eps=1e-4)
+    total = gdpo(rewards, groups, weights=weights, ddof=1, eps=1e-4)
     scored = ~sum_rewards(rewards).isnan()
     return whiten(total, scored, ddof=1, eps=1e-4)
 
@@ -86,7 +86,7 @@ def trl_rloo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
 
     Group of one 0.
     """
-    return leave_one_out(rewards, groups)
+    return rloo(rewards, groups)
 
 
 def verl_grpo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
@@ -109,12 +109,12 @@ def verl_dr_grpo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
 
 def verl_rloo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
     """Verl's "rloo". A group of one gets its reward (0 in "rloo_vectorized")."""
-    return _lone_kept(leave_one_out(rewards, groups), rewards, groups)
+    return _lone_kept(rloo(rewards, groups), rewards, groups)
 
 
 def verl_opo_advantages(rewards: Tensor, lengths: Tensor, groups: Ids = None) -> Tensor:
     """Verl's "opo": the baseline is weighted by length. A group of one gets its reward."""
-    return _lone_kept(center_by_weighted_mean(rewards, lengths, groups), rewards, groups)
+    return _lone_kept(opo(rewards, lengths, groups), rewards, groups)
 
 
 def verl_grpo_passk_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
@@ -184,7 +184,7 @@ def openrlhf_dr_grpo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
 
 def openrlhf_rloo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
     """OpenRLHF's "rloo". Group of one 0, where OpenRLHF divides by zero."""
-    return leave_one_out(rewards, groups)
+    return rloo(rewards, groups)
 
 
 def openrlhf_reinforce_baseline_advantages(
@@ -233,7 +233,7 @@ def nemo_rl_reinforce_plus_plus_advantages(
 
 def skyrl_maxrl_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
     """SkyRL's "maxrl": over the group's mean, eps 1e-6. A group of one gets its reward."""
-    return _lone_kept(center_and_divide_by_mean(rewards, groups, eps=1e-6), rewards, groups)
+    return _lone_kept(maxrl(rewards, groups, eps=1e-6), rewards, groups)
 
 
 def _lone_kept(advantages: Tensor, rewards: Tensor, groups: Ids) -> Tensor:

@@ -41,7 +41,9 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor
     return ramp.clamp(-1.0, 0.0)
 
 
-def drop_truncated(mask: Tensor, truncated: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+def mask_truncated_completions(
+    mask: Tensor, truncated: Tensor, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """Leave completions that hit the length limit out of the loss: DAPO's overlong filtering.
 
     Their tokens stop counting, in denominators of tokens too; `SequenceMean` and `FixedLength`
@@ -60,7 +62,7 @@ def drop_truncated(mask: Tensor, truncated: Tensor, *, cu_seqlens: Tensor | None
         ValueError: The shapes do not fit.
 
     Examples:
-        >>> drop_truncated(torch.tensor([[1, 1], [1, 0]]), torch.tensor([True, False]))
+        >>> mask_truncated_completions(torch.tensor([[1, 1], [1, 0]]), torch.tensor([True, False]))
         tensor([[0, 0],
                 [1, 0]])
     """

@@ -35,7 +35,7 @@ def enable_shared_prompt(model: PreTrainedModel) -> None:
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from igrpo_algo import pack_shared_prompt
+        >>> from igrpo_algo.shared_prompt.packing import pack_shared_prompt
         >>> config = LlamaConfig(
         ...     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         ...     num_attention_heads=2, pad_token_id=0,

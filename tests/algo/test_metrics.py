@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from igrpo_algo.advantages.of_groups import standardize_by_group
 from igrpo_algo.metrics import (
-    copied_share,
-    draft_success_share,
-    near_copied_share,
+    copy_rate,
+    draft_success_rate,
+    near_copy_rate,
     ngram_overlap,
     pass_at_k,
     stage_uplift,
-    zero_variance_share,
+    zero_variance_rate,
 )
 
 NAN = float("nan")
@@ -41,7 +41,7 @@ def test_zero_variance_share_matches_a_loop(samples: list[tuple[float, int]]) ->
     distinct = [len(rewards) for rewards in groups.values() if rewards]
     wanted = statistics.fmean(n == 1 for n in distinct) if distinct else NAN
     rewards, ids = zip(*samples, strict=True)
-    actual = zero_variance_share(torch.tensor(rewards), torch.tensor(ids))
+    actual = zero_variance_rate(torch.tensor(rewards), torch.tensor(ids))
     torch.testing.assert_close(
         actual, torch.tensor(wanted), rtol=1e-6, atol=0, equal_nan=True, check_dtype=False
     )
@@ -52,16 +52,16 @@ def test_zero_variance_groups_are_those_without_advantages() -> None:
     silent = (standardize_by_group(rewards) == 0).all(-1).double().mean()
     assert 0.1 < silent < 0.5
     # float32 sums of 200 shares.
-    torch.testing.assert_close(zero_variance_share(rewards).double(), silent, rtol=1e-5, atol=0)
-    flat = zero_variance_share(rewards.flatten(), 3)
-    torch.testing.assert_close(flat, zero_variance_share(rewards), rtol=0, atol=0)
+    torch.testing.assert_close(zero_variance_rate(rewards).double(), silent, rtol=1e-5, atol=0)
+    flat = zero_variance_rate(rewards.flatten(), 3)
+    torch.testing.assert_close(flat, zero_variance_rate(rewards), rtol=0, atol=0)
 
 
 def test_draft_success_needs_one_draft_that_reaches_the_threshold() -> None:
     rewards = double([[0.0, 0.5], [0.5, 1.0], [NAN, 1.0], [NAN, NAN], [0.4, 0.2]])
-    torch.testing.assert_close(draft_success_share(rewards), double(2 / 4), **CLOSE)
-    torch.testing.assert_close(draft_success_share(rewards, threshold=0.5), double(3 / 4), **CLOSE)
-    assert draft_success_share(torch.full((2, 3), NAN)).isnan()
+    torch.testing.assert_close(draft_success_rate(rewards), double(2 / 4), **CLOSE)
+    torch.testing.assert_close(draft_success_rate(rewards, threshold=0.5), double(3 / 4), **CLOSE)
+    assert draft_success_rate(torch.full((2, 3), NAN)).isnan()
 
 
 def test_uplift_is_the_mean_difference_by_prompt() -> None:
@@ -107,9 +107,9 @@ def test_pass_at_k_survives_large_counts() -> None:
 def test_copied_share_counts_token_for_token() -> None:
     drafts = [[5, 6], None, [7], []]
     refinements = [[[5, 6], (5, 6, 7), [6, 5]], [[5, 6]], [[8], [7], (7,)], [[]]]
-    assert copied_share(drafts, refinements) == pytest.approx(4 / 7)
-    assert math.isnan(copied_share([None], [[[1]]]))
-    assert math.isnan(copied_share([], []))
+    assert copy_rate(drafts, refinements) == pytest.approx(4 / 7)
+    assert math.isnan(copy_rate([None], [[[1]]]))
+    assert math.isnan(copy_rate([], []))
 
 
 def test_overlap_counts_each_ngram_as_often_as_the_draft_holds_it() -> None:
@@ -130,10 +130,10 @@ def test_near_copies_reach_the_threshold() -> None:
     drafts = [[1, 2, 3, 4, 5], None]
     refinements = [[[1, 2, 3, 4, 5], [1, 2, 3, 4, 9], [1, 2, 9, 9, 9]], [[1, 2, 3, 4, 5]]]
     for threshold, wanted in [(1.0, 1 / 3), (0.75, 2 / 3), (0.76, 1 / 3), (0.25, 1.0)]:
-        share = near_copied_share(drafts, refinements, threshold=threshold, ngram=2)
+        share = near_copy_rate(drafts, refinements, threshold=threshold, ngram=2)
         assert share == pytest.approx(wanted)
-    assert near_copied_share([[1, 2, 3]], [[[1, 2, 9]]], threshold=0.5, ngram=2) == 1.0
-    assert near_copied_share([[1, 2, 3]], [[[1, 2, 9]]]) == 0.0
+    assert near_copy_rate([[1, 2, 3]], [[[1, 2, 9]]], threshold=0.5, ngram=2) == 1.0
+    assert near_copy_rate([[1, 2, 3]], [[[1, 2, 9]]]) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
@@ -143,8 +143,8 @@ def test_tensor_metrics_are_wide_and_detached(dtype: torch.dtype) -> None:
         rewards.requires_grad_()
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     for value in (
-        zero_variance_share(rewards),
-        draft_success_share(rewards),
+        zero_variance_rate(rewards),
+        draft_success_rate(rewards),
         stage_uplift(rewards, rewards),
         pass_at_k(rewards, 2),
     ):
@@ -155,9 +155,9 @@ def test_tensor_metrics_are_wide_and_detached(dtype: torch.dtype) -> None:
 def test_bad_input_is_named() -> None:
     row = torch.ones(1, 4)
     with pytest.raises(ValueError, match=r"draft_rewards must have shape \[P, N\], got \[4\]"):
-        draft_success_share(row[0])
+        draft_success_rate(row[0])
     with pytest.raises(ValueError, match="threshold must be finite"):
-        draft_success_share(row, threshold=NAN)
+        draft_success_rate(row, threshold=NAN)
     with pytest.raises(ValueError, match=r"refinement_rewards must have shape .* P = 1, got"):
         stage_uplift(row, torch.ones(2, 4))
     with pytest.raises(TypeError, match=r"refinement_rewards must be a torch\.Tensor"):
@@ -169,10 +169,10 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(TypeError, match="threshold must be a number"):
         pass_at_k(row, 1, threshold="high")
     with pytest.raises(ValueError, match="groups must be G or ids"):
-        zero_variance_share(row[0])
+        zero_variance_rate(row[0])
     with pytest.raises(ValueError, match=r"refinement_ids must have P = 2 entries"):
-        copied_share([[1], [2]], [[[1]]])
+        copy_rate([[1], [2]], [[[1]]])
     with pytest.raises(ValueError, match="threshold must be > 0"):
-        near_copied_share([[1]], [[[1]]], threshold=0)
+        near_copy_rate([[1]], [[[1]]], threshold=0)
     with pytest.raises(ValueError, match="ngram must be >= 1, got 0"):
         ngram_overlap([1], [1], ngram=0)

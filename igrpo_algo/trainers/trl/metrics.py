@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...drafts.splice import TextSplice
-from ...metrics import stage_uplift, zero_variance_share
+from ...metrics import stage_uplift, zero_variance_rate
 from .drafts import DraftChoice, Refined
 
 
@@ -84,8 +84,8 @@ def stage_metrics(
         "best_draft_reward": choice.best.nanmean().item(),
         "best_draft_right": choice.right.float().mean().item(),
         "uplift": stage_uplift(draft_rewards, refinement_rewards).item(),
-        "draft_zero_std": zero_variance_share(draft_rewards).item(),
-        "refinement_zero_std": zero_variance_share(refinement_rewards).item(),
+        "draft_zero_std": zero_variance_rate(draft_rewards).item(),
+        "refinement_zero_std": zero_variance_rate(refinement_rewards).item(),
         "copied": copied / shown if shown else math.nan,
         "draft_length": tokens / shown if shown else math.nan,
         "draft_tokens_cut": cut / rows,

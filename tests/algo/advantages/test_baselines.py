@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from igrpo_algo.advantages.baselines import (
     best_over_runner_up,
-    center_and_divide_by_mean,
-    center_by_weighted_mean,
-    leave_one_out,
+    maxrl,
+    opo,
+    rloo,
     standardize_leave_one_out,
 )
 from igrpo_algo.advantages.of_groups import center_by_group
@@ -43,27 +43,27 @@ def test_weighted_baseline_matches_a_loop(samples: list[tuple[float, int, int]])
         else:
             wanted.append(reward - sum(r for r, _ in peers) / len(peers))
     rewards, weights, ids = (torch.tensor(each) for each in zip(*samples, strict=True))
-    actual = center_by_weighted_mean(rewards.double(), weights, ids)
+    actual = opo(rewards.double(), weights, ids)
     torch.testing.assert_close(actual, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 def test_equal_weights_are_no_weights() -> None:
     rewards = torch.rand(5, 4, dtype=torch.float64)
-    actual = center_by_weighted_mean(rewards, torch.full((5, 4), 17))
+    actual = opo(rewards, torch.full((5, 4), 17))
     torch.testing.assert_close(actual, center_by_group(rewards), **CLOSE)
-    blocks = center_by_weighted_mean(rewards.flatten(), torch.full((20,), 17), 4)
+    blocks = opo(rewards.flatten(), torch.full((20,), 17), 4)
     torch.testing.assert_close(blocks, center_by_group(rewards).flatten(), **CLOSE)
 
 
 def test_weighted_baseline_of_equal_or_lone_rewards_is_exactly_zero() -> None:
     weights = torch.tensor([[3, 1, 7], [2, 2, 0]])
     rewards = torch.tensor([[0.1, 0.1, 0.1], [0.3, NAN, NAN]])
-    assert torch.equal(center_by_weighted_mean(rewards, weights), torch.zeros(2, 3))
+    assert torch.equal(opo(rewards, weights), torch.zeros(2, 3))
 
 
 def test_leave_one_out_is_the_centered_reward_stretched() -> None:
     rewards = torch.rand(6, 5, dtype=torch.float64)
-    torch.testing.assert_close(leave_one_out(rewards), center_by_group(rewards) * 5 / 4, **CLOSE)
+    torch.testing.assert_close(rloo(rewards), center_by_group(rewards) * 5 / 4, **CLOSE)
 
 
 def test_the_other_of_a_pair_has_no_deviation_to_divide_by() -> None:
@@ -75,9 +75,9 @@ def test_the_other_of_a_pair_has_no_deviation_to_divide_by() -> None:
 def test_binary_rewards_over_their_mean_weigh_success_by_its_rarity() -> None:
     rewards = torch.zeros(8)
     rewards[:2] = 1
-    advantages = center_and_divide_by_mean(rewards, 8, eps=0)
+    advantages = maxrl(rewards, 8, eps=0)
     assert advantages.tolist() == [3.0] * 2 + [-1.0] * 6
-    assert torch.equal(center_and_divide_by_mean(torch.zeros(1, 4), eps=0), torch.zeros(1, 4))
+    assert torch.equal(maxrl(torch.zeros(1, 4), eps=0), torch.zeros(1, 4))
 
 
 def test_only_a_strict_best_leads() -> None:
@@ -88,14 +88,14 @@ def test_only_a_strict_best_leads() -> None:
 
 def test_weights_must_fit_the_rewards() -> None:
     with pytest.raises(ValueError, match=r"weights must have shape of rewards = \[2, 3\], got"):
-        center_by_weighted_mean(torch.ones(2, 3), torch.ones(3))
+        opo(torch.ones(2, 3), torch.ones(3))
     with pytest.raises(TypeError, match=r"weights must be a torch.Tensor, got list"):
-        center_by_weighted_mean(torch.ones(1, 2), [1, 2])
+        opo(torch.ones(1, 2), [1, 2])
 
 
 def test_weights_that_sum_to_less_than_one_still_weigh():
     """Normalized lengths are legal: no floor of 1 under their sum."""
     rewards, weights = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.3, 0.1]])
-    centered = center_by_weighted_mean(rewards, weights)
+    centered = opo(rewards, weights)
     # float32 quotients of short decimals
     torch.testing.assert_close(centered, torch.tensor([[0.25, -0.75]]), rtol=1e-6, atol=1e-7)

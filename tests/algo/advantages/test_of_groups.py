@@ -13,15 +13,15 @@ from torch import Tensor
 
 from igrpo_algo.advantages.baselines import (
     best_over_runner_up,
-    center_and_divide_by_mean,
-    leave_one_out,
+    maxrl,
+    rloo,
     standardize_leave_one_out,
 )
 from igrpo_algo.advantages.moments import Groups
 from igrpo_algo.advantages.of_groups import (
     center_by_group,
     center_by_group_scale_by_batch,
-    standardize_apart,
+    gdpo,
     standardize_by_group,
     std_by_group,
     sum_rewards,
@@ -101,7 +101,7 @@ PAIRS: dict[str, tuple[Advantage, Reference]] = {
     ),
     "std": (partial(std_by_group, ddof=1), partial(deviations, ddof=1)),
     "std, population": (partial(std_by_group, ddof=0), partial(deviations, ddof=0)),
-    "leave one out": (leave_one_out, over_others),
+    "leave one out": (rloo, over_others),
     "leave one out, sample": (
         partial(standardize_leave_one_out, ddof=1, eps=1e-6),
         partial(over_others_standardized, ddof=1, eps=1e-6),
@@ -111,7 +111,7 @@ PAIRS: dict[str, tuple[Advantage, Reference]] = {
         partial(over_others_standardized, ddof=0, eps=1e-3),
     ),
     "over mean": (
-        partial(center_and_divide_by_mean, eps=1e-6),
+        partial(maxrl, eps=1e-6),
         partial(over_mean, eps=1e-6),
     ),
     "lead": (best_over_runner_up, lead),
@@ -187,9 +187,9 @@ def test_worked_numbers() -> None:
     for actual, wanted in [
         (standardize_by_group(rewards, ddof=1, eps=0), [1.5, -0.5, -0.5, -0.5]),
         (standardize_by_group(rewards, ddof=0, eps=0), [3**0.5] + [-1 / 3**0.5] * 3),
-        (leave_one_out(rewards), [1.0] + [-1 / 3] * 3),
+        (rloo(rewards), [1.0] + [-1 / 3] * 3),
         (standardize_leave_one_out(rewards, eps=0), [1.0] + [-1 / 3**0.5] * 3),
-        (center_and_divide_by_mean(rewards, eps=0), [3.0, -1.0, -1.0, -1.0]),
+        (maxrl(rewards, eps=0), [3.0, -1.0, -1.0, -1.0]),
         (best_over_runner_up(rewards), [1.0, 0.0, 0.0, 0.0]),
     ]:
         torch.testing.assert_close(actual, torch.tensor([wanted], dtype=torch.float64), **tiny)
@@ -229,7 +229,7 @@ def test_scaling_rewards_changes_nothing_once_standardized(
         torch.testing.assert_close(scaled, function(values, 4, eps=0), **CLOSE)
 
 
-@pytest.mark.parametrize("function", [center_by_group, standardize_by_group, leave_one_out])
+@pytest.mark.parametrize("function", [center_by_group, standardize_by_group, rloo])
 def test_each_group_sums_to_zero(function: Advantage) -> None:
     advantages = function(torch.rand(64, 8, dtype=torch.float64))
     assert advantages.abs().max() > 0.1
@@ -337,12 +337,12 @@ def test_several_rewards_are_standardized_apart() -> None:
     both = torch.stack([first, second], -1)
     wanted = 2 * standardize_by_group(first, eps=0.1) - standardize_by_group(second, eps=0.1)
     for weights in ([2.0, -1.0], torch.tensor([2.0, -1.0])):
-        actual = standardize_apart(both, weights=weights, eps=0.1)
+        actual = gdpo(both, weights=weights, eps=0.1)
         torch.testing.assert_close(actual, wanted, **CLOSE)
-    flat = standardize_apart(both.reshape(20, 2), torch.arange(20) // 4, weights=[2, -1], eps=0.1)
+    flat = gdpo(both.reshape(20, 2), torch.arange(20) // 4, weights=[2, -1], eps=0.1)
     torch.testing.assert_close(flat, wanted.flatten(), **CLOSE)
-    unit = standardize_apart(both, eps=0.1)
-    torch.testing.assert_close(unit, standardize_apart(both, weights=[1, 1], eps=0.1), **CLOSE)
+    unit = gdpo(both, eps=0.1)
+    torch.testing.assert_close(unit, gdpo(both, weights=[1, 1], eps=0.1), **CLOSE)
 
 
 def test_summed_rewards_skip_what_is_unscored() -> None:
@@ -424,7 +424,7 @@ def test_rewards_and_groups_must_fit(
         standardize_by_group,
         center_by_group_scale_by_batch,
         standardize_leave_one_out,
-        lambda rewards, **options: standardize_apart(rewards[..., None], **options),
+        lambda rewards, **options: gdpo(rewards[..., None], **options),
         whiten,
     ],
 )
@@ -448,9 +448,9 @@ def test_further_options_must_make_sense() -> None:
     with pytest.raises(ValueError, match="ddof must be 0 or 1"):
         std_by_group(torch.ones(1, 2), ddof=3)
     with pytest.raises(ValueError, match="eps must be >= 0"):
-        center_and_divide_by_mean(torch.ones(1, 2), eps=-1.0)
+        maxrl(torch.ones(1, 2), eps=-1.0)
     with pytest.raises(ValueError, match=r"weights must have shape \[K\] = \[2\], got \[3\]"):
-        standardize_apart(torch.ones(1, 2, 2), weights=[1.0, 1.0, 1.0])
+        gdpo(torch.ones(1, 2, 2), weights=[1.0, 1.0, 1.0])
     with pytest.raises(ValueError, match=r"rewards must have shape \[P, G, K\], or \[B, K\]"):
         sum_rewards(torch.ones(3))
     with pytest.raises(ValueError, match=r"weights must have shape of values = \[2\], got \[3\]"):

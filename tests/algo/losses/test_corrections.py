@@ -15,7 +15,7 @@ from igrpo_algo.losses.corrections import (
     token_importance_weights,
     truncate_weights,
 )
-from igrpo_algo.losses.overlong import drop_truncated, overlong_penalty
+from igrpo_algo.losses.overlong import mask_truncated_completions, overlong_penalty
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 LENGTHS = [3, 1, 4, 0]
@@ -124,11 +124,11 @@ def test_overlong_penalty_is_equation_13_of_dapo():
 
 def test_truncated_completions_stop_counting():
     mask = torch.tensor([[True, True], [True, False]])
-    assert drop_truncated(mask, torch.tensor([False, True])).tolist() == [
+    assert mask_truncated_completions(mask, torch.tensor([False, True])).tolist() == [
         [True, True],
         [False, False],
     ]
-    packed = drop_truncated(
+    packed = mask_truncated_completions(
         torch.ones(3), torch.tensor([True, False]), cu_seqlens=torch.tensor([0, 2, 3])
     )
     assert packed.tolist() == [0.0, 0.0, 1.0]
@@ -194,11 +194,15 @@ PAIR = (torch.zeros(2, 3), torch.zeros(2, 3))
             r"max_length must be >= 1, got 0",
         ),
         (
-            lambda: drop_truncated(torch.ones(2, 3), torch.ones(3)),
+            lambda: mask_truncated_completions(torch.ones(2, 3), torch.ones(3)),
             ValueError,
             r"truncated must have shape \[B\] = \[2\], got \[3\]",
         ),
-        (lambda: drop_truncated(torch.ones(3), torch.ones(3)), ValueError, r"mask must have shape"),
+        (
+            lambda: mask_truncated_completions(torch.ones(3), torch.ones(3)),
+            ValueError,
+            r"mask must have shape",
+        ),
     ],
 )
 def test_bad_input(call, error, message):

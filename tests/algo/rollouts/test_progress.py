@@ -10,15 +10,9 @@ import pytest
 import rich
 from rich.console import Console
 
-from igrpo_algo import (
-    Completion,
-    Fallback,
-    RolloutProgress,
-    show_live,
-    stream_two_stage_rollout,
-    two_stage_rollout,
-)
+from igrpo_algo import Completion, Fallback, stream_two_stage_rollout, two_stage_rollout
 from igrpo_algo.rollouts.one_prompt import StageFinished, StageStarted
+from igrpo_algo.rollouts.progress import RolloutProgress, show_live
 from igrpo_algo.rollouts.records import Stage
 
 

@@ -4,9 +4,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from igrpo_algo import Completion, Rollouts, plot_rollout_timeline
+from igrpo_algo import Completion, Rollouts
 from igrpo_algo.rollouts.records import Choice, Group, Stage
-from igrpo_algo.rollouts.timeline import COLORS, stage_spans
+from igrpo_algo.rollouts.timeline import COLORS, plot_rollout_timeline, stage_spans
 
 DRAWN, SKIPPED = [Completion([1], "a")], [Completion([], "", [], "skipped")]
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from igrpo_algo import Completion, SharedPromptRow, pack_shared_prompt
+from igrpo_algo import Completion
+from igrpo_algo.shared_prompt.packing import SharedPromptRow, pack_shared_prompt
 from igrpo_kernels import Clip, SequenceMean, linear_policy_loss, policy_loss, token_logprobs
 
 PROMPTS = [[5, 6], [4]]

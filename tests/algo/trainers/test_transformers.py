@@ -32,7 +32,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from igrpo_algo import pack_shared_prompt
+from igrpo_algo.shared_prompt.packing import pack_shared_prompt
 from igrpo_algo.trainers.transformers import enable_shared_prompt, shared_prompt_hidden
 from igrpo_kernels import Clip, SequenceMean, linear_policy_loss, policy_loss, token_logprobs
 
