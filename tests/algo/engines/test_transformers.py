@@ -90,9 +90,7 @@ def test_the_sampler_says_what_a_prompt_is_to_its_model(model, tokenizer):
     assert told.encode(PROMPTS[2]) == [3, *tokenizer("2+2")["input_ids"]]
     wrong = {"tokenize": True}
     with pytest.raises(ValueError, match="chat_template_kwargs must not set tokenize"):
-        TransformersSampler(
-            model, tokenizer, max_new_tokens=4, chat_template_kwargs={"tokenize": 1}
-        )
+        TransformersSampler(model, tokenizer, max_new_tokens=4, chat_template_kwargs=wrong)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.8)])
