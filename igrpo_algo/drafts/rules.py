@@ -23,6 +23,7 @@ from igrpo_kernels.checks import (
     describe,
 )
 
+from ..prompts import Prompt
 from .select import SelectedDrafts, random_ties, select_best_draft, shortest_first
 from .splice import DEFAULT_SPLICE, Draft, Splice, Spliced
 
@@ -202,7 +203,7 @@ class DraftRules:
         dropped = ~plain & (draws[:, 0] < self.dropout)
         return DraftChoices(index, reward, failed, dropped, skipped, plain | dropped)
 
-    def condition(self, prompt: Any, draft: Draft) -> Spliced:
+    def condition(self, prompt: Prompt, draft: Draft) -> Spliced:
         """Splice the chosen draft into its prompt; leave the prompt plain if nothing of it stands.
 
         Args:

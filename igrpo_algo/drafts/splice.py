@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from igrpo_kernels.checks import check_count
 
+from ..prompts import Prompt, check_chat_template_kwargs, encode_prompt
 from .budget import fit_draft, splice_prompt_ids
 from .select import Keep, check_keep, truncate_draft
 from .text import DEFAULT_TEMPLATE, DraftTemplate, splice_cleaned, strip_thinking
@@ -38,7 +39,7 @@ class Spliced(NamedTuple):
         tokens_cut: Draft tokens that were cut off for length.
     """
 
-    prompt: Any
+    prompt: Prompt
     draft: str
     tokens_cut: int
 
@@ -77,6 +78,7 @@ class TokenBudget:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         check_keep(self.keep)
+        check_chat_template_kwargs(self.chat_template_kwargs)
 
     def encode(self, text: str) -> list[int]:
         """Give the ids of text, without special tokens."""
@@ -97,17 +99,7 @@ class TokenBudget:
 
     def encode_prompt(self, prompt: Any) -> list[int]:
         """Give the ids of a prompt as a model is shown it."""
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        return list(
-            self.tokenizer.apply_chat_template(
-                prompt,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **self.chat_template_kwargs,
-            )
-        )
+        return encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
 
 
 @dataclass(frozen=True)
@@ -138,7 +130,7 @@ class TextSplice:
     special_tokens: Collection[str] = ()
     budget: TokenBudget | None = None
 
-    def __call__(self, prompt: Any, draft: Draft) -> Spliced:
+    def __call__(self, prompt: Prompt, draft: Draft) -> Spliced:
         """Return the spliced prompt.
 
         Raises:
@@ -212,7 +204,7 @@ class TokenSplice:
                 check_count(name, getattr(self, name))
         check_keep(self.keep)
 
-    def __call__(self, prompt: Any, draft: Draft) -> Spliced:
+    def __call__(self, prompt: Prompt, draft: Draft) -> Spliced:
         """Return the spliced prompt.
 
         Raises:
