@@ -6,9 +6,15 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from igrpo_algo import Rollouts, TokenSplice, stream_two_stage_rollout, two_stage_rollout
+from igrpo_algo import (
+    DraftRules,
+    Rollouts,
+    TokenSplice,
+    stream_two_stage_rollout,
+    two_stage_rollout,
+)
 from igrpo_algo.rollouts import two_stage as rollout
-from igrpo_algo.rollouts.one_prompt import Plan
+from igrpo_algo.rollouts.setup import Setup
 from igrpo_algo.rollouts.slots import Slots
 
 from .clock import run_virtual
@@ -16,7 +22,11 @@ from .clock import run_virtual
 GROUP = 8
 """Completions per prompt, GRPO's group size; iGRPO draws half as drafts, half as refinements."""
 
-SPLIT = {"num_drafts": GROUP // 2, "num_refinements": GROUP // 2, "splice": TokenSplice()}
+SPLIT = {
+    "num_drafts": GROUP // 2,
+    "num_refinements": GROUP // 2,
+    "rules": DraftRules(splice=TokenSplice()),
+}
 Reward = Callable[..., Any]
 Prompts = Sequence[list[int]]
 
@@ -33,10 +43,10 @@ def stream(
     sampler: Any, prompts: Prompts, reward: Reward, concurrency: int, **options: Any
 ) -> Rollouts:
     async def collect() -> Rollouts:
-        groups = stream_two_stage_rollout(
+        rollouts = stream_two_stage_rollout(
             prompts, sampler, reward, concurrency=concurrency, **SPLIT, **options
         )
-        return Rollouts.of([group async for group in groups])
+        return Rollouts.of([rollout async for rollout in rollouts])
 
     return rollout.run_blocking(collect())
 
@@ -70,7 +80,7 @@ def simulated_time() -> Iterator[None]:
     """Let the library run in a loop whose time is simulated."""
     with (
         patch.object(rollout, "run_blocking", run_virtual),
-        patch.object(Plan, "clock", lambda plan: asyncio.get_running_loop().time()),
+        patch.object(Setup, "clock", lambda setup: asyncio.get_running_loop().time()),
     ):
         yield
 

@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..drafts.markers import marker_tokens
-from ..drafts.select import select_best_draft, select_random_draft
+from ..drafts.rules import DraftRules, Ties
+from ..drafts.select import select_random_draft
 from ..drafts.splice import TextSplice, TokenBudget
 from ..rollouts.progress import RolloutProgress, show_live
-from ..rollouts.records import Group, Stage
-from ..rollouts.sampling import Sampler, derive_seed
+from ..rollouts.records import Rollout, Rollouts, Stage
+from ..rollouts.sampling import Sampler
 from ..rollouts.scoring import Reward, Scorer
 from ..rollouts.two_stage import two_stage_rollout
+from ..seeds import derive_seed
 from . import options
 from .data import Row
 from .errors import run_errors, usage_errors
@@ -222,9 +224,11 @@ def answer_batch(
         seed=derive_seed(seed, 0),
         on_progress=lines.get("single-shot"),
     )
-    refined: Sequence[Group | None] = [None] * len(rows)
+    refined: Sequence[Rollout | None] | Rollouts = [None] * len(rows)
     if protocol.drafts:
-        is_best = protocol.draft_choice is DraftChoice.BEST
+        rules = DraftRules(splice=splice)
+        if protocol.draft_choice is DraftChoice.RANDOM:
+            rules = replace(rules, select=select_random_draft, ties=Ties.RANDOM)
         refined = two_stage_rollout(
             prompts,
             sampler,
@@ -232,11 +236,10 @@ def answer_batch(
             num_drafts=protocol.drafts,
             num_refinements=protocol.refinements,
             columns=columns,
-            select=select_best_draft if is_best else select_random_draft,
-            splice=splice,
+            rules=rules,
             seed=derive_seed(seed, 1),
             on_progress=lines.get("refined"),
-        ).groups
+        )
     scorers = {name: Scorer(each, prompts, columns, name) for name, each in rewards.items()}
     for index, (row, direct, group) in enumerate(zip(rows, single, refined, strict=True)):
         record = {"index": first + index, "prompt": row["prompt"], "answer": row.get("answer")}

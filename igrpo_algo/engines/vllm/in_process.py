@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...prompts import Prompt, decode_completion
 from ...rollouts.completions import Completion
-from ...rollouts.sampling import Groups, prompt_seeds
+from ...rollouts.sampling import Groups
+from ...seeds import prompt_seeds
 from ..base import EngineSampler, request_seed, stop_ids
 from ..distribution import Distribution
 from ..weights import WantedWeights, Weights, as_folder, memory_folder, open_weights
