@@ -24,7 +24,7 @@ WELL_KNOWN_MARKERS = re.compile(
 """How the turns of well-known models are written; `neutralize` knows them without a tokenizer."""
 
 THINKING_MARKS = ("<think>", "</think>", "[THINK]", "[/THINK]")
-"""Marks around thinking. They stay in a completion's text until somebody strips the thinking."""
+"""Marks around thinking. They stay in a completion's text until the thinking is stripped."""
 
 # What else a chat template may write around turns, looked for in its own source only.
 _LITERALS = re.compile(
@@ -112,7 +112,7 @@ def marker_tokens(tokenizer: Any, chat_template: str | None = None) -> tuple[str
 
 
 def check_text(name: str, value: object) -> None:
-    """Raise TypeError if `value` is no string."""
+    """Raise TypeError if `value` is not a string."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str, got {type(value).__name__} {value!r}")
 

@@ -16,8 +16,8 @@ rollout then lends the place of a finished completion to the next prompt.
 An object may have `encode(prompt)`, which gives the token ids that its model sees for a prompt. It
 is then asked with those ids in the place of prompts, and records keep them: what was sampled from
 is what is trained on. It may have `control_tokens`, the strings that a draft must not hold.
-A `sample_one` or `stream_one` that also takes `priority` is told the stage, 0 for drafts: lower
-goes first.
+A `sample_one` or `stream_one` that also takes `priority` gets the number of the stage, 0 for
+drafts: lower goes first.
 """
 
 import asyncio
@@ -207,7 +207,7 @@ async def sample_one(
 ) -> list[Completion]:
     """Draw n completions of one prompt without blocking the loop.
 
-    `priority` (lower goes first) is for samplers that take it; others are not told. If the sampler
+    `priority` (lower goes first) is for samplers that take it; others do not get it. If the sampler
     has `stream_one`, `on_left` gets the number of completions still unfinished whenever one is
     done. A sampler without an asynchronous form runs in a thread (`asyncio.to_thread`): several
     calls may be in it at once, and one that has begun cannot be cancelled, only ignored.

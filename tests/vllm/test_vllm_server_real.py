@@ -155,7 +155,7 @@ async def gather(stream):
 
 def test_two_stages_in_step_streamed_and_with_early_selection(fresh):
     sampler = make_sampler(*fresh, max_new_tokens=60)
-    options = {"rules": DraftRules(rules=DraftRules(splice=SPLICE)), "seed": 0}
+    options = {"rules": DraftRules(splice=SPLICE), "seed": 0}
     in_step = two_stage_rollout(QUESTIONS, sampler, late_letters, **options)
     streamed = asyncio.run(
         gather(stream_two_stage_rollout(QUESTIONS, sampler, late_letters, **options))
