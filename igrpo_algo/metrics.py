@@ -6,11 +6,12 @@ tensor ones return detached tensors on the rewards' device and never wait for it
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import check_count, check_number, check_rank
+from igrpo_kernels.checks import check_count, check_number, check_rank, describe
 
 from .advantages.moments import Groups, to_scores
 from .drafts.text import strip_thinking
@@ -169,17 +170,14 @@ def copy_rate(
         Share, from 0 to 1.
 
     Raises:
+        TypeError: They are not lists, `refinements` of lists of text.
         ValueError: The two do not have one entry per prompt.
 
     Examples:
         >>> copy_rate(["It is 5.", None], [["<think>2 + 3</think>It is 5.", "6"], ["7"]])
         0.5
     """
-    if len(drafts) != len(refinements):
-        raise ValueError(
-            f"refinements must have P = {len(drafts)} entries, one per draft, "
-            f"got {len(refinements)}"
-        )
+    _check_one_per_draft("refinements", refinements, "drafts", drafts)
     return _share(
         [
             repeats_draft(draft, refinement, strip=strip)
@@ -235,11 +233,7 @@ def near_copy_rate(
         0.5
     """
     check_number("threshold", threshold, above=0, at_most=1)
-    if len(draft_ids) != len(refinement_ids):
-        raise ValueError(
-            f"refinement_ids must have P = {len(draft_ids)} entries, one per draft, "
-            f"got {len(refinement_ids)}"
-        )
+    _check_one_per_draft("refinement_ids", refinement_ids, "draft_ids", draft_ids)
     return _share(
         [
             ngram_overlap(draft, refinement, ngram=ngram) >= threshold
@@ -286,6 +280,21 @@ def ngram_overlap(draft_ids: Sequence[int], refinement_ids: Sequence[int], *, ng
 
 def _rows(name: str, values: Tensor, legend: str) -> Tensor:
     return check_rank(name, to_scores(name, values), 2, legend)
+
+
+def _check_one_per_draft(
+    name: str, refinements: Sequence[Any], of: str, drafts: Sequence[Any]
+) -> None:
+    for each, value in ((of, drafts), (name, refinements)):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"{each} must be a list of one entry per prompt, got {describe(value)}")
+    if len(drafts) != len(refinements):
+        raise ValueError(
+            f"{name} must have P = {len(drafts)} entries, one per draft, got {len(refinements)}"
+        )
+    for index, group in enumerate(refinements):
+        if isinstance(group, str) or not isinstance(group, Sequence):
+            raise TypeError(f"{name}[{index}] must be a list, got {describe(group)}")
 
 
 def _share(held: list[bool]) -> float:

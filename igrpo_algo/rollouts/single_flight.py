@@ -6,6 +6,7 @@ Stage 1, and its siblings await the same draft.
 
 import asyncio
 from collections.abc import Callable, Coroutine, Hashable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -14,10 +15,15 @@ from igrpo_kernels.checks import check_count
 Result = TypeVar("Result")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Flight(Generic[Result]):
+    name: object
     task: asyncio.Task[Result]
     waiting: int = 0
+
+
+# The tasks that make a result, and all tasks that they start, know whose result it is.
+_making: ContextVar[tuple[object, ...]] = ContextVar("_making", default=())
 
 
 class SingleFlight(Generic[Result]):
@@ -69,10 +75,16 @@ class SingleFlight(Generic[Result]):
 
         Returns:
             What the coroutine returned.
+
+        Raises:
+            RuntimeError: The coroutine that makes the key's result asks for it: it would wait for
+                itself.
         """
         if key in self._finished:
             return self._finished[key]
         flight = self._running.get(key) or self._take_off(key, start)
+        if flight.name in _making.get():
+            raise RuntimeError(f"key {key!r} is asked for by the coroutine that makes its result")
         flight.waiting += 1
         try:
             return await asyncio.shield(flight.task)
@@ -90,7 +102,13 @@ class SingleFlight(Generic[Result]):
     def _take_off(
         self, key: Hashable, start: Callable[[], Coroutine[Any, Any, Result]]
     ) -> _Flight[Result]:
-        flight = self._running[key] = _Flight(asyncio.create_task(start()))
+        name = object()
+
+        async def make() -> Result:
+            _making.set((*_making.get(), name))
+            return await start()
+
+        flight = self._running[key] = _Flight(name, asyncio.create_task(make()))
         flight.task.add_done_callback(lambda _: self._land(key, flight))
         return flight
 

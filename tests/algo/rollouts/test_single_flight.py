@@ -228,3 +228,37 @@ def test_the_training_step_in_the_key_tells_epochs_apart():
         return first, later, evicted
 
     assert asyncio.run(main()) == ("old", "new", "drawn anew")
+
+
+@pytest.mark.parametrize("through", ["itself", "a task", "another key"])
+def test_a_coroutine_that_waits_for_its_own_result_is_refused(through):
+    async def main():
+        flight = SingleFlight()
+
+        async def draft():
+            again = flight.do("q", draft)
+            if through == "a task":
+                return await asyncio.create_task(again)
+            if through == "another key":
+                return await flight.do("other", lambda: again)
+            return await again
+
+        with pytest.raises(RuntimeError, match="key 'q' is asked for by the coroutine that makes"):
+            await asyncio.wait_for(flight.do("q", draft), timeout=5)
+
+    asyncio.run(main())
+
+
+def test_a_coroutine_may_wait_for_another_key():
+    async def main():
+        flight = SingleFlight()
+
+        async def one():
+            return 1
+
+        async def two():
+            return 1 + await flight.do("one", one)
+
+        assert await asyncio.gather(*(flight.do("two", two) for _ in range(2))) == [2, 2]
+
+    asyncio.run(main())
