@@ -1,6 +1,5 @@
 """From the records of `igrpo eval` to its numbers and its table."""
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..drafts.text import strip_thinking
-from ..metrics import pass_at_k, stage_uplift
+from ..metrics import copy_rate, pass_at_k, stage_uplift
 from .data import Row
 from .intervals import Interval, bounded_mean_interval, mean_confidence_interval
 
@@ -60,7 +59,9 @@ def report(
     if "refinements" in scores:
         right = {name: _success(each, success_reward) for name, each in scores.items()}
         results["uplift"] = float(stage_uplift(right["drafts"], right["refinements"]))
-        results["copied"] = _copied(records, strip)
+        shown = [row["shown"] for row in records]
+        texts = [[answer["text"] for answer in row["refinements"]] for row in records]
+        results["copied"] = copy_rate(shown, texts, strip=strip)
     return results
 
 
@@ -90,17 +91,6 @@ def _interval(scores: Tensor, k: int, threshold: float) -> dict[str, float]:
         interval = mean_confidence_interval(per_prompt[:, None], confidence=CONFIDENCE)
     cut = Interval(*(bound.clamp(0, 1) for bound in interval))
     return {name: float(bound) for name, bound in cut._asdict().items()}
-
-
-def _copied(records: Sequence[Row], strip: Callable[[str], str] | None) -> float:
-    """Share of refinements that repeat the draft they were shown, among prompts with one."""
-    copies = [
-        (answer["text"] if strip is None else strip(answer["text"])).strip() == row["shown"].strip()
-        for row in records
-        if row["shown"]
-        for answer in row["refinements"]
-    ]
-    return fmean(copies) if copies else math.nan
 
 
 def _stage_report(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...drafts.splice import TextSplice
-from ...metrics import stage_uplift, zero_variance_rate
+from ...metrics import repeats_draft, stage_uplift, zero_variance_rate
 from .drafts import DraftChoice, Refined
 
 
@@ -21,8 +21,7 @@ def count_rows(
 ) -> Tensor:
     """Count what `stage_metrics` needs from each rank; the counts of ranks add up.
 
-    A refinement repeats its draft if its text, without special tokens and stripped as `splice`
-    strips drafts, is the draft as it stands in the prompt; space at the ends does not count.
+    `copy_rate` says when a refinement repeats its draft.
 
     Args:
         refined: The Stage-2 prompt of each row.
@@ -37,7 +36,9 @@ def count_rows(
     """
     shown = [row for row in refined if row.draft is not None]
     copied = [
-        row.draft.strip() == _kept_text(ids, splice, tokenizer)
+        repeats_draft(
+            row.draft, str(tokenizer.decode(ids, skip_special_tokens=True)), strip=splice.strip
+        )
         for row, ids in zip(refined, refinement_ids, strict=True)
         if row.draft is not None
     ]
@@ -49,11 +50,6 @@ def count_rows(
         sum(row.cut for row in refined),
     ]
     return torch.tensor(counts, dtype=torch.float32, device=device)
-
-
-def _kept_text(ids: Sequence[int], splice: TextSplice, tokenizer: Any) -> str:
-    text = str(tokenizer.decode(ids, skip_special_tokens=True))
-    return (text if splice.strip is None else splice.strip(text)).strip()
 
 
 def stage_metrics(
