@@ -23,12 +23,10 @@ WELL_KNOWN_MARKERS = re.compile(
 )
 """How the turns of well-known models are written; `neutralize` knows them without a tokenizer."""
 
-THINKING_MARKS = ("<think>", "</think>", "[THINK]", "[/THINK]")
-"""Marks around thinking. They stay in a completion's text until somebody strips the thinking."""
-
-# What else a chat template may write around turns, looked for in its own source only.
+# What else a chat template may write around turns, looked for in its own source only. Marks around
+# thinking are no turns: they stay until somebody strips the thinking.
 _LITERALS = re.compile(
-    r"<[^<>\s'\"]{1,64}> | \[/?[A-Z][A-Z_]+\]"
+    r"<(?!/?think>)[^<>\s'\"]{1,64}> | \[(?!/?THINK\])/?[A-Z][A-Z_]+\]"
     r"| \#{2,}\ ?(?i:system|user|human|instruction|input|assistant|response)\b:?"
     r"| \b(?i:system|user|human|assistant|bot)\ ?:",
     re.VERBOSE,
@@ -108,7 +106,7 @@ def marker_tokens(tokenizer: Any, chat_template: str | None = None) -> tuple[str
     written = {
         match for source in sources for match in _LITERALS.findall(source.replace("\\n", "\n"))
     }
-    return tuple(sorted({*tokenizer.all_special_tokens, *added, *(written - {*THINKING_MARKS})}))
+    return tuple(sorted({*tokenizer.all_special_tokens, *added, *written}))
 
 
 def check_text(name: str, value: object) -> None:
