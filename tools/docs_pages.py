@@ -72,7 +72,7 @@ def public_names(package: str) -> dict[str, str]:
 
 
 def all_public_names() -> dict[str, str]:
-    """Map every public name to where it is defined: both packages, and the folders of igrpo_algo."""
+    """Map every public name, of both packages and of the folders, to where it is defined."""
     folders = {path for _, paths in REFERENCE.values() for path in paths if "algo." in path}
     packages = ["igrpo_kernels", "igrpo_algo", *sorted(folders)]
     return {name: path for package in packages for name, path in public_names(package).items()}
