@@ -8,7 +8,6 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl import GRPOTrainer
 
 from igrpo_kernels import (
     Aggregate,
@@ -20,6 +19,7 @@ from igrpo_kernels import (
 )
 from igrpo_kernels.sequences import Sequences
 
+from .bookkeeping import ExactBookkeeping
 from .config import IGRPOConfig
 from .hidden_states import Head, HeadInput, add_head_argument
 from .loss_metrics import LossMetrics, loss_metrics
@@ -45,7 +45,7 @@ class Computed(NamedTuple):
     aux_loss: Tensor | None
 
 
-class PolicyLossTrainer(GRPOTrainer):
+class PolicyLossTrainer(ExactBookkeeping):
     """TRL's trainer, its `_compute_loss` stated in `igrpo_kernels`.
 
     loss = refinements + draft_loss_coef * drafts
@@ -62,7 +62,7 @@ class PolicyLossTrainer(GRPOTrainer):
         args: The configuration.
         surrogate: Loss of a token, in the place of what `args.loss_type` says.
         aggregate: How tokens are averaged, likewise.
-        **kwargs: Any other argument of `GRPOTrainer`.
+        **kwargs: Any other argument of TRL's `GRPOTrainer`.
 
     Raises:
         ValueError: Options that the loss would not honor, or an adapter on the model's head.
