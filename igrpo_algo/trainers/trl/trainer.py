@@ -32,7 +32,7 @@ from .drafts import (
     choose_drafts,
     splice_or_leave,
 )
-from .loss import join_stages
+from .loss_rows import join_stages
 from .metrics import count_rows, stage_metrics
 from .policy_loss import PolicyLossTrainer
 
