@@ -11,8 +11,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...drafts.rules import DraftRules
-from ...drafts.splice import TextSplice
 from ...drafts.text import DraftTemplate
 
 MODULUS = 16
@@ -25,8 +23,6 @@ OPERATIONS = (
 )
 TEMPLATE = DraftTemplate(before="\ndraft:\n", after="\nrefine:")
 """The words around a draft: few, since the model is small and knows no others."""
-RULES = DraftRules(splice=TextSplice(TEMPLATE))
-"""Which draft is refined, and how it stands in the question."""
 
 
 def apply_operation(value: int, operation: str) -> int:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
+from ...drafts.text import splice_prompt
 from ...engines.transformers import TransformersSampler
-from ...prompts import Prompt
 from ...rollouts.completions import Completion
 from ...rollouts.sampling import sample_group
 from . import chain
@@ -53,11 +53,11 @@ def evaluate(
     sampler = TransformersSampler(
         model, tokenizer, max_new_tokens=MAX_ANSWER_TOKENS, batch_size=BATCH_SIZE
     )
-    prompts: list[Prompt] = [chain.ask(problem) for problem in problems]
+    prompts = [chain.ask(problem) for problem in problems]
     answers = sample_group(prompts, sampler, 1, seed=seed).flat
     if refine:
         prompts = [
-            chain.RULES.condition(prompt, draft).prompt
+            splice_prompt(prompt, draft.text, template=chain.TEMPLATE)
             for prompt, draft in zip(prompts, answers, strict=True)
         ]
         answers = sample_group(prompts, sampler, 1, seed=seed + 1).flat
