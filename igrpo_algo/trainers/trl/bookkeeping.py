@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from ...rollouts.records import write_whole
+from ...files import write_whole
 
 
 class OrderOfEpoch(Sampler[int]):
