@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PAPER_TOP_P = 0.95
 
 
-class DraftChoice(StrEnum):
+class RefinedDraft(StrEnum):
     """Which draft is refined: any one, or the one that the reward likes best."""
 
     RANDOM = "random"
@@ -60,7 +60,7 @@ class Protocol:
     samples: int
     drafts: int
     refinements: int
-    draft_choice: DraftChoice
+    draft_choice: RefinedDraft
     batch_size: int
     success_reward: float
     ks: tuple[int, ...]
@@ -84,9 +84,9 @@ def evaluate(
         str | None, typer.Option(help="N:G - also draw N drafts, then G refinements of one.")
     ] = None,
     draft_choice: Annotated[
-        DraftChoice,
+        RefinedDraft,
         typer.Option(help="Draft to refine. 'best' asks the reward, which knows the answer."),
-    ] = DraftChoice.RANDOM,
+    ] = RefinedDraft.RANDOM,
     success_reward: Annotated[
         float, typer.Option(help="Score of the first reward from which an answer is right.")
     ] = 1.0,
@@ -178,7 +178,7 @@ def load_sampler(
     return TransformersSampler(loaded.to(device or "cpu"), tokenizer, **options)
 
 
-def draft_rules(choice: DraftChoice, sampler: "EngineSampler") -> DraftRules:
+def draft_rules(choice: RefinedDraft, sampler: "EngineSampler") -> DraftRules:
     """Show drafts as the trainer does; they are cut to fit the context, the question never is."""
     budget = TokenBudget(
         sampler.tokenizer,
@@ -186,7 +186,7 @@ def draft_rules(choice: DraftChoice, sampler: "EngineSampler") -> DraftRules:
         chat_template_kwargs=sampler.chat_template_kwargs,
     )
     splice = TextSplice(special_tokens=sampler.control_tokens, budget=budget)
-    if choice is DraftChoice.BEST:
+    if choice is RefinedDraft.BEST:
         return DraftRules(splice=splice)
     return DraftRules(select_random_draft, ties=Ties.RANDOM, splice=splice)
 

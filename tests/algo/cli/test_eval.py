@@ -17,7 +17,7 @@ from igrpo_algo.drafts.rules import DraftRules
 from igrpo_algo.engines.base import EngineSampler
 from igrpo_algo.rollouts.completions import Completion
 
-RANDOM = eval_command.DraftChoice.RANDOM
+RANDOM = eval_command.RefinedDraft.RANDOM
 REWARD = "def vowels(completions, **columns):\n    return [x(c) for c in completions]\n\n\n" + (
     "def x(c):\n    return float(sum(map(c[-1]['content'].count, 'aeiou')) > 0)\n"
 )
