@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from igrpo_kernels.checks import check_count
 
+from ..prompts import Prompt, check_chat_template_kwargs, encode_prompt
 from ..rollouts.completions import Completion
-from ..rollouts.sampling import Prompt
 from .budget import draft_budget, fit_draft, splice_prompt_ids
 from .select import Keep, check_keep, truncate_draft
 from .text import DEFAULT_TEMPLATE, DraftTemplate, splice_prompt, strip_thinking
@@ -65,6 +65,7 @@ class TokenBudget:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         check_keep(self.keep)
+        check_chat_template_kwargs(self.chat_template_kwargs)
 
     def encode(self, text: str) -> list[int]:
         """Give the ids of text, without special tokens."""
@@ -76,17 +77,7 @@ class TokenBudget:
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Give the ids of a prompt as a model is shown it."""
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        return list(
-            self.tokenizer.apply_chat_template(
-                prompt,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **self.chat_template_kwargs,
-            )
-        )
+        return encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
 
 
 @dataclass(frozen=True)

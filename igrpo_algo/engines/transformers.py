@@ -2,9 +2,10 @@
 
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,14 @@ from transformers import (
 
 from igrpo_kernels.checks import check_count, check_number
 
+from ..prompts import Prompt
 from ..rollouts.completions import Completion
-from ..rollouts.sampling import Groups, Prompt, derive_seed, prompt_seeds
-from .prompts import encode_all, encode_prompt, stop_ids
+from ..rollouts.sampling import Groups, derive_seed, prompt_seeds
+from .base import EngineSampler, stop_ids
 from .weights import WantedWeights, Weights, open_weights
 
 
-class TransformersSampler:
+class TransformersSampler(EngineSampler):
     """Draws completions with `model.generate`, each with the log-probs it was drawn at.
 
     The distribution of the next token is softmax(logits / temperature), cut to the nucleus
@@ -51,6 +53,7 @@ class TransformersSampler:
         batch_size: Completions per call of `generate`.
         stop_token_ids: Tokens that end a completion; None takes those of the model's generation
             config, or else the tokenizer's end of sequence.
+        chat_template_kwargs: Passed to the chat template: {"enable_thinking": False}, say.
 
     Raises:
         ValueError: A number is out of range, or `top_p` is given at temperature 0.
@@ -69,10 +72,10 @@ class TransformersSampler:
         top_p: float = 1.0,
         batch_size: int = 32,
         stop_token_ids: Sequence[int] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        super().__init__(tokenizer, max_new_tokens, chat_template_kwargs)
         self.model = model
-        self.tokenizer = tokenizer
-        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
         self.temperature = check_number("temperature", temperature, at_least=0)
         self.top_p = check_number("top_p", top_p, above=0, at_most=1)
         self.batch_size = check_count("batch_size", batch_size)
@@ -83,17 +86,9 @@ class TransformersSampler:
             if stop_token_ids is None
             else list(stop_token_ids)
         )
+        context: int = model.config.get_text_config().max_position_embeddings
+        self.max_prompt_tokens = context - self.max_new_tokens
         self._lock = threading.Lock()
-
-    @property
-    def max_prompt_tokens(self) -> int:
-        """Most tokens a prompt may have, so that `max_new_tokens` still fit the model's context."""
-        context: int = self.model.config.get_text_config().max_position_embeddings
-        return context - self.max_new_tokens
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Give the token ids that the model sees for a prompt."""
-        return encode_prompt(self.tokenizer, prompt)
 
     def sample(
         self, prompts: Sequence[Prompt], n: int, *, seed: int | Sequence[int] | None = None
@@ -111,7 +106,7 @@ class TransformersSampler:
         Raises:
             ValueError: A prompt has no tokens, or more than `max_prompt_tokens`.
         """
-        encoded = encode_all(self, prompts, n)
+        encoded = self.encode_all(prompts, n)
         seeds = prompt_seeds(secrets.randbits(63) if seed is None else seed, len(encoded))
         assert seeds is not None
         rows = [ids for ids in encoded for _ in range(n)]

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from igrpo_kernels.checks import check_count, describe
 
+from ..prompts import Prompt
 from .completions import Completion, Packed, Padded, pack_completions, pad_completions
 
-Prompt = str | list[dict[str, Any]] | list[int]
 Groups = list[list[Completion]]
 Result = TypeVar("Result")
 

@@ -7,11 +7,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igrpo_kernels.checks import check_count, check_number
+from igrpo_kernels.checks import check_number
 
+from ...prompts import Prompt
 from ...rollouts.completions import Completion
-from ...rollouts.sampling import Groups, Prompt, prompt_seeds
-from ..prompts import encode_all, encode_prompt, request_seed, stop_ids
+from ...rollouts.sampling import Groups, prompt_seeds
+from ..base import EngineSampler, request_seed, stop_ids
 from ..weights import WantedWeights, Weights, as_folder, memory_folder, open_weights
 from .engine import is_in_process, loop_of, make_engine, wanted_by
 
@@ -24,7 +25,7 @@ HALF_WRITTEN = (
 )
 
 
-class VllmSampler:
+class VllmSampler(EngineSampler):
     """Draws completions with vLLM, each with the log-probs it was drawn at.
 
     The distribution of the next token is softmax(logits / temperature), cut to the nucleus `top_p`
@@ -50,6 +51,7 @@ class VllmSampler:
         top_p: Probability mass of the nucleus, in (0, 1].
         stop_token_ids: Tokens that end a completion; None takes those of the model's generation
             config, or else the tokenizer's end of sequence.
+        chat_template_kwargs: Passed to the chat template: {"enable_thinking": False}, say.
         tokenizer: None takes the engine's.
         engine_options: Further arguments of the `LLM` that is made, `dtype` or `max_model_len` say.
             On CPU `block_size` is 32 unless it is given: the prefix cache holds whole blocks only.
@@ -78,15 +80,18 @@ class VllmSampler:
         temperature: float = 1.0,
         top_p: float = 1.0,
         stop_token_ids: Sequence[int] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
         engine_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+        super().__init__(tokenizer, max_new_tokens, chat_template_kwargs)
         self.temperature = check_number("temperature", temperature, at_least=0)
         self.top_p = check_number("top_p", top_p, above=0, at_most=1)
         if self.temperature == 0 and self.top_p < 1:
             raise ValueError(f"top_p has no effect at temperature 0, got {top_p}")
         self.llm = make_engine(llm, engine_options)
+        if tokenizer is None:
+            self.tokenizer = self.llm.get_tokenizer()
         config = self.llm.llm_engine.vllm_config
         mode = config.model_config.logprobs_mode
         if mode != "processed_logprobs":
@@ -100,22 +105,12 @@ class VllmSampler:
                 f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in the engine's "
                 f"context of {config.model_config.max_model_len} tokens"
             )
-        self._tokenizer = tokenizer
         if stop_token_ids is None:
             own = config.model_config.try_get_generation_config().get("eos_token_id")
             stop_token_ids = stop_ids(own, self.tokenizer.eos_token_id)
         self.stop_token_ids = list(stop_token_ids)
         self.prompt_tokens = self.cached_tokens = 0
         self._loop = loop_of(self.llm)
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer that prompts and completions go through."""
-        return self.llm.get_tokenizer() if self._tokenizer is None else self._tokenizer
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Give the token ids that the model sees for a prompt."""
-        return encode_prompt(self.tokenizer, prompt)
 
     def sample(
         self,
@@ -140,7 +135,7 @@ class VllmSampler:
             ValueError: A prompt has no tokens, or more than `max_prompt_tokens`.
             RuntimeError: An earlier `sync_weights` failed half-way.
         """
-        encoded = encode_all(self, prompts, n)
+        encoded = self.encode_all(prompts, n)
         seeds = prompt_seeds(secrets.randbits(63) if seed is None else seed, len(encoded))
         assert seeds is not None
         groups = [
@@ -178,7 +173,7 @@ class VllmSampler:
         self, prompt: Prompt, n: int, *, seed: int | None = None, priority: int = 0
     ) -> AsyncGenerator[tuple[int, Completion], None]:
         """Yield what `sample_one` returns as (position, completion), each as soon as it is done."""
-        (ids,) = encode_all(self, [prompt], n)
+        (ids,) = self.encode_all([prompt], n)
         futures = self._request(ids, n, secrets.randbits(63) if seed is None else seed, priority)
         waiting = {asyncio.wrap_future(future): i for i, future in enumerate(futures)}
         try:

@@ -9,15 +9,16 @@ from typing import Any
 
 from igrpo_kernels.checks import check_count, check_number
 
+from ...prompts import Prompt
 from ...rollouts.completions import Completion
-from ...rollouts.sampling import Groups, Prompt, prompt_seeds, run_blocking
-from ..prompts import encode_all, encode_prompt, request_seed
+from ...rollouts.sampling import Groups, prompt_seeds, run_blocking
+from ..base import EngineSampler, request_seed
 from ..weights import FolderWeights, WantedWeights, Weights, as_folder, memory_folder, open_weights
 from .http import check_urls
 from .pool import ServerPool
 
 
-class VllmServerSampler:
+class VllmServerSampler(EngineSampler):
     """Draws completions from vLLM servers, each with the log-probs it was drawn at.
 
     As `VllmSampler`, over HTTP: on the same weights the same seeds give the same samples (up to
@@ -40,6 +41,7 @@ class VllmServerSampler:
         top_p: Probability mass of the nucleus, in (0, 1].
         stop_token_ids: Tokens that end a completion; None takes those of the model's generation
             config, as the server reads it.
+        chat_template_kwargs: Passed to the chat template: {"enable_thinking": False}, say.
         model: The name under which it is served; None takes the first that a server lists.
         headers: Sent with each request: {"Authorization": "Bearer ..."}, say.
         timeout: Seconds to wait for the answer to a request; None waits for ever.
@@ -72,6 +74,7 @@ class VllmServerSampler:
         temperature: float = 1.0,
         top_p: float = 1.0,
         stop_token_ids: Sequence[int] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         model: str | None = None,
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
@@ -79,8 +82,7 @@ class VllmServerSampler:
         max_requests: int = 256,
         sync_folder: str | Path | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+        super().__init__(tokenizer, max_new_tokens, chat_template_kwargs)
         self.temperature = check_number("temperature", temperature, at_least=0)
         self.top_p = check_number("top_p", top_p, above=0, at_most=1)
         if self.temperature == 0 and self.top_p < 1:
@@ -103,10 +105,6 @@ class VllmServerSampler:
                 f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in the servers' "
                 f"context of {self._pool.context} tokens"
             )
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Give the token ids that the model sees for a prompt."""
-        return encode_prompt(self.tokenizer, prompt)
 
     def sample(
         self,
@@ -132,7 +130,7 @@ class VllmServerSampler:
             ValueError: A prompt has no tokens, or more than `max_prompt_tokens`.
             RuntimeError: A server refused a request, or an earlier `sync_weights` failed half-way.
         """
-        encoded = encode_all(self, prompts, n)
+        encoded = self.encode_all(prompts, n)
         seeds = prompt_seeds(secrets.randbits(63) if seed is None else seed, len(encoded))
         assert seeds is not None
         return run_blocking(self._sample_all(encoded, n, seeds, priority))
@@ -156,7 +154,7 @@ class VllmServerSampler:
             ValueError: The prompt has no tokens, or more than `max_prompt_tokens`.
             RuntimeError: A server refused the request, or an earlier `sync_weights` failed.
         """
-        (ids,) = encode_all(self, [prompt], n)
+        (ids,) = self.encode_all([prompt], n)
         own = request_seed(secrets.randbits(63) if seed is None else seed)
         return await self._draw(ids, n, own, priority)
 
@@ -167,7 +165,7 @@ class VllmServerSampler:
 
         Each completion is a request of its own here.
         """
-        (ids,) = encode_all(self, [prompt], n)
+        (ids,) = self.encode_all([prompt], n)
         own = request_seed(secrets.randbits(63) if seed is None else seed)
         tasks = {
             asyncio.create_task(self._draw(ids, 1, own + position, priority)): position

@@ -12,14 +12,17 @@ TEMPLATE = DraftTemplate(" [", "] ", ("[", "]"))
 class Letters:
     """One token per character; chat messages get 3 more each, and 2 at the end."""
 
+    eos_token_id = None
+
     def __call__(self, text, add_special_tokens=True):
         return {"input_ids": [1] * add_special_tokens + [*map(ord, text)]}
 
     def decode(self, ids):
         return "".join(map(chr, ids))
 
-    def apply_chat_template(self, messages, add_generation_prompt, tokenize, return_dict):
-        assert (add_generation_prompt, tokenize, return_dict) == (True, True, False)
+    def apply_chat_template(self, messages, *, add_generation_prompt, **options):
+        assert add_generation_prompt
+        assert options == {"continue_final_message": False, "tokenize": True, "return_dict": False}
         text = "".join(f"<u>{message['content']}" for message in messages)
         return [*map(ord, text), 2, 2]
 

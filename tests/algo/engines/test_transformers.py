@@ -81,6 +81,18 @@ def teacher_forced(model, prompt_ids, ids, temperature, top_p=1.0):
     return logprobs.gather(-1, torch.tensor(ids)[:, None]).squeeze(-1)
 
 
+def test_the_sampler_says_what_a_prompt_is_to_its_model(model, tokenizer):
+    sampler = TransformersSampler(model, tokenizer, max_new_tokens=4)
+    assert sampler.encode(PROMPTS[2]) == [2, *tokenizer("2+2")["input_ids"], 3]
+    assert sampler.control_tokens == {"<pad>", "<eos>", "<u>", "<a>"}
+    options = {"chat_template": "{{ word }}{{ messages[0]['content'] }}", "word": "<a>"}
+    told = TransformersSampler(model, tokenizer, max_new_tokens=4, chat_template_kwargs=options)
+    assert told.encode(PROMPTS[2]) == [3, *tokenizer("2+2")["input_ids"]]
+    wrong = {"tokenize": True}
+    with pytest.raises(ValueError, match="chat_template_kwargs must not set tokenize"):
+        TransformersSampler(model, tokenizer, max_new_tokens=4, chat_template_kwargs=wrong)
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.8)])
 def test_log_probs_are_those_of_the_distribution_that_drew(model, tokenizer, temperature, top_p):
     sampler = TransformersSampler(

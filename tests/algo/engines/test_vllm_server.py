@@ -14,7 +14,7 @@ import torch
 from fake_vllm_server import FakeServer, drawn_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from igrpo_algo.engines.prompts import request_seed
+from igrpo_algo.engines.base import request_seed
 from igrpo_algo.engines.vllm import VllmSampler, VllmServerSampler
 from igrpo_algo.rollouts.completions import Completion
 from igrpo_algo.rollouts.sampling import sample_group
@@ -34,7 +34,12 @@ class Letters:
         return "".join(chr(token + 92) for token in ids if token > 4)
 
     def apply_chat_template(self, messages, **options):
-        assert options == {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        assert options == {
+            "add_generation_prompt": True,
+            "continue_final_message": False,
+            "tokenize": True,
+            "return_dict": False,
+        }
         return [1, *(token for m in messages for token in self(m["content"])["input_ids"]), 3]
 
 

@@ -1,0 +1,70 @@
+"""What the samplers do alike: prompts to token ids, seeds to requests."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from igrpo_kernels.checks import check_count
+
+from ..drafts.markers import marker_tokens
+from ..prompts import Prompt, check_chat_template_kwargs, encode_prompt
+from ..rollouts.sampling import check_prompts, derive_seed
+
+
+class EngineSampler:
+    """A sampler that turns prompts into token ids itself, whatever draws from them.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        chat_template_kwargs: Passed to its chat template.
+        max_new_tokens: Most tokens of a completion.
+        max_prompt_tokens: Most tokens of a prompt, so that `max_new_tokens` still fit the model's
+            context.
+    """
+
+    max_prompt_tokens: int
+
+    def __init__(
+        self, tokenizer: Any, max_new_tokens: int, chat_template_kwargs: Mapping[str, Any] | None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+        self.chat_template_kwargs = check_chat_template_kwargs(chat_template_kwargs)
+
+    @property
+    def control_tokens(self) -> frozenset[str]:
+        """The strings that a prompt's text must not hold: they would end or begin a turn."""
+        return frozenset(marker_tokens(self.tokenizer))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Give the token ids that the model sees for a prompt. See `encode_prompt`."""
+        return encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
+
+    def encode_all(self, prompts: Sequence[Prompt], n: int) -> list[list[int]]:
+        """Encode the prompts of a call and check each: nothing is ever cut.
+
+        Raises:
+            TypeError: `prompts` is not a list of prompts, or `n` not an int.
+            ValueError: A prompt has no tokens or too many, or `n` is below 1.
+        """
+        check_count("n", n)
+        encoded = [self.encode(prompt) for prompt in check_prompts(prompts)]
+        for index, ids in enumerate(encoded):
+            if not 0 < len(ids) <= self.max_prompt_tokens:
+                raise ValueError(
+                    f"prompts[{index}] has {len(ids)} tokens, wanted 1 to {self.max_prompt_tokens} "
+                    f"(the model's context less max_new_tokens = {self.max_new_tokens})"
+                )
+        return encoded
+
+
+def request_seed(seed: int) -> int:
+    """Give the seed of a prompt's request to vLLM, which adds i for the i-th completion."""
+    return derive_seed(seed, 0) >> 1
+
+
+def stop_ids(*candidates: Any) -> list[int]:
+    """Give the first of some end-of-sequence settings (int, list or None) that says anything."""
+    for found in candidates:
+        if found is not None:
+            return list(found) if isinstance(found, list) else [found]
+    return []

@@ -1,0 +1,96 @@
+"""Prompts, and the one way from a prompt to the token ids that a model sees.
+
+A prompt is a string, a list of chat messages, or a list of token ids. What samples, what trains and
+what counts tokens all go through `encode_prompt`, so that all of them see the same ids. A tokenizer
+is anything with the interface of Hugging Face's. Nothing here needs torch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from igrpo_kernels.checks import describe
+
+Prompt = str | list[dict[str, Any]] | list[int]
+
+_SET_HERE = ("add_generation_prompt", "continue_final_message", "return_dict", "tokenize")
+
+
+def encode_prompt(
+    prompt: Prompt, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    r"""Give the token ids that a model sees for a prompt.
+
+    - Token ids are taken as they are.
+    - A string gets what the tokenizer puts before it (a BOS token, where it has one), and nothing
+      behind it: a prompt that ends with the end of a sequence has no continuation.
+    - Chat messages go through the tokenizer's chat template. If the last one is the assistant's, it
+      is left open and the model continues it; otherwise the template opens the assistant's turn.
+
+    Args:
+        prompt: A string, a list of chat messages, or a list of token ids.
+        tokenizer: The model's tokenizer.
+        chat_template_kwargs: Passed to the chat template: {"enable_thinking": False}, say. They
+            have no effect on strings and token ids.
+
+    Returns:
+        The ids.
+
+    Raises:
+        ValueError: The template leaves out the assistant's message that the model should continue.
+
+    Examples:
+        >>> class Bytes:
+        ...     eos_token_id = 0
+        ...     def __call__(self, text, add_special_tokens=True):
+        ...         return {"input_ids": [*text.encode(), *[0] * add_special_tokens]}
+        >>> encode_prompt("hi", Bytes()), encode_prompt([104, 105], Bytes())
+        ([104, 105], [104, 105])
+    """
+    if isinstance(prompt, str):
+        return _encode_text(prompt, tokenizer)
+    if not isinstance(prompt[0], Mapping):
+        return [int(token) for token in prompt]
+    is_open = prompt[-1].get("role") == "assistant"
+    ids = tokenizer.apply_chat_template(
+        prompt,
+        add_generation_prompt=not is_open,
+        continue_final_message=is_open,
+        tokenize=True,
+        return_dict=False,
+        **(chat_template_kwargs or {}),
+    )
+    return list(ids)
+
+
+def check_chat_template_kwargs(value: object) -> dict[str, Any]:
+    """Return what is passed on to the chat template, if it leaves alone what is set here.
+
+    Raises:
+        TypeError: It is neither a mapping nor None.
+        ValueError: It sets what `encode_prompt` sets.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"chat_template_kwargs must be a mapping, got {describe(value)}")
+    if taken := sorted(value.keys() & set(_SET_HERE)):
+        raise ValueError(f"chat_template_kwargs must not set {', '.join(taken)}: each prompt does")
+    return dict(value)
+
+
+def _encode_text(text: str, tokenizer: Any) -> list[int]:
+    ids = list(tokenizer(text)["input_ids"])
+    end = tokenizer.eos_token_id
+    if end is None or ids[-1:] != [end]:
+        return ids
+    # The last one is the text's own, or the tokenizer's post-processor has added it.
+    own = _count_last(list(tokenizer(text, add_special_tokens=False)["input_ids"]), end)
+    return ids[: len(ids) - (_count_last(ids, end) - own)]
+
+
+def _count_last(ids: list[int], token: int) -> int:
+    """Count how often a token stands at the end of a list."""
+    count = 0
+    while count < len(ids) and ids[-1 - count] == token:
+        count += 1
+    return count
