@@ -36,7 +36,7 @@ PAPER_TOP_P = 0.95
 
 
 class RefinedDraft(StrEnum):
-    """Which draft is refined: any one, or the one that the reward likes best."""
+    """Which draft is refined: any one, or the one of highest reward."""
 
     RANDOM = "random"
     BEST = "best"
@@ -79,7 +79,9 @@ def evaluate(
     dataset: options.Dataset,
     reward: options.Rewards = "math",
     samples: Annotated[int, typer.Option(help="Single-shot answers per prompt.")] = 8,
-    k: Annotated[str | None, typer.Option(help="The k of pass@k, by commas (1, samples).")] = None,
+    k: Annotated[
+        str | None, typer.Option(help="k of pass@k, separated by commas (1 and samples).")
+    ] = None,
     draft_then_refine: Annotated[
         str | None, typer.Option(help="N:G - also draw N drafts, then G refinements of one.")
     ] = None,
@@ -111,10 +113,10 @@ def evaluate(
 ) -> None:
     """Score a model on a prompt set: pass@1, pass@k and their 95 % confidence intervals.
 
-    The first reward says what is right; the others are averaged beside it. Temperature and top-p
-    are those of the paper's evaluation. Answers are kept prompt by prompt, and the same command
-    goes on where a stopped one was. A draft is shown as in training: without its thinking and
-    special tokens, and cut at its head where the prompt would not fit the model's context.
+    The first reward decides what is right; the others are averaged beside it. Temperature and top-p
+    are those of the paper's evaluation. Answers are saved batch by batch, and the same command
+    resumes a stopped run. A draft is shown as in training: without its thinking and special tokens,
+    and cut at its head where the prompt would not fit the model's context.
     """
     with ExitStack() as held:
         with usage_errors("eval"):
@@ -199,7 +201,7 @@ def answer_all(
     rules: DraftRules,
     file: MetricsFile,
 ) -> None:
-    """Answer the prompts that the file does not hold yet, batch by batch, with a live line."""
+    """Answer the prompts that are not in the file yet, batch by batch, with a live line."""
     size = protocol.batch_size
     finished = min(len(file.read()), len(rows))
     start = finished if finished == len(rows) else finished - finished % size
@@ -223,7 +225,7 @@ def answer_batch(
     rules: DraftRules,
     lines: Mapping[str, RolloutProgress] | None = None,
 ) -> Iterator[Record]:
-    """Answer one batch of prompts in each way that the protocol names; one record per prompt."""
+    """Answer one batch of prompts in each way that the protocol asks for; one record per prompt."""
     lines = lines or {}
     prompts = [row["prompt"] for row in rows]
     names = {name for row in rows for name in row if name != "prompt"}
@@ -266,7 +268,7 @@ def answer_batch(
 
 
 def _answers(index: int, stage: Stage, scorers: Mapping[str, Scorer]) -> list[Record]:
-    """Give each completion of a stage with its score by every reward; the first is known."""
+    """List the completions of a stage with their scores; those by the first reward are known."""
     first, *others = scorers
     scores = {first: stage.rewards} | {
         name: asyncio.run(scorers[name](index, stage.completions)) for name in others

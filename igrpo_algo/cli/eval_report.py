@@ -1,4 +1,4 @@
-"""From the records of `igrpo eval` to its numbers and its table."""
+"""The numbers of `igrpo eval` and its table, from the records of its answers."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .metrics_file import Record
 STAGES = {"single": "single-shot", "drafts": "drafts", "refinements": "refined"}
 CONFIDENCE = 0.95
 MANY_PROMPTS = 30
-"""From this many prompts on, their mean is taken to be normal."""
+"""With this many prompts or more, their mean counts as normal."""
 
 
 def report(
@@ -28,12 +28,11 @@ def report(
 ) -> dict[str, Any]:
     """Compute all results of an evaluation.
 
-    Accuracies weigh each prompt the same. Their intervals take prompts, not samples, as what is
-    independent. With fewer than 30 scored prompts, with one answer per prompt, and where all
-    prompts come out the same, the interval is Wilson's over prompts (`bounded_mean_interval`), so
-    none is without width; otherwise it is Student's, cut to [0, 1]. Answers that could not be
-    scored are left out and counted. A refinement is a copy if what is left of it, stripped like a
-    draft, is the draft as the prompt showed it.
+    Every prompt has the same weight, and intervals are over prompts, not over samples: Wilson's
+    (`bounded_mean_interval`) with fewer than 30 scored prompts, with one answer per prompt and
+    where all prompts score the same, so that none has zero width; otherwise Student's, cut to
+    [0, 1]. Answers that could not be scored are left out and counted. A refinement is a copy if,
+    without its thinking, it is the draft as the prompt showed it.
 
     Args:
         records: One per prompt, as `samples.jsonl` holds them.
@@ -42,8 +41,8 @@ def report(
         success_reward: Score from which an answer is right.
 
     Returns:
-        Results that JSON can say: per stage `pass@k` with mean, low and high, mean rewards, tokens,
-        share of answers cut by their token limit, and unscored answers.
+        Results for JSON: per stage `pass@k` with mean, low and high, mean rewards, tokens, the rate
+        of answers cut by their token limit, and the number of unscored answers.
     """
     results: dict[str, Any] = {"prompts": len(records), "confidence": CONFIDENCE}
     scores = {}
@@ -58,7 +57,7 @@ def report(
     if "refinements" in scores:
         right = {name: _success(each, success_reward) for name, each in scores.items()}
         results["uplift"] = float(stage_uplift(right["drafts"], right["refinements"]))
-        results["copied"] = _copied(records)
+        results["copy_rate"] = _copy_rate(records)
     return results
 
 
@@ -88,7 +87,7 @@ def _interval(scores: Tensor, k: int, threshold: float) -> dict[str, float]:
     return {"mean": mean, "low": max(low, 0.0), "high": min(high, 1.0)}
 
 
-def _copied(records: Sequence[Record]) -> float:
+def _copy_rate(records: Sequence[Record]) -> float:
     """Share of refinements that repeat the draft they were shown, among prompts with one."""
     copies = [
         strip_thinking(answer["text"]).strip() == row["shown"].strip()
@@ -128,7 +127,7 @@ def print_report(results: dict[str, Any], output_dir: Path) -> None:
     if "uplift" in results:
         console.print(
             f"uplift of refining over drafting {results['uplift']:+.3f}, "
-            f"copied drafts {results['copied']:.1%}"
+            f"copy rate {results['copy_rate']:.1%}"
         )
     console.print(f"answers and numbers: {output_dir}", soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""Options that `train` and `eval` share, and what they lead to."""
+"""Options that `train` and `eval` share, and what is loaded by them."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ Dataset = Annotated[
 Rewards = Annotated[
     str,
     typer.Option(
-        "--reward", help="math, exact, format, format-opened or module:function; several by commas."
+        "--reward",
+        help="math, exact, format, format-opened or module:function; commas separate several.",
     ),
 ]
 Split = Annotated[str, typer.Option(help="Split of a hub set.")]
@@ -43,7 +44,7 @@ MODEL_FILES = ("config.json", "adapter_config.json")
 TAKEN = frozenset(
     {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 )
-"""What rewards are given by name besides the columns of the data set."""
+"""Keywords that rewards receive besides the columns of the data set."""
 
 
 def parse_kwargs(text: str | None) -> dict[str, Any] | None:
@@ -83,7 +84,9 @@ def load_rows(
     chat = tokenizer.chat_template is not None
     rows = load_prompts(source, system_prompt=system_prompt, chat=chat, **options)
     if taken := sorted(TAKEN & rows[0].keys()):
-        raise ValueError(f"{source} has a column {taken[0]!r}: rewards get something else by it")
+        raise ValueError(
+            f"{source} has a column {taken[0]!r}: rewards receive something else under this name"
+        )
     needs_answer = [r for r in rewards if r in (math_reward, exact_match_reward)]
     if needs_answer and "answer" not in rows[0]:
         raise ValueError(

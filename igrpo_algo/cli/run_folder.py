@@ -1,6 +1,6 @@
-"""A run's folder: the settings it was started with, and its checkpoints.
+"""A run's folder: the settings that the run was started with, and its checkpoints.
 
-Whoever writes into one holds it by `igrpo_algo.files.sole_writer`.
+Commands hold the folder they write into with `igrpo_algo.files.sole_writer`.
 """
 
 import json
@@ -14,7 +14,7 @@ SETTINGS = "run.json"
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was written to its end."""
+    """A complete checkpoint."""
 
     step: int
     path: Path
@@ -44,7 +44,7 @@ def load_settings(output_dir: Path) -> dict[str, Any]:
 def check_settings(
     output_dir: Path, settings: Mapping[str, Any], *, free: Collection[str] = ()
 ) -> None:
-    """Raise ValueError unless a folder's run was started with these settings, but for free ones."""
+    """Raise ValueError if a folder's run had other settings; `free` ones may differ."""
     earlier, now = load_settings(output_dir), json.loads(json.dumps(settings))
     changed = [
         f"{name} was {earlier.get(name)!r}, is {now.get(name)!r}"
@@ -59,13 +59,13 @@ def check_settings(
 
 
 def last_checkpoint(output_dir: Path) -> Checkpoint | None:
-    """Find the last checkpoint that was written to its end, if any.
+    """Find the last complete checkpoint, if there is one.
 
-    The trainer writes `trainer_state.json` last: a folder without it, or with half of it, was left
-    by a run that died while saving, and is passed over.
+    The trainer writes `trainer_state.json` last. A folder without it, or with half of it, comes
+    from a run that died while it saved, and is passed over.
 
     Raises:
-        ValueError: A `trainer_state.json` is whole and says no step.
+        ValueError: A `trainer_state.json` is valid JSON but has no step.
     """
     whole = []
     for path in output_dir.glob("checkpoint-*"):
@@ -75,6 +75,8 @@ def last_checkpoint(output_dir: Path) -> Checkpoint | None:
             continue
         step = state.get("global_step") if isinstance(state, dict) else None
         if type(step) is not int:
-            raise ValueError(f"{path}/trainer_state.json says no global_step, got {state!r:.80}")
+            raise ValueError(
+                f"{path}/trainer_state.json must hold an object with global_step, got {state!r:.80}"
+            )
         whole.append(Checkpoint(step, path))
     return max(whole, default=None)

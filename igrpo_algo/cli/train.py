@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..trainers.trl.config import IGRPOConfig
     from ..trainers.trl.trainer import IGRPOTrainer
 
-# What may change when a run goes on: its length, and what is kept and shown of it.
+# What may change when a run is resumed: its length, and what is saved and logged.
 FREE_ON_RESUME = frozenset({
     "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "logging_steps",
     "report_to", "run_name", "disable_tqdm",
@@ -52,7 +52,7 @@ def train(
     dataset: options.Dataset,
     reward: options.Rewards = "math",
     reward_weights: Annotated[
-        str | None, typer.Option(help="One number per reward, by commas; all 1 if not given.")
+        str | None, typer.Option(help="One number per reward, separated by commas (all 1).")
     ] = None,
     output_dir: Annotated[
         Path, typer.Option(help="Checkpoints, metrics.jsonl, summary.json and the final model.")
@@ -98,10 +98,10 @@ def train(
 ) -> None:
     """Train a model with iGRPO.
 
-    Settings are taken from the paper's preset (with --paper), then --config, then the options
-    here, then --set; the later wins. A run that was killed goes on with --resume, which starts
-    from the beginning where there is no checkpoint yet. Without --resume a folder that holds a
-    checkpoint is refused, and so is --resume with other settings; only these may change:
+    Settings come from the paper's preset (with --paper), then --config, then the options here, then
+    --set; the later wins. --resume goes on from the last checkpoint of a run that was killed, or
+    starts if there is none. Without --resume a folder that holds a checkpoint is refused, and so is
+    --resume with other settings; only these may change:
     max_steps, num_train_epochs, save_steps, save_total_limit, logging_steps, report_to, run_name
     and disable_tqdm.
     """
@@ -151,7 +151,7 @@ def train(
 
 
 def run(job: Job, output_dir: Path) -> None:
-    """Train a job to its end and leave its files in the output folder, which no other run holds."""
+    """Train a job to its end. Its files are in the output folder, which it holds meanwhile."""
     is_first = job.config.process_index == 0
     with ExitStack() as held:
         with usage_errors("train"):
@@ -175,7 +175,7 @@ def run(job: Job, output_dir: Path) -> None:
 
 
 def build_trainer(job: Job, metrics: MetricsFile) -> "IGRPOTrainer":
-    """Load the model and put the trainer together."""
+    """Load the model and build the trainer."""
     from ..trainers.trl.trainer import IGRPOTrainer
     from .recorder import Recorder
 
@@ -192,7 +192,7 @@ def build_trainer(job: Job, metrics: MetricsFile) -> "IGRPOTrainer":
 
 
 def as_dataset(rows: list[Row]) -> "Dataset":
-    """Hand rows to the trainer; cells of one column may be of several types."""
+    """Make the trainer's data set of rows; the cells of a column may be of several types."""
     from datasets import Dataset
 
     return Dataset.from_list(rows, on_mixed_types="use_json")
@@ -219,7 +219,9 @@ def _reward_weights(text: str | None, names: Sequence[str]) -> Settings:
     try:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--reward-weights wants numbers by commas, got {text!r}") from None
+        raise ValueError(
+            f"--reward-weights wants numbers separated by commas, got {text!r}"
+        ) from None
     if len(weights) != len(names):
         raise ValueError(
             f"--reward-weights must have one number per reward: {len(weights)} for {len(names)}"
@@ -250,14 +252,14 @@ def _check_batch(config: "IGRPOConfig", rows: Sequence[Row]) -> None:
 
 
 def summarize(rows: Sequence[Record], steps: int, seconds: float) -> Record:
-    """Say how the run began and ended: its first and last training rows."""
+    """Collect how the run began and ended: its first and last training rows."""
     training = [row for row in rows if "reward" in row]
     first, last = (training[0], training[-1]) if training else ({}, {})
     return {"steps": steps, "seconds": round(seconds, 1), "first": first, "last": last}
 
 
 def print_summary(summary: Record, output_dir: Path) -> None:
-    """Print how the metrics that matter most began and ended, side by side."""
+    """Print the first and last values of the main metrics, side by side."""
     from rich.console import Console
     from rich.table import Table
 

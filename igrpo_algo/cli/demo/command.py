@@ -117,7 +117,7 @@ def train(
 
 
 class RunProgress:
-    """A bar per run; where nobody watches a terminal, a line per held-out evaluation."""
+    """A bar per run; without a terminal, a line per held-out evaluation."""
 
     def __init__(self, config: DemoConfig, runs: Sequence[Run], console: Console) -> None:
         self.config, self.console = config, console
@@ -146,7 +146,7 @@ class RunProgress:
         self.progress.stop()
 
     def show(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Bring the bars up to the rows of the metrics files."""
+        """Move the bars to where the metrics files are."""
         for run, task in self.tasks.items():
             own = [row for row in rows if (row["arm"], row["seed"]) == (run.arm, run.seed)]
             evaluations = [row for row in own if row["split"] == "held-out"]

@@ -1,4 +1,4 @@
-"""What the demo runs: its arms, its settings, and where each run keeps its files. No torch here."""
+"""The demo's arms, settings and runs, and where each run keeps its files. No torch here."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the finished runs say, in numbers and in words, whichever way it goes."""
+"""The result of the finished runs, in numbers and in words, whoever wins."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean

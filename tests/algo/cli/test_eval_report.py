@@ -59,7 +59,7 @@ def test_report_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     assert results["refinements"]["pass@1"]["mean"] == pytest.approx(0.75, abs=1e-12)
     # Right answers: drafts 0 and 1/2, refinements 1 and 1/2.
     assert results["uplift"] == pytest.approx(0.5, abs=1e-12)
-    assert results["copied"] == pytest.approx(1 / 2, abs=1e-12)
+    assert results["copy_rate"] == pytest.approx(1 / 2, abs=1e-12)
     print_report(results, Path("out"))
     assert "+0.500" in capsys.readouterr().out
 
@@ -99,4 +99,4 @@ def test_copies_are_of_what_was_shown() -> None:
         "refinements": answers(0.0, text="<think>Fine.</think>It is 2.\n")
         + answers(0.0, text="It is 3."),
     }
-    assert report([row], ["math"], [1], 1.0)["copied"] == 0.5
+    assert report([row], ["math"], [1], 1.0)["copy_rate"] == 0.5

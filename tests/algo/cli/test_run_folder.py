@@ -48,5 +48,7 @@ def test_the_last_whole_checkpoint_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["[1]", "3", "null", "{}", '{"global_step": "5"}'])
 def test_a_state_that_says_no_step_is_named(tmp_path: Path, text: str) -> None:
     write_state(tmp_path, 5, text)
-    with pytest.raises(ValueError, match=r"checkpoint-5.trainer_state\.json says no global_step"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-5.trainer_state\.json must hold an object with global_step"
+    ):
         last_checkpoint(tmp_path)

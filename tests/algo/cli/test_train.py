@@ -155,7 +155,10 @@ def test_resume_without_a_checkpoint_starts_afresh_and_adapters_evaluate(
         (["--max-completion-length", "0"], "max_completion_length must be >= 1, got 0"),
         (["--reward", "nowhere:f"], "reward module 'nowhere' could not be imported"),
         (["--reward-weights", "1"], "must have one number per reward: 1 for 2"),
-        (["--reward-weights", "1,b"], "--reward-weights wants numbers by commas, got '1,b'"),
+        (
+            ["--reward-weights", "1,b"],
+            "--reward-weights wants numbers separated by commas, got '1,b'",
+        ),
         (["--set", "learning_rat=1"], "no field 'learning_rat'; did you mean learning_rate"),
         (["--set", "learning_rate"], "--set wants key=value, got 'learning_rate'"),
         (["--set", "num_drafts=3.5"], "num_drafts must be int, got 3.5"),
