@@ -16,10 +16,11 @@ from ..drafts.rules import DraftRules, Ties
 from ..drafts.select import select_random_draft
 from ..drafts.splice import TextSplice, TokenBudget
 from ..rollouts.progress import RolloutProgress, show_live
-from ..rollouts.records import Group, Stage
-from ..rollouts.sampling import Sampler, derive_seed
+from ..rollouts.records import Rollout, Rollouts, Stage
+from ..rollouts.sampling import Sampler
 from ..rollouts.scoring import Reward, Scorer
 from ..rollouts.two_stage import two_stage_rollout
+from ..seeds import derive_seed
 from . import options
 from .data import Row
 from .errors import run_errors, usage_errors
@@ -223,7 +224,7 @@ def answer_batch(
         seed=derive_seed(seed, 0),
         on_progress=lines.get("single-shot"),
     )
-    refined: Sequence[Group | None] = [None] * len(rows)
+    refined: Sequence[Rollout | None] | Rollouts = [None] * len(rows)
     if protocol.drafts:
         rules = DraftRules(splice=splice)
         if protocol.draft_choice is DraftChoice.RANDOM:
@@ -238,7 +239,7 @@ def answer_batch(
             rules=rules,
             seed=derive_seed(seed, 1),
             on_progress=lines.get("refined"),
-        ).groups
+        )
     scorers = {name: Scorer(each, prompts, columns, name) for name, each in rewards.items()}
     for index, (row, direct, group) in enumerate(zip(rows, single, refined, strict=True)):
         record = {"index": first + index, "prompt": row["prompt"], "answer": row.get("answer")}

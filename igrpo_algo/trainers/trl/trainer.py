@@ -21,7 +21,7 @@ from igrpo_kernels import Aggregate, Surrogate
 from ...drafts.rules import DraftChoices, DraftRules
 from ...early_warning import EarlyWarning
 from ...rollouts.completions import Completion
-from ...rollouts.sampling import derive_seed
+from ...seeds import derive_seed
 from .advantage_options import Advantage, check_advantage
 from .config import IGRPOConfig
 from .data_checks import check_images, check_prompts
