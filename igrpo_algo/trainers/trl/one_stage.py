@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...advantages.of_groups import sum_rewards
-from ...prompts import encode_prompt
+from ...prompts import decode_completion, encode_prompt
 from ...rollouts.sampling import run_blocking
 from .advantage_options import Advantage, advantages_of
 from .policy_loss import PolicyLossTrainer
@@ -54,6 +54,10 @@ class StageTrainer(PolicyLossTrainer):
         rewards = stage.rewards_per_func
         total = sum_rewards(rewards, self.reward_weights.to(rewards.device))
         return total.view(-1, stage.group)
+
+    def texts(self, stage: Stage) -> list[str]:
+        """Give what this rank's completions say."""
+        return [decode_completion(ids, self._tokenizer) for ids in stage.completion_ids]
 
     def selection_scores(self, inputs: list[dict[str, Any]], stage: Stage) -> Tensor | None:
         """Rank what was drawn by something else than its training reward. Shape [P, N]."""
@@ -124,9 +128,16 @@ class StageTrainer(PolicyLossTrainer):
         stage = self._stage
         if stage is None:
             return super()._generate(prompts)
-        result = super()._generate(prompts if stage.prompts is None else stage.prompts)
-        stage.completion_ids, stage.completions = result[1], result[3]
-        return result
+        ids, drawn, mask, completions, *rest = super()._generate(
+            prompts if stage.prompts is None else stage.prompts
+        )
+        stage.completion_ids, stage.completions = drawn, completions
+        for place, text in enumerate(self.texts(stage)):  # TRL drops thinking marks that are tokens
+            if isinstance(completions[place], str):
+                completions[place] = text
+            elif completions[place][0].keys() == {"role", "content"}:
+                completions[place][0]["content"] = text
+        return ids, drawn, mask, completions, *rest
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args, **kwargs)

@@ -173,7 +173,7 @@ class IGRPOTrainer(StageTrainer):
                 self.draw_and_score(rows, stage)
         scores = self.selection_scores(rows, stage)
         lengths = torch.tensor(list(map(len, stage.completion_ids)), device=self.accelerator.device)
-        texts = zip(stage.completion_ids, self._texts(stage), strict=True)
+        texts = zip(stage.completion_ids, self.texts(stage), strict=True)
         return Drafts(
             [Completion(ids, text) for ids, text in texts],
             self.accelerator.gather(lengths).view(-1, stage.group),
@@ -220,18 +220,12 @@ class IGRPOTrainer(StageTrainer):
         length = len(self._tokenizer(spliced.draft, add_special_tokens=False)["input_ids"])
         return Refined(spliced.prompt, spliced.draft, length, spliced.tokens_cut)
 
-    def _texts(self, stage: Stage) -> list[str]:
-        texts: list[str] = self._tokenizer.batch_decode(
-            stage.completion_ids, skip_special_tokens=True
-        )
-        return texts
-
     def _log_stages(
         self, drafts: Drafts, choices: DraftChoices, refined: list[Refined], stage: Stage
     ) -> None:
         """Log both stages over all ranks, and warn where learning has stopped."""
         strip = getattr(self.rules.splice, "strip", None)
-        counts = count_rows(refined, self._texts(stage), strip, self.accelerator.device)
+        counts = count_rows(refined, self.texts(stage), strip, self.accelerator.device)
         metrics = stage_metrics(
             drafts.rewards,
             self.total_rewards(stage),

@@ -232,3 +232,32 @@ def test_prompts_are_encoded_as_samplers_encode_them(make_trainer: MakeTrainer) 
     trainer = make_trainer(reward_funcs=digit_reward, train_dataset=dataset)
     _, sampler = run_stages(trainer, DRAFTS, REFINED)
     assert sampler.prompts[0] == ["<s>user:1?</s><s>assistant:so "] * 8  # continued, not closed
+
+
+def test_thinking_marks_that_are_tokens_reach_rewards_and_are_stripped(
+    make_trainer: MakeTrainer,
+) -> None:
+    seen: list[str] = []
+
+    def noted(completions: list[Any], **columns: Any) -> list[float | None]:
+        seen.extend(text_of(c) for c in completions)
+        return digit_reward(completions)
+
+    trainer = make_trainer(reward_funcs=noted, draft_template=SHORT_TEMPLATE)
+    tokenizer = trainer._tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    thought = tokenizer.convert_tokens_to_ids(["<think>", "n", "o", "</think>", "9", "</s>"])
+    scripted = ScriptedSampler([["0"] * 7, REFINED])
+
+    def draw(prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[Any, None]:
+        if scripted.prompts:
+            return scripted(prompt_ids)
+        return [thought, *scripted(prompt_ids[1:])[0]], None
+
+    trainer._generate_single_turn = draw
+    trainer.model.train()
+    trainer._generate_and_score_completions(
+        [trainer.train_dataset[q] for q in (0, 1) for _ in "4444"]
+    )
+    assert seen[:2] == ["<think>no</think>9", "0"]
+    assert scripted.prompts[1][0] == chat("0+0?[9]")
