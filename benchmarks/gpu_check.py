@@ -29,7 +29,7 @@ from benchmarks.machine import ROOT
 
 TOTAL_SECONDS = {False: 550.0, True: 110.0}  # quick or not
 TEST_SECONDS = 200.0  # of one suite, at most
-STEP_SECONDS = {"cpu": 180.0, "cuda": 60.0}  # of one benchmark of whole steps, at most
+STEP_SECONDS = {"cpu": 180.0, "cuda": 90.0}  # of one benchmark of whole steps, at most
 # The project's options without those of plug-ins that may be missing; warnings of another torch
 # are no failure.
 PYTEST = (
