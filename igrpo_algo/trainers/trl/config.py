@@ -65,7 +65,7 @@ class IGRPOConfig(GRPOConfig):
         eval_with_draft: Evaluate draft-then-refine instead of single-shot.
         use_trl_loss: Take TRL's `_compute_loss` in place of `igrpo_kernels.policy_loss`.
         fused_head: Whose op takes log-probs from hidden states, inside TRL's forward: "igrpo",
-            "trl", or "auto" for ours where it was measured to be faster (`trl_head.choose_head`).
+            "trl", or "auto" for ours where a record has it faster (`igrpo doctor` shows which).
 
     Raises:
         ValueError: A value out of range, or options that exclude each other.

@@ -11,6 +11,8 @@ from trl.trainer import utils as trl_utils
 
 from igrpo_kernels import linear_token_logprobs
 
+from ..head_speed import faster_head
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,20 +42,9 @@ def choose_head(
 ) -> Callable[[], AbstractContextManager[None]]:
     """Choose whose op scores tokens.
 
-    "auto" takes ours on a CPU, where it was measured to be faster, and TRL's elsewhere, where it
-    was not measured yet. TRL's time over ours, with entropy, on one CPU thread of a shared machine
-    (interleaved runs, the least of each):
-
-              N     H    V      forward  + backward  60 % labeled  and half the gradients zero
-        fp32  1024  256  4096   1.25     1.52        2.69          3.90
-        fp32  2048  256  4096   1.77     2.09        3.37          4.52
-        fp32  1024  768  32768  1.16     1.39        2.17          3.32
-        bf16  1024  256  4096   1.12     2.05        2.40          5.66
-        bf16  2048  256  4096   1.29     2.23        3.90          4.74
-        bf16  1024  512  16384  1.01     1.56        3.37          4.38
-
-    TRL scores all positions on a CPU and ours those with a label: most of the third column. Where
-    an advantage is zero so is a token's gradient, and ours skips it: the fourth.
+    "auto" takes ours where a recorded run has it faster than TRL's (`head_speed.faster_head`). TRL
+    scores all positions on a CPU, ours those with a label, and in the backward ours skips tokens
+    whose gradient is zero: groups of equal rewards cost it a forward alone.
 
     Args:
         choice: "auto", "igrpo" or "trl".
@@ -66,7 +57,7 @@ def choose_head(
     Raises:
         ValueError: "igrpo", and ours can't serve this head.
     """
-    if choice == "trl" or (choice == "auto" and device.type != "cpu"):
+    if choice == "trl" or (choice == "auto" and faster_head(device).choice == "trl"):
         return nullcontext
     obstacle = _obstacle(head)
     if obstacle is None:
