@@ -74,7 +74,7 @@ def load_prompts(
         ModuleNotFoundError: `datasets` is needed and not installed.
         TypeError: A cell is of the wrong type.
         ValueError: A file is malformed, empty or of an unknown kind, lacks a column, or holds half
-            of a surrogate pair, which is no text.
+            of a surrogate pair, which is not text.
 
     Examples:
         >>> import tempfile
@@ -152,7 +152,7 @@ def _prepare_messages(
 
 @dataclass(frozen=True)
 class _RowFormat:
-    """Which columns hold what, and what a prompt is to look like."""
+    """Which columns hold what, and what a prompt looks like."""
 
     question: str
     answer: str | None
@@ -180,7 +180,7 @@ class _RowFormat:
 def _choose_columns(
     columns: Iterable[str], source: str, question_column: str | None, answer_column: str | None
 ) -> tuple[str, str | None]:
-    """Take the columns that are named, or else the first known ones."""
+    """Choose the named columns, or else the first known ones."""
     there = sorted(columns)
     for argument, name in (("question", question_column), ("answer", answer_column)):
         if name is not None and name not in there:
@@ -199,7 +199,7 @@ def _check_text(value: object) -> None:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise ValueError(f"{half!r} is half of a surrogate pair and no text") from None
+        raise ValueError(f"{half!r} is half of a surrogate pair, not text") from None
 
 
 def _cell(row: Row, column: str, place: str) -> object:
@@ -210,7 +210,7 @@ def _cell(row: Row, column: str, place: str) -> object:
 
 @contextmanager
 def _locate_errors(place: str, column: str) -> Iterator[None]:
-    """Make the errors of a block say where the cell stands."""
+    """Add place and column to the errors of a block."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -296,7 +296,7 @@ def _read_hub(name: str, split: str, config: str | None) -> Iterator[tuple[str, 
         rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:
         raise ValueError(
-            f"dataset {name!r} (config {config!r}, split {split!r}) is no local file and could "
+            f"dataset {name!r} (config {config!r}, split {split!r}) is not a local file and could "
             f"not be loaded from the hub: {error}"
         ) from error
     return _numbered(f"{name}[{split}]", rows)

@@ -1,7 +1,7 @@
-"""How far a measured mean may be off: confidence intervals over what is independent.
+"""Confidence intervals of a mean, over values that are independent of each other.
 
-Samples of one prompt resemble each other, and so do the problems of one training run: a value here
-is what summarizes one prompt or one run. NaN is an unscored one and is left out.
+Samples of one prompt are not, nor are the problems of one training run: pass one value per prompt,
+or one per run. NaN stands for an unscored one and is left out.
 """
 
 import math
