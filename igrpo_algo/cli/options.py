@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..data import PAPER_SYSTEM_PROMPT, Row, load_prompts
-from ..math_judge import shared_judge
+from ..rewards.judge import shared_judge
 from ..rewards import exact_match_reward, load_reward, math_reward
 from ..scoring import Reward
 
