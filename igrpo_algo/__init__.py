@@ -9,6 +9,7 @@ from igrpo_kernels import policy_loss
 
 from .advantages.baselines import rloo
 from .advantages.of_groups import center_by_group, standardize_by_group, whiten
+from .batch import training_batch
 from .drafts.rules import DraftRules, Fallback, Ties
 from .drafts.select import (
     select_best_draft,
@@ -50,6 +51,7 @@ __all__ = [
     "standardize_by_group",
     "stream_two_stage_rollout",
     "strip_thinking",
+    "training_batch",
     "truncate_draft",
     "two_stage_rollout",
     "whiten",

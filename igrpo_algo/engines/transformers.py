@@ -13,51 +13,56 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from igrpo_kernels.checks import check_count, check_number
+from igrpo_kernels.checks import check_count
 
 from ..prompts import Prompt, decode_completion
 from ..rollouts.completions import Completion
 from ..rollouts.sampling import Groups
 from ..seeds import derive_seed, prompt_seeds
 from .base import EngineSampler, stop_ids
+from .distribution import Distribution
 from .weights import WantedWeights, Weights, open_weights
 
 
 class TransformersSampler(EngineSampler):
     """Draws completions with `model.generate`, each with the log-probs it was drawn at.
 
-    The distribution of the next token is softmax(logits / temperature), cut to the nucleus
-    `top_p` and normalized again; nothing else is applied, whatever the model's own generation
-    config asks for. A token is drawn as argmax(log p - log e) with e ~ Exp(1) (the exponential
-    race), from one generator per completion: seeds give the same samples in whatever batch a
-    prompt stands (up to rounding in the model), and torch's global generators are not touched.
+    The distribution of the next token is softmax(logits / temperature), cut by `min_p`, `top_k` and
+    `top_p`; nothing else is applied, whatever the model's own generation config asks for. The
+    log-probs are those of the whole vocabulary at the temperature, cut or not, as a loss computes
+    them. A token is drawn as argmax(log p - log e) with e ~ Exp(1) (the exponential race), from one
+    generator per completion: seeds give the same samples in whatever batch a prompt stands (up to
+    rounding in the model), and torch's global generators are not touched.
 
     Temperature 0 is greedy decoding. Its distribution is a point mass, so `logprobs` is None:
     a ratio against it means nothing.
 
-    Chat messages go through the tokenizer's chat template with a generation prompt; strings are
-    tokenized with the tokenizer's special tokens; token ids are taken as they are. The stop token
-    is the last of `token_ids`, and not in `text`. The model samples in eval mode, and every
-    module's mode is restored. Calls from several threads take turns.
+    Prompts become token ids by `encode_prompt`, and none is ever cut. The stop token is the last of
+    `token_ids`, and not in `text`. The model samples in eval mode, and every module's mode is
+    restored. Calls from several threads take turns.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         max_new_tokens: Most tokens of a completion.
         temperature: Divides the logits; 0 decodes greedily.
-        top_p: Probability mass of the nucleus, in (0, 1].
+        top_p: Draws from the fewest tokens whose probabilities add up to this, in (0, 1].
+        top_k: Draws from this many tokens; 0 from all.
+        min_p: Draws from tokens of at least this share of the highest probability, in [0, 1].
         batch_size: Completions per call of `generate`.
         stop_token_ids: Tokens that end a completion; None takes all those of the model's generation
             config and the tokenizer's end of sequence.
         chat_template_kwargs: Passed to the chat template: {"enable_thinking": False}, say.
 
     Raises:
-        ValueError: A number is out of range, or `top_p` is given at temperature 0.
+        ValueError: A number is out of range, or a cut is asked for at temperature 0.
 
     Examples:
         `sample_group(["2 + 2 ="], TransformersSampler(model, tokenizer, max_new_tokens=64), 4)`
@@ -71,17 +76,16 @@ class TransformersSampler(EngineSampler):
         max_new_tokens: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
         batch_size: int = 32,
         stop_token_ids: Sequence[int] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(tokenizer, max_new_tokens, chat_template_kwargs)
         self.model = model
-        self.temperature = check_number("temperature", temperature, at_least=0)
-        self.top_p = check_number("top_p", top_p, above=0, at_most=1)
+        self.distribution = Distribution(temperature, top_p, top_k, min_p)
         self.batch_size = check_count("batch_size", batch_size)
-        if self.temperature == 0 and self.top_p < 1:
-            raise ValueError(f"top_p has no effect at temperature 0, got {top_p}")
         self.stop_token_ids = (
             stop_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
             if stop_token_ids is None
@@ -149,7 +153,7 @@ class TransformersSampler(EngineSampler):
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         mask = torch.arange(width, device=device) >= width - lengths[:, None]
-        race = None if self.temperature == 0 else _Race(seeds, self.temperature, self.top_p, device)
+        race = None if self.distribution.is_greedy else _Race(seeds, self.distribution, device)
         # generate fills what a config leaves open from the model's own one: put a bare one there.
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
@@ -185,23 +189,24 @@ class TransformersSampler(EngineSampler):
 class _Race(LogitsProcessor):
     """Draws each row's token with that row's generator; what it returns has its maximum there."""
 
-    def __init__(
-        self, seeds: list[int], temperature: float, top_p: float, device: torch.device
-    ) -> None:
+    def __init__(self, seeds: list[int], distribution: Distribution, device: torch.device) -> None:
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self.temperature = temperature
-        self.nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
+        self.temperature = distribution.temperature
+        self.cuts = LogitsProcessorList()
+        if distribution.min_p > 0:
+            self.cuts.append(MinPLogitsWarper(distribution.min_p))
+        if distribution.top_k > 0:
+            self.cuts.append(TopKLogitsWarper(distribution.top_k))
+        if distribution.top_p < 1:
+            self.cuts.append(TopPLogitsWarper(distribution.top_p))
         self.logprobs: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits = scores.float() / self.temperature
-        if self.nucleus is not None:
-            logits = self.nucleus(input_ids, logits)
-        logprobs = logits.log_softmax(-1)
+    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
+        logprobs = (scores.float() / self.temperature).log_softmax(-1)
         waits = torch.empty_like(logprobs)
         for row, generator in zip(waits, self.generators, strict=True):
             row.exponential_(generator=generator)
-        race = logprobs - waits.log()
+        race = self.cuts(input_ids, logprobs) - waits.log()
         self.logprobs.append(logprobs.gather(-1, race.argmax(-1, keepdim=True)).squeeze(-1))
         return race
 

@@ -1,5 +1,6 @@
 """What a sampler returns, one value per completion, and the two tensor layouts made of many."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,14 +16,15 @@ class Completion:
 
     Attributes:
         token_ids: The tokens drawn, the stop token included if one ended it; may be empty.
-        text: What the tokens say, special tokens left out.
-        logprobs: Log-probability of each token under the distribution that drew it (temperature
-            and top-p applied), or None where the sampler does not know them.
+        text: What the tokens say, special tokens left out, thinking marks kept.
+        logprobs: Log-probability of each token as a loss computes it: at the temperature that drew
+            it, over the whole vocabulary (top-p and the like left out). None where the sampler does
+            not know them.
         finish_reason: "stop" (a stop token or string), "length" (ran into its token limit),
             "cancelled" (early selection), "skipped" (its prompt was), or what the sampler says.
 
     Raises:
-        ValueError: `logprobs` and `token_ids` differ in length.
+        ValueError: `logprobs` and `token_ids` differ in length, or a log-prob is not finite.
 
     Examples:
         >>> Completion([5, 2], "four", [-0.1, -0.2]).finish_reason
@@ -39,6 +41,12 @@ class Completion:
             raise ValueError(
                 f"logprobs must hold one number per token: {len(self.logprobs)} log-probs "
                 f"for {len(self.token_ids)} token_ids"
+            )
+        if self.logprobs is not None and not all(map(math.isfinite, self.logprobs)):
+            place = next(i for i, each in enumerate(self.logprobs) if not math.isfinite(each))
+            raise ValueError(
+                f"logprobs must be finite, got {self.logprobs[place]} for token {place}: does the "
+                "model give NaN?"
             )
 
 

@@ -22,8 +22,6 @@ from .setup import OnProgress, Setup
 from .slots import Slots
 from .streamed import run_stream
 
-PAPER_RULES = DraftRules()
-
 
 def two_stage_rollout(
     prompts: Sequence[Prompt],
@@ -34,7 +32,7 @@ def two_stage_rollout(
     num_refinements: int = 4,
     rounds: int = 1,
     columns: Mapping[str, Sequence[Any]] | None = None,
-    rules: DraftRules = PAPER_RULES,
+    rules: DraftRules = DraftRules(),
     seed: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Rollouts:
@@ -102,7 +100,7 @@ def stream_two_stage_rollout(
     num_refinements: int = 4,
     rounds: int = 1,
     columns: Mapping[str, Sequence[Any]] | None = None,
-    rules: DraftRules = PAPER_RULES,
+    rules: DraftRules = DraftRules(),
     seed: int | None = None,
     on_progress: OnProgress | None = None,
     concurrency: int = 256,

@@ -7,8 +7,7 @@ the rows run through is `igrpo_algo.trainers.transformers`.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,29 +22,31 @@ from igrpo_kernels.checks import (
     describe,
 )
 
+from ..layouts import PackedRow, Tails, fill, lay_in_row
 from ..rollouts.completions import Completion
 
 Ids = Sequence[int] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class SharedPromptRow:
+class SharedPromptRow(PackedRow):
     """One row of S tokens: each prompt once, followed by its completions.
 
-    The L completion tokens among them are what a loss sees, as B packed sequences; a completion's
-    first token is predicted from the last position of the prompt, which all of them share.
+    A completion's first token is predicted from the last position of the prompt, which all of its
+    completions share: its hidden state stands before each of them in `loss_inputs`, and gets the
+    sum of their gradients.
 
     Attributes:
         input_ids: Tokens of the row. Shape [1, S], int64.
         position_ids: Their positions; each completion continues at its prompt's length.
             Shape [1, S], int64.
-        lengths: For each prompt, its tokens and then those of each of its completions.
         index: Which completion each sequence is, counted through all prompts in the order given.
             Shape [B], int64.
-        count: Completions of all rows together.
         cu_seqlens: Offsets of the completions among the L tokens. Shape [B + 1], int32.
         targets: The L completion tokens. Shape [L], int64.
         predictors: The position in the row that predicts each target. Shape [L], int64.
+        lengths: For each prompt, its tokens and then those of each of its completions.
+        count: Completions of all rows together.
 
     Examples:
         >>> (row,) = pack_shared_prompt([[5, 6]], [[[7, 8], [9]]])
@@ -55,23 +56,8 @@ class SharedPromptRow:
         (tensor([7, 8, 9]), tensor([1, 2, 1]))
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
     lengths: tuple[tuple[int, ...], ...]
-    index: Tensor
     count: int
-    cu_seqlens: Tensor
-    targets: Tensor
-    predictors: Tensor
-
-    def to(self, device: torch.device | str) -> "SharedPromptRow":
-        """Move the tensors; `lengths` stays, so that no layer waits for the device."""
-        moved: dict[str, Any] = {
-            name: value.to(device)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
 
     def model_inputs(self) -> dict[str, Any]:
         """Give the keyword arguments of a transformers model that `enable_shared_prompt` was given.
@@ -79,36 +65,8 @@ class SharedPromptRow:
         The attention mask among them is empty and of four axes, which transformers hands on as it
         is: no [S, S] mask is made, and attention that knows no `shared_prompt` fails on it.
         """
-        return {
-            "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
-            "attention_mask": torch.empty(1, 1, 0, 0, device=self.input_ids.device),
-            "use_cache": False,
-            "shared_prompt": self,
-        }
-
-    def loss_inputs(self, hidden: Tensor) -> dict[str, Tensor]:
-        """Give `hidden`, `targets` and `cu_seqlens` as `linear_policy_loss` takes them.
-
-        The hidden state of a prompt's last position stands before each of its completions, and
-        gets the sum of their gradients.
-
-        Args:
-            hidden: Last hidden states of the row. Shape [1, S, H] or [S, H].
-
-        Raises:
-            TypeError: `hidden` is no tensor.
-            ValueError: `hidden` is not one row of S positions.
-        """
-        check_tensor("hidden", hidden)
-        size = self.input_ids.shape[1]
-        if hidden.shape[:-1] not in ((1, size), (size,)):
-            raise ValueError(
-                f"hidden must have shape [1, S, H] or [S, H] with S = {size}, "
-                f"got {list(hidden.shape)}"
-            )
-        rows = hidden.reshape(size, hidden.shape[-1]).index_select(0, self.predictors)
-        return {"hidden": rows, "targets": self.targets, "cu_seqlens": self.cu_seqlens}
+        mask = torch.empty(1, 1, 0, 0, device=self.input_ids.device)
+        return super().model_inputs() | {"attention_mask": mask, "shared_prompt": self}
 
     def per_completion(self, values: Tensor) -> Tensor:
         """Pick this row's values, such as advantages, from those of all completions.
@@ -196,7 +154,7 @@ def pack_shared_prompt(
     if len(prompt_ids) == 0:
         raise ValueError("prompt_ids must hold at least one prompt, got none")
     limit = math.inf if max_tokens is None else check_count("max_tokens", max_tokens)
-    rows: list[list[_Group]] = [[]]
+    groups: list[Tails] = []
     index = 0
     for number, (prompt, drawn) in enumerate(zip(prompt_ids, completions, strict=True)):
         name = f"completions[{number}]"
@@ -208,68 +166,31 @@ def pack_shared_prompt(
         if not ids:
             raise ValueError(f"prompt_ids[{number}] must have at least one token, got none")
         tails = [_token_ids(f"{name}[{at}]", tail) for at, tail in enumerate(drawn)]
-        for group in _split(_Group(ids, tails, index), limit, number):
-            if sum(map(len, [*rows[-1], group])) > limit:
-                rows.append([])
-            rows[-1].append(group)
+        groups += _split(Tails(ids, tails, index), limit, number)
         index += len(tails)
-    return [_lay_out(row, index) for row in rows]
+    rows = fill([len(group) for group in groups], max_tokens, cost=sum)
+    return [_lay_out([groups[i] for i in row], index) for row in rows]
 
 
-@dataclass(frozen=True)
-class _Group:
-    """A prompt and some of its completions, the first of which is number `first` of all."""
-
-    prompt: list[int]
-    tails: list[list[int]]
-    first: int
-
-    def __len__(self) -> int:
-        return len(self.prompt) + sum(map(len, self.tails))
+def _lay_out(groups: list[Tails], count: int) -> SharedPromptRow:
+    lengths = tuple((len(group.prompt), *map(len, group.completions)) for group in groups)
+    return SharedPromptRow(**lay_in_row(groups), lengths=lengths, count=count)
 
 
-def _split(group: _Group, limit: float, number: int) -> Iterator[_Group]:
+def _split(group: Tails, limit: float, number: int) -> Iterator[Tails]:
     """Cut a group that no row can hold into groups that fit, each with the whole prompt."""
     start, size = 0, len(group.prompt)
-    for at, tail in enumerate(group.tails):
+    for at, tail in enumerate(group.completions):
         if len(group.prompt) + len(tail) > limit:
             raise ValueError(
                 f"max_tokens must hold prompt_ids[{number}] and completions[{number}]"
                 f"[{at}] = {len(group.prompt)} + {len(tail)} tokens, got {limit}"
             )
         if size + len(tail) > limit:
-            yield _Group(group.prompt, group.tails[start:at], group.first + start)
+            yield Tails(group.prompt, group.completions[start:at], group.first + start)
             start, size = at, len(group.prompt)
         size += len(tail)
-    yield _Group(group.prompt, group.tails[start:], group.first + start)
-
-
-def _lay_out(groups: list[_Group], count: int) -> SharedPromptRow:
-    ids: list[int] = []
-    positions: list[int] = []
-    targets: list[int] = []
-    predictors: list[int] = []
-    for group in groups:
-        last = len(ids) + len(group.prompt) - 1
-        ids += group.prompt
-        positions += range(len(group.prompt))
-        for tail in group.tails:
-            predictors += [last, *range(len(ids), len(ids) + len(tail) - 1)][: len(tail)]
-            positions += range(len(group.prompt), len(group.prompt) + len(tail))
-            targets += tail
-            ids += tail
-    tails = [tail for group in groups for tail in group.tails]
-    index = [group.first + at for group in groups for at in range(len(group.tails))]
-    return SharedPromptRow(
-        input_ids=torch.tensor([ids], dtype=torch.int64),
-        position_ids=torch.tensor([positions], dtype=torch.int64),
-        lengths=tuple((len(group.prompt), *map(len, group.tails)) for group in groups),
-        index=torch.tensor(index, dtype=torch.int64),
-        count=count,
-        cu_seqlens=torch.tensor([0, *accumulate(map(len, tails))], dtype=torch.int32),
-        targets=torch.tensor(targets, dtype=torch.int64),
-        predictors=torch.tensor(predictors, dtype=torch.int64),
-    )
+    yield Tails(group.prompt, group.completions[start:], group.first + start)
 
 
 def _token_ids(name: str, value: Any) -> list[int]:

@@ -134,14 +134,13 @@ def _renamed(piece: list[str], window: list[str]) -> dict[str, str] | None:
 
 def replace(source: str, place: Place, new: str) -> str:
     """Put new code in a place; whole statements take the indentation that they find there."""
-    if _is_whole(new):
-        line = source[source.rfind("\n", 0, place.start) + 1 : place.start]
-        indentation = line[: len(line) - len(line.lstrip())]
-        new = dedent(new).strip().replace("\n", f"\n{indentation}")
+    before = source[source.rfind("\n", 0, place.start) + 1 : place.start]
+    if not before.strip():
+        new = dedent(new).strip().replace("\n", f"\n{before}") if _is_whole(new) else new.lstrip()
     if place.renamed:
         known = r"\b(?:{})\b".format("|".join(map(re.escape, place.renamed)))
         new = re.sub(known, lambda name: place.renamed[name[0]], new)
-    return source[: place.start] + new.strip() + source[place.end :]
+    return source[: place.start] + new.rstrip() + source[place.end :]
 
 
 def _is_whole(new: str) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ class Arm:
         label: Its name in tables and plots.
         num_drafts: Completions of Stage 1; 0 is GRPO.
         num_refinements: Completions under the prompt that is trained on.
-        options: Arguments of `IGRPOConfig`.
+        draft_loss_coef: Weight of the drafts' own loss.
+        random_draft: Whether any draft is refined, in the place of the best.
     """
 
     label: str
     num_drafts: int
     num_refinements: int
-    options: dict[str, Any] = field(default_factory=dict)
+    draft_loss_coef: float = 0.0
+    random_draft: bool = False
 
     @property
     def completions(self) -> int:
@@ -34,8 +36,8 @@ class Arm:
 ARMS = {
     "grpo": Arm("GRPO, 8", 0, 8),
     "igrpo": Arm("iGRPO, 4 + 4", 4, 4),
-    "both-stages": Arm("iGRPO, both stages trained", 4, 4, {"draft_loss_coef": 1.0}),
-    "random-draft": Arm("iGRPO, random draft", 4, 4, {"draft_choice": "random"}),
+    "both-stages": Arm("iGRPO, both stages trained", 4, 4, draft_loss_coef=1.0),
+    "random-draft": Arm("iGRPO, random draft", 4, 4, random_draft=True),
 }
 DEFAULT_ARMS = ("grpo", "igrpo")
 

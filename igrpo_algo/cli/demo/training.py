@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import (
+    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -21,6 +22,10 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
+from ...drafts.markers import marker_tokens
+from ...drafts.rules import DraftRules, Ties
+from ...drafts.select import select_random_draft
+from ...drafts.splice import TextSplice
 from ...files import sole_writer
 from ...trainers.trl.trainer import IGRPOConfig, IGRPOTrainer
 from ..metrics_file import MetricsFile, write_json
@@ -101,11 +106,18 @@ def build_trainer(config: DemoConfig, run: Run, output_dir: Path) -> GRPOTrainer
     args = IGRPOConfig(
         num_drafts=arm.num_drafts,
         num_refinements=arm.num_refinements,
-        draft_template=asdict(chain.TEMPLATE),
-        **arm.options,
+        draft_loss_coef=arm.draft_loss_coef,
         **arguments,
     )
-    return IGRPOTrainer(args=args, **common)
+    return IGRPOTrainer(args=args, rules=draft_rules(arm, tokenizer), **common)
+
+
+def draft_rules(arm: Arm, tokenizer: PreTrainedTokenizerBase) -> DraftRules:
+    """Choose the best draft or any one, and splice it with the few words that the model knows."""
+    splice = TextSplice(chain.TEMPLATE, special_tokens=marker_tokens(tokenizer))
+    if arm.random_draft:
+        return DraftRules(select_random_draft, ties=Ties.RANDOM, splice=splice)
+    return DraftRules(splice=splice)
 
 
 class DemoCallback(TrainerCallback):

@@ -20,7 +20,7 @@ NO_VLLM = (
 )
 
 
-def make_engine(llm: Any, options: Mapping[str, Any] | None) -> "LLM":
+def make_engine(llm: Any, options: Mapping[str, Any] | None, logprobs_mode: str) -> "LLM":
     """Make an engine from a model's folder or name; one that is there is taken as it is."""
     try:
         from vllm import LLM
@@ -34,7 +34,7 @@ def make_engine(llm: Any, options: Mapping[str, Any] | None) -> "LLM":
     if not isinstance(llm, str | Path):
         raise TypeError(f"llm must be a vllm.LLM or a model's folder or name, got {describe(llm)}")
     defaults: dict[str, Any] = {
-        "logprobs_mode": "processed_logprobs",
+        "logprobs_mode": logprobs_mode,
         "scheduling_policy": "priority",
         **({"block_size": 32} if current_platform.is_cpu() else {}),
     }

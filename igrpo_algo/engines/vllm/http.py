@@ -1,41 +1,22 @@
-"""One vLLM server: what is asked of it over HTTP, and what its answers must look like."""
+"""One vLLM server: what it is asked over HTTP, and what its failures mean."""
 
+import asyncio
+import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-from igrpo_kernels.checks import describe
+from ..distribution import Distribution
+from .answers import Answer, logprobs_mode, read_card, read_completions, read_top_logprobs
+from .connection import Connection, ServerBusyError, ServerDownError, retry_seconds
+from .logprobs import check_mode
 
-CONNECT_TIMEOUT = 5.0
+MAX_BYTES = 1 << 20  # of an answer, completions aside
+MAX_BYTES_PER_TOKEN = 1024  # of a completion; its id, log-prob, text and offset take about 100
 
 # Left out, a server fills these from the model's generation config.
-PLAIN_SAMPLING = {
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
-
-
-class ServerDownError(ConnectionError):
-    """A server that does not answer, or says that it is broken: another one may."""
-
-
-class Drawn(NamedTuple):
-    """One completion as a server gave it."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-
-
-class Answer(NamedTuple):
-    """The completions of one prompt, and how many of its tokens were in the prefix cache."""
-
-    completions: list[Drawn]
-    prompt_tokens: int
-    cached_tokens: int
+NO_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+NO_CUT = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 
 
 class Server:
@@ -50,7 +31,7 @@ class Server:
         outdated: Why its weights may be old; None if they are not.
     """
 
-    def __init__(self, url: str, model: str | None, retry_after: float) -> None:
+    def __init__(self, url: str, model: str | None, connection: Connection) -> None:
         self.url = url
         self.model: str | None = None
         self.context = 0
@@ -58,69 +39,53 @@ class Server:
         self.in_flight = 0
         self.outdated: str | None = None
         self.wanted_model = model
-        self._retry_after = retry_after
+        self._connection = connection
         self._rests_until = 0.0
 
     @property
     def is_resting(self) -> bool:
-        """Whether it did not answer a short while ago."""
+        """Whether it did not answer, or was busy, a short while ago."""
         return time.monotonic() < self._rests_until
 
-    async def contact(self, client: Any, needs_logprobs: bool) -> None:
-        """Ask for its model, and check that its log-probs are those of the distribution that draws.
+    async def contact(self, client: Any, distribution: Distribution | None) -> None:
+        """Ask for its model, and check that a loss can use its log-probs, where any are wanted.
 
         Raises:
             ServerDownError: It does not answer.
-            ValueError: It is no vLLM server, has not the model, or gives other log-probs.
+            ValueError: It is not a vLLM server, has not the model, or gives other log-probs.
         """
         listing = await self._call(client, "GET", "/v1/models", alien=ValueError)
         try:
-            cards = {card["id"]: card for card in listing["data"]}
-            wanted = next(iter(cards)) if self.wanted_model is None else self.wanted_model
-            if wanted not in cards:
-                raise ValueError(f"{self.url} serves no model {wanted!r}, only {sorted(cards)}")
-            context, root = int(cards[wanted]["max_model_len"]), str(cards[wanted]["root"])
-        except (KeyError, TypeError, StopIteration) as error:
-            raise ValueError(f"{self.url} is no vLLM server: it lists {_short(listing)}") from error
-        if needs_logprobs:
-            await self._check_logprobs(client, wanted)
-        self.model, self.context, self.root = wanted, context, root
+            card = read_card(listing, self.wanted_model)
+        except LookupError as error:
+            raise ValueError(f"{self.url} serves {error.args[0]}") from error
+        except ValueError as error:
+            raise ValueError(
+                f"{self.url} is not a vLLM server: it lists {_short(listing)}"
+            ) from error
+        if distribution is not None:
+            mode = logprobs_mode(*[await self._probe(client, card.name, t) for t in (1.0, 2.0)])
+            check_mode(mode, distribution, self.url, "--logprobs-mode {}")
+        self.model, self.context, self.root = card.name, card.context, card.root
 
-    async def complete(self, client: Any, request: Mapping[str, Any]) -> Answer:
+    async def complete(self, client: Any, request: Mapping[str, Any], vocabulary: int) -> Answer:
         """Draw completions of one prompt.
 
         Raises:
+            ServerBusyError: It wants to be asked later.
             ServerDownError: It does not answer, or broke.
-            RuntimeError: It refused the request, or answered with something else.
+            RuntimeError: It refused the request, or its answer is not one to it.
         """
-        fixed = {"model": self.model, "logprobs": 0, "return_token_ids": True, **PLAIN_SAMPLING}
-        answer = await self._call(client, "POST", "/v1/completions", {**fixed, **request})
+        body = {"model": self.model, "return_token_ids": True, **NO_PENALTIES, **request}
+        per_choice = MAX_BYTES_PER_TOKEN * request["max_tokens"] + 16 * len(request["prompt"])
+        max_bytes = MAX_BYTES + request["n"] * per_choice
+        answer = await self._call(client, "POST", "/v1/completions", body, max_bytes=max_bytes)
         try:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            drawn = [
-                Drawn(
-                    token_ids=[int(token) for token in choice["token_ids"]],
-                    logprobs=[float(x) for x in choice["logprobs"]["token_logprobs"]],
-                    finish_reason=str(choice["finish_reason"]),
-                )
-                for choice in choices
-            ]
-            seen = choices[0]["prompt_token_ids"]
-            usage = answer["usage"]
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-            result = Answer(drawn, int(usage["prompt_tokens"]), int(cached))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            return read_completions(answer, request, vocabulary)
+        except ValueError as error:
             raise RuntimeError(
-                f"{self.url} gave no token ids and log-probs (is it an old vLLM?): {_short(answer)}"
+                f"{self.url} gave no answer to its request (is it an old vLLM?): {error}"
             ) from error
-        if seen != request["prompt"]:
-            raise RuntimeError(f"{self.url} drew from another prompt than it was sent")
-        for each in drawn:
-            if each.finish_reason not in ("stop", "length"):
-                raise RuntimeError(
-                    f"{self.url} gave a completion up: finish reason {each.finish_reason!r}"
-                )
-        return result
 
     async def pause(self, client: Any) -> None:
         """End what was begun, begin nothing."""
@@ -136,29 +101,22 @@ class Server:
         await self._call(client, "POST", "/collective_rpc", call)
         await self._call(client, "POST", "/reset_prefix_cache")
 
-    async def _check_logprobs(self, client: Any, model: str) -> None:
-        """Compare a temperature of 1 with one of 2, which halves the gaps between log-probs."""
-        tops: list[dict[str, float]] = []
-        for temperature in (1.0, 2.0):
-            request = {
-                "model": model,
-                "prompt": [0],
-                "max_tokens": 1,
-                "temperature": temperature,
-                "top_p": 1.0,
-                "logprobs": 5,
-                "return_tokens_as_token_ids": True,
-                **PLAIN_SAMPLING,
-            }
-            answer = await self._call(client, "POST", "/v1/completions", request)
-            tops.append(answer["choices"][0]["logprobs"]["top_logprobs"][0])
-        both = tops[0].keys() & tops[1].keys()
-        one, two = (max(top[t] for t in both) - min(top[t] for t in both) for top in tops)
-        if abs(one - two) < abs(one - 2 * two):
-            raise ValueError(
-                f"{self.url} gives log-probs before the temperature: start it with "
-                "--logprobs-mode processed_logprobs"
-            )
+    async def _probe(self, client: Any, model: str, temperature: float) -> dict[str, float]:
+        request = {
+            "model": model,
+            "prompt": [0],
+            "max_tokens": 1,
+            "temperature": temperature,
+            "logprobs": 5,
+            "return_tokens_as_token_ids": True,
+            **NO_CUT,
+            **NO_PENALTIES,
+        }
+        answer = await self._call(client, "POST", "/v1/completions", request)
+        try:
+            return read_top_logprobs(answer)
+        except ValueError as error:
+            raise ValueError(f"{self.url} gives no log-probs: {error}") from error
 
     async def _call(
         self,
@@ -166,67 +124,58 @@ class Server:
         method: str,
         path: str,
         body: Mapping[str, Any] | None = None,
+        *,
         alien: type[Exception] = RuntimeError,
+        max_bytes: int = MAX_BYTES,
     ) -> Any:
         """Send a request and read the JSON that comes back; an empty body is None."""
         import httpx2
 
+        content = bytearray()
         try:
-            response = await client.request(method, self.url + path, json=body)
-        except httpx2.TransportError as error:
+            async with (
+                asyncio.timeout(self._connection.timeout),
+                client.stream(method, self.url + path, json=body) as response,
+            ):
+                async for part in response.aiter_bytes():
+                    content += part
+                    if len(content) > max_bytes:
+                        raise alien(f"{self.url}{path} answered with more than {max_bytes} bytes")
+        except TimeoutError as error:
+            why = f"no whole answer within {self._connection.timeout} s"
+            raise self._down(why) from error
+        except httpx2.RequestError as error:
             raise self._down(f"{type(error).__name__} {error}".strip()) from error
-        if response.status_code >= 500:
-            raise self._down(f"status {response.status_code}, {_short(response.text)}")
+        status, told = response.status_code, _short(content[:200].decode(errors="replace"))
+        if status in (429, 503):
+            raise self._busy(f"status {status}, {told}", response.headers.get("Retry-After"))
+        if status >= 500:
+            raise self._down(f"status {status}, {told}")
         self._rests_until = 0.0
-        if response.status_code == 404 and path.partition("?")[0] in _DEV_PATHS:
+        if status == 404 and path.partition("?")[0] in _DEV_PATHS:
             raise RuntimeError(
                 f"{self.url} has no {path}: start it with VLLM_SERVER_DEV_MODE=1 to sync weights"
             )
-        if response.status_code != 200:
-            raise alien(
-                f"{self.url}{path} answered with status {response.status_code}: "
-                f"{_short(response.text)}"
-            )
-        if not response.content:
+        if status != 200:
+            raise alien(f"{self.url}{path} answered with status {status}: {told}")
+        if not content:
             return None
         try:
-            return response.json()
-        except ValueError as error:
-            raise alien(
-                f"{self.url} is no vLLM server: {path} answered with {_short(response.text)}"
-            ) from error
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise alien(f"{self.url} is not a vLLM server: {path} answered with {told}") from error
 
     def _down(self, why: str) -> ServerDownError:
-        self._rests_until = time.monotonic() + self._retry_after
+        self._rests_until = time.monotonic() + self._connection.rest
         return ServerDownError(f"{self.url} ({why})")
+
+    def _busy(self, why: str, header: str | None) -> ServerBusyError:
+        seconds = retry_seconds(header)
+        self._rests_until = time.monotonic() + (seconds or 0.0)
+        return ServerBusyError(f"{self.url} ({why})", seconds)
 
 
 _DEV_PATHS = ("/pause", "/resume", "/collective_rpc", "/reset_prefix_cache")
-
-
-def check_urls(urls: object) -> list[str]:
-    """Return the servers' addresses, without what people add to them."""
-    listed = [urls] if isinstance(urls, str) else urls
-    if not isinstance(listed, Sequence) or not all(isinstance(url, str) for url in listed):
-        raise TypeError(f"urls must be a string or a list of strings, got {describe(urls)}")
-    if not listed:
-        raise ValueError("urls must name at least one server, got []")
-    for url in listed:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"urls must begin with http:// or https://, got {url!r}")
-    plain = [url.rstrip("/").removesuffix("/v1") for url in listed]
-    if len(set(plain)) < len(plain):
-        raise ValueError(f"urls must differ, got {plain}")
-    return plain
-
-
-def open_client(headers: Mapping[str, str] | None, timeout: float | None) -> Callable[[], Any]:
-    """Make what opens a client: one for each request, closed with it, bound to no event loop."""
-    import httpx2
-
-    context = httpx2.create_ssl_context()
-    limits = httpx2.Timeout(timeout, connect=CONNECT_TIMEOUT)
-    return lambda: httpx2.AsyncClient(headers=dict(headers or {}), timeout=limits, verify=context)
 
 
 def _short(content: object) -> str:

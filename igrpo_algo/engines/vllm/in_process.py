@@ -4,18 +4,19 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from igrpo_kernels.checks import check_number
 
 from ...prompts import Prompt, decode_completion
 from ...rollouts.completions import Completion
 from ...rollouts.sampling import Groups
 from ...seeds import prompt_seeds
 from ..base import EngineSampler, request_seed, stop_ids
+from ..distribution import Distribution
 from ..weights import WantedWeights, Weights, as_folder, memory_folder, open_weights
 from .engine import is_in_process, loop_of, make_engine, wanted_by
+from .logprobs import RAW, check_mode, usable_modes
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -29,10 +30,12 @@ HALF_WRITTEN = (
 class VllmSampler(EngineSampler):
     """Draws completions with vLLM, each with the log-probs it was drawn at.
 
-    The distribution of the next token is softmax(logits / temperature), cut to the nucleus `top_p`
-    and normalized again. Each completion is one request with a seed of its own, so seeds give the
-    same samples in whatever batch a prompt stands (up to rounding in the model). Temperature 0 is
-    greedy decoding, and its `logprobs` are None: a ratio against a point mass means nothing.
+    The distribution of the next token is softmax(logits / temperature), cut by `min_p`, `top_k` and
+    `top_p`; the log-probs are those of the whole vocabulary at the temperature, as a loss computes
+    them. vLLM has these for a cut at temperature 1 only: any other is refused. Each completion is
+    one request with a seed of its own, so seeds give the same samples in whatever batch a prompt
+    stands (up to rounding in the model). Temperature 0 is greedy decoding, and its `logprobs` are
+    None: a ratio against a point mass means nothing.
 
     Prompts are encoded here, as by `TransformersSampler`, and none is ever cut. The stop token is
     the last of `token_ids`, and not in `text`.
@@ -44,12 +47,15 @@ class VllmSampler(EngineSampler):
     call is running; several samplers over one engine may.
 
     Args:
-        llm: A `vllm.LLM`, made with logprobs_mode="processed_logprobs" (the default gives log-probs
-            before the temperature, which no ratio may use); or a model's folder or name, from which
-            one is made.
+        llm: A `vllm.LLM`, made with logprobs_mode="processed_logprobs", or for a cut distribution
+            with "raw_logprobs", its default; or a model's folder or name, from which one is made.
         max_new_tokens: Most tokens of a completion.
         temperature: Divides the logits; 0 decodes greedily.
-        top_p: Probability mass of the nucleus, in (0, 1].
+        top_p: Draws from the fewest tokens whose probabilities add up to this, in (0, 1].
+        top_k: Draws from this many tokens; 0 from all.
+        min_p: Draws from tokens of at least this share of the highest probability, in [0, 1].
+        logprobs: False gives completions without log-probs, for which any engine and distribution
+            will do (an evaluation, say).
         stop_token_ids: Tokens that end a completion; None takes all those of the model's generation
             config and the tokenizer's end of sequence.
         chat_template_kwargs: Passed to the chat template: {"enable_thinking": False}, say.
@@ -65,8 +71,8 @@ class VllmSampler(EngineSampler):
     Raises:
         ImportError: vLLM is not installed.
         TypeError: `llm` is neither an `LLM` nor a path.
-        ValueError: A number is out of range, an option has no effect, the engine gives other
-            log-probs, or its context has no room for a prompt.
+        ValueError: A number is out of range, an option has no effect, the engine gives log-probs
+            that no loss can use, or its context has no room for a prompt.
 
     Examples:
         `sampler = VllmSampler("Qwen/Qwen3-0.6B", max_new_tokens=512)`, then
@@ -80,26 +86,25 @@ class VllmSampler(EngineSampler):
         max_new_tokens: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        logprobs: bool = True,
         stop_token_ids: Sequence[int] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
         engine_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(tokenizer, max_new_tokens, chat_template_kwargs)
-        self.temperature = check_number("temperature", temperature, at_least=0)
-        self.top_p = check_number("top_p", top_p, above=0, at_most=1)
-        if self.temperature == 0 and self.top_p < 1:
-            raise ValueError(f"top_p has no effect at temperature 0, got {top_p}")
-        self.llm = make_engine(llm, engine_options)
+        self.distribution = Distribution(temperature, top_p, top_k, min_p)
+        self.gives_logprobs = logprobs and not self.distribution.is_greedy
+        mode = usable_modes(self.distribution)[0] if self.gives_logprobs else RAW
+        self.llm = make_engine(llm, engine_options, mode)
         if tokenizer is None:
             self.tokenizer = self.llm.get_tokenizer()
         config = self.llm.llm_engine.vllm_config
-        mode = config.model_config.logprobs_mode
-        if mode != "processed_logprobs":
-            raise ValueError(
-                "llm must be made with logprobs_mode='processed_logprobs', the log-probs of the "
-                f"distribution that draws, got {mode!r}"
-            )
+        if self.gives_logprobs:
+            mode = config.model_config.logprobs_mode
+            check_mode(mode, self.distribution, "llm", "logprobs_mode={!r}")
         self.max_prompt_tokens = config.model_config.max_model_len - self.max_new_tokens
         if self.max_prompt_tokens < 1:
             raise ValueError(
@@ -236,13 +241,12 @@ class VllmSampler(EngineSampler):
             self._loop.request(
                 {"prompt_token_ids": ids},
                 SamplingParams(
-                    temperature=self.temperature,
-                    top_p=self.top_p,
+                    **asdict(self.distribution),
                     seed=request_seed(seed) + index,
                     max_tokens=self.max_new_tokens,
                     stop_token_ids=self.stop_token_ids,
                     ignore_eos=True,  # stop_token_ids are all that stops
-                    logprobs=0,  # of the token drawn
+                    logprobs=0 if self.gives_logprobs else None,  # 0: of the token drawn
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 ),
@@ -257,7 +261,7 @@ class VllmSampler(EngineSampler):
         (drawn,) = output.outputs
         ids = list(drawn.token_ids)
         logprobs = None
-        if self.temperature > 0:
+        if self.gives_logprobs:
             steps = zip(drawn.logprobs, ids, strict=True)
             logprobs = [float(step[token].logprob) for step, token in steps]
         if drawn.finish_reason not in ("stop", "length"):

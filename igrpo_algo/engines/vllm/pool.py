@@ -3,11 +3,14 @@
 import asyncio
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .http import Answer, Server, ServerDownError, open_client
+from ..distribution import Distribution
+from .answers import Answer
+from .connection import MAX_WAIT, Connection, ServerBusyError, ServerDownError
+from .http import Server
 
 HALF_WRITTEN = (
     "a failed sync_weights left vLLM servers with weights that are half old and half new: "
@@ -21,10 +24,8 @@ class ServerPool:
     Args:
         urls: Where they are.
         model: The name under which they serve it; None takes the first that one lists.
-        needs_logprobs: Whether their log-probs must be those of the distribution that draws.
-        retry_after: Seconds for which a server that did not answer is left out.
-        headers: Sent with each request.
-        timeout: Seconds to wait for the answer to a request; None waits for ever.
+        distribution: What is drawn from, if a loss needs the log-probs; None if none does.
+        connection: How they are reached.
 
     Attributes:
         context: Most tokens of a prompt and its completion; known after `contact`.
@@ -35,16 +36,15 @@ class ServerPool:
         self,
         urls: Sequence[str],
         model: str | None,
-        needs_logprobs: bool,
-        retry_after: float,
-        headers: Mapping[str, str] | None,
-        timeout: float | None,
+        distribution: Distribution | None,
+        connection: Connection,
     ) -> None:
-        self.servers = [Server(url, model, retry_after) for url in urls]
+        self.servers = [Server(url, model, connection) for url in urls]
         self.context = 0
         self.root = ""
-        self._needs_logprobs = needs_logprobs
-        self._client = open_client(headers, timeout)
+        self._distribution = distribution
+        self._max_retries = connection.max_retries
+        self._client = connection.opener()
         self._lock = threading.Lock()
         self._retired: str | None = None
         self._has_synced = False
@@ -52,7 +52,7 @@ class ServerPool:
     async def contact(self) -> None:
         """Learn what the servers serve; one that does not answer now may do so later."""
         async with self._client() as client:
-            calls = (server.contact(client, self._needs_logprobs) for server in self.servers)
+            calls = (server.contact(client, self._distribution) for server in self.servers)
             answers = await asyncio.gather(*calls, return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, ServerDownError):
@@ -71,31 +71,54 @@ class ServerPool:
         self.context = min(server.context for server in known)
         self.root = first.root
 
-    async def ask(self, request: Mapping[str, Any], n: int) -> Answer:
-        """Draw n completions on the idlest server; where one is down, on the next.
+    async def ask(self, request: Mapping[str, Any], vocabulary: int) -> Answer:
+        """Draw the completions of one prompt.
+
+        The idlest server is asked; where it is down or busy, the next. Where all that are up are
+        busy, they are asked again after the seconds that they say, or else after 1, 2, 4 ...
+
+        Args:
+            request: The body of the request, but for what is the same in all of them.
+            vocabulary: Token ids are below this.
 
         Raises:
             ConnectionError: None answers; the message names each and why.
             RuntimeError: A server refused the request, or a sync failed half-way.
         """
-        failures: dict[str, str] = {}
+        down: dict[str, str] = {}
         async with self._client() as client:
-            while (server := self._pick(n, failures)) is not None:
-                try:
-                    if server.model is None:
-                        await server.contact(client, self._needs_logprobs)
-                    return await server.complete(client, request)
-                except ServerDownError as error:
-                    failures[server.url] = str(error)
-                    if self._has_synced:
-                        server.outdated = f"{error}, so it may have old weights"
-                finally:
-                    with self._lock:
-                        server.in_flight -= n
-        outdated = [s.outdated for s in self.servers if s.outdated and s.url not in failures]
-        raise ConnectionError(_nobody([*failures.values(), *outdated]))
+            for retry in range(self._max_retries + 1):
+                busy: dict[str, ServerBusyError] = {}
+                while (server := self._pick(request["n"], {*down, *busy})) is not None:
+                    try:
+                        return await self._ask_one(server, client, request, vocabulary)
+                    except ServerBusyError as error:
+                        busy[server.url] = error
+                    except ServerDownError as error:
+                        down[server.url] = str(error)
+                if not busy or retry == self._max_retries:
+                    break
+                delays = (2.0**retry if e.seconds is None else e.seconds for e in busy.values())
+                await asyncio.sleep(min(MAX_WAIT, *delays))
+        outdated = [s.outdated for s in self.servers if s.outdated and s.url not in down]
+        raise ConnectionError(_nobody([*down.values(), *map(str, busy.values()), *outdated]))
 
-    def _pick(self, n: int, tried: Mapping[str, str]) -> Server | None:
+    async def _ask_one(
+        self, server: Server, client: Any, request: Mapping[str, Any], vocabulary: int
+    ) -> Answer:
+        try:
+            if server.model is None:
+                await server.contact(client, self._distribution)
+            return await server.complete(client, request, vocabulary)
+        except ServerDownError as error:
+            if self._has_synced and not isinstance(error, ServerBusyError):
+                server.outdated = f"{error}, so it may have old weights"
+            raise
+        finally:
+            with self._lock:
+                server.in_flight -= request["n"]
+
+    def _pick(self, n: int, tried: Collection[str]) -> Server | None:
         """Book n completions on a server: one that is up if there is any, the idlest of those."""
         with self._lock:
             self.check_sound()

@@ -4,19 +4,24 @@ import asyncio
 import secrets
 import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from igrpo_kernels.checks import check_count, check_number
+from igrpo_kernels.checks import check_count
 
 from ...prompts import Prompt, decode_completion
 from ...rollouts.completions import Completion
 from ...rollouts.sampling import Groups, run_blocking
 from ...seeds import prompt_seeds
 from ..base import EngineSampler, request_seed, stop_ids
+from ..distribution import Distribution
 from ..weights import FolderWeights, WantedWeights, Weights, as_folder, memory_folder, open_weights
-from .http import check_urls
+from .connection import Connection, check_urls
+from .logprobs import usable_modes
 from .pool import ServerPool
+
+PADDING = 4096  # more than any model pads its vocabulary beyond its tokenizer's
 
 
 class VllmServerSampler(EngineSampler):
@@ -25,12 +30,13 @@ class VllmServerSampler(EngineSampler):
     As `VllmSampler`, over HTTP: on the same weights the same seeds give the same samples (up to
     rounding). Prompts are encoded here and sent as token ids, so none is cut and no template runs
     on the server. Each prompt goes to the server that has the fewest completions to draw. One that
-    does not answer (no connection, a broken one, a status of 5xx) is left out for `retry_after`
-    seconds, and its requests go to another one; an error names each server and what it said. To
-    cancel `sample_one` closes the connection, and the server drops the request.
+    does not answer (no connection, a broken one, a status of 5xx) is left out for `rest` seconds,
+    and its requests go to another one; where all are busy (429, 503) they are asked again later.
+    An error names each server and what it said. To cancel `sample_one` closes the connection, and
+    the server drops the request.
 
-    Start the servers with `--logprobs-mode processed_logprobs`: two requests of one token find out
-    if a server gives log-probs before the temperature, which no ratio may use. With
+    Start the servers with `--logprobs-mode processed_logprobs`, or for a cut distribution with
+    `raw_logprobs`, their default; two requests of one token find out which a server gives. With
     `--scheduling-policy priority`, requests of lower `priority` go first. `sync_weights` needs
     VLLM_SERVER_DEV_MODE=1 in their environment; keep such servers off public networks.
 
@@ -39,14 +45,20 @@ class VllmServerSampler(EngineSampler):
         tokenizer: The model's tokenizer.
         max_new_tokens: Most tokens of a completion.
         temperature: Divides the logits; 0 decodes greedily, with `logprobs` None.
-        top_p: Probability mass of the nucleus, in (0, 1].
+        top_p: Draws from the fewest tokens whose probabilities add up to this, in (0, 1].
+        top_k: Draws from this many tokens; 0 from all.
+        min_p: Draws from tokens of at least this share of the highest probability, in [0, 1].
+        logprobs: False gives completions without log-probs, for which any server and distribution
+            will do (an evaluation, say).
         stop_token_ids: Tokens that end a completion; None takes all those of the model's generation
             config, as the server reads it, and the tokenizer's end of sequence.
         chat_template_kwargs: Passed to the chat template: {"enable_thinking": False}, say.
         model: The name under which it is served; None takes the first that a server lists.
         headers: Sent with each request: {"Authorization": "Bearer ..."}, say.
-        timeout: Seconds to wait for the answer to a request; None waits for ever.
-        retry_after: Seconds for which a server that did not answer is left out.
+        timeout: Seconds for the whole answer to a request; None waits for ever.
+        rest: Seconds for which a server that did not answer is left out.
+        max_retries: Times that a request is sent again where all servers are busy: after the
+            seconds that their `Retry-After` says (60 at most), or else after 1, 2, 4 ... seconds.
         max_requests: Most requests at a time that `sample` sends.
         sync_folder: Where `sync_weights` writes a state dict for the servers to read; None takes
             this machine's memory (/dev/shm) or temporary folder.
@@ -59,8 +71,8 @@ class VllmServerSampler(EngineSampler):
     Raises:
         ConnectionError: No server answers.
         TypeError: `urls` is neither a string nor a list of strings.
-        ValueError: A number is out of range, a URL is none or answers with something else than
-            vLLM does, servers differ in their model, or a server gives other log-probs.
+        ValueError: A number is out of range, a URL is not valid or not one of a vLLM server,
+            servers differ in their model, or a server gives log-probs that no loss can use.
 
     Examples:
         `VllmServerSampler(["http://a:8000", "http://b:8000"], tokenizer, max_new_tokens=512)`
@@ -74,22 +86,22 @@ class VllmServerSampler(EngineSampler):
         max_new_tokens: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        logprobs: bool = True,
         stop_token_ids: Sequence[int] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         model: str | None = None,
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
-        retry_after: float = 30.0,
+        rest: float = 30.0,
+        max_retries: int = 8,
         max_requests: int = 256,
         sync_folder: str | Path | None = None,
     ) -> None:
         super().__init__(tokenizer, max_new_tokens, chat_template_kwargs)
-        self.temperature = check_number("temperature", temperature, at_least=0)
-        self.top_p = check_number("top_p", top_p, above=0, at_most=1)
-        if self.temperature == 0 and self.top_p < 1:
-            raise ValueError(f"top_p has no effect at temperature 0, got {top_p}")
-        if timeout is not None:
-            check_number("timeout", timeout, above=0)
+        self.distribution = Distribution(temperature, top_p, top_k, min_p)
+        self.gives_logprobs = logprobs and not self.distribution.is_greedy
         self._ignores_eos = stop_token_ids is not None  # or the server adds its config's own
         self.stop_token_ids = stop_ids(
             tokenizer.eos_token_id if stop_token_ids is None else list(stop_token_ids)
@@ -97,9 +109,11 @@ class VllmServerSampler(EngineSampler):
         self.max_requests = check_count("max_requests", max_requests)
         self.sync_folder = memory_folder() if sync_folder is None else Path(sync_folder)
         self.prompt_tokens = self.cached_tokens = 0
-        pause = check_number("retry_after", retry_after, at_least=0)
-        needs_logprobs = self.temperature > 0
-        self._pool = ServerPool(check_urls(urls), model, needs_logprobs, pause, headers, timeout)
+        connection = Connection(headers or {}, timeout, rest, max_retries)
+        compared = self.distribution if self.gives_logprobs else None
+        if compared is not None:
+            usable_modes(compared)
+        self._pool = ServerPool(check_urls(urls), model, compared, connection)
         self._syncing = threading.Lock()
         self._wanted: WantedWeights | None = None
         run_blocking(self._pool.contact())
@@ -236,26 +250,26 @@ class VllmServerSampler(EngineSampler):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _draw(self, ids: list[int], n: int, seed: int, priority: int) -> list[Completion]:
-        count = n if self.temperature > 0 else 1  # servers refuse to be greedy twice
+        count = 1 if self.distribution.is_greedy else n  # servers refuse to be greedy twice
         request = {
             "prompt": ids,
             "n": count,
             "seed": seed,
             "max_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
+            "logprobs": 0 if self.gives_logprobs else None,  # 0: of the token drawn
+            **asdict(self.distribution),
             "stop_token_ids": self.stop_token_ids,
             "ignore_eos": self._ignores_eos,
             **({"priority": priority} if priority else {}),
         }
-        answer = await self._pool.ask(request, count)
+        answer = await self._pool.ask(request, len(self.tokenizer) + PADDING)
         self.prompt_tokens += answer.prompt_tokens
         self.cached_tokens += answer.cached_tokens
         return [
             Completion(
                 token_ids=drawn.token_ids,
                 text=decode_completion(drawn.token_ids, self.tokenizer),
-                logprobs=drawn.logprobs if self.temperature > 0 else None,
+                logprobs=drawn.logprobs,
                 finish_reason=drawn.finish_reason,
             )
             for drawn in answer.completions * (n // count)

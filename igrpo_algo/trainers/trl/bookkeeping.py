@@ -1,6 +1,5 @@
 """TRL's book-keeping where it is not exact: runs that are resumed, and means of an evaluation."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,6 @@ def save_batches(path: Path, batches: list[dict[str, Tensor]]) -> None:
         for index, batch in enumerate(batches)
         for name, value in batch.items()
     }
-    os.makedirs(path.parent, exist_ok=True)
     write_whole(path, save(tensors))
 
 

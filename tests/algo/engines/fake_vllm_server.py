@@ -6,6 +6,50 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import log
 
+import pytest
+
+from igrpo_algo.engines.vllm import VllmServerSampler
+
+
+class Letters:
+    """A tokenizer of letters: a is 5."""
+
+    eos_token_id = 2
+
+    def __len__(self):
+        return 100
+
+    def __call__(self, text):
+        return {"input_ids": [ord(letter) - 92 for letter in text]}
+
+    def convert_tokens_to_ids(self, token):
+        return None
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(chr(token + 92) for token in ids if token > 4)
+
+    def apply_chat_template(self, messages, **options):
+        assert options == {
+            "add_generation_prompt": True,
+            "continue_final_message": False,
+            "tokenize": True,
+            "return_dict": False,
+        }
+        return [1, *(token for m in messages for token in self(m["content"])["input_ids"]), 3]
+
+
+def make_sampler(*servers, **options):
+    urls = [getattr(server, "url", server) for server in servers]
+    return VllmServerSampler(urls, Letters(), **{"max_new_tokens": 8, "rest": 60, **options})
+
+
+def until(condition):
+    for _ in range(2000):
+        if condition():
+            return
+        threading.Event().wait(0.005)
+    pytest.fail("it never came to that")
+
 
 def drawn_ids(prompt, seed):
     """Three tokens that tell which prompt and seed drew them."""
@@ -17,7 +61,9 @@ class FakeServer:
 
     Attributes:
         requests: (path, body) of all requests so far.
-        answers: What to answer with instead, by path: (status, body), or a function that makes it.
+        answers: What to answer with instead, by path: (status, body), or with further headers
+            (status, body, headers), or a function that makes it. A body is JSON, or bytes as they
+            are, or an iterator of bytes that come one after the other.
         gate: Completions wait until it is set.
         dropped: Set when a client went away before its completion was done.
     """
@@ -67,10 +113,10 @@ class FakeServer:
     def handle(self, handler, body):
         self.requests.append((handler.path, body))
         plain = handler.path.partition("?")[0]
-        status, answer = 200, None
+        status, answer, headers = 200, None, {}
         if plain in self.answers:
             given = self.answers[plain]
-            status, answer = given(body) if callable(given) else given
+            status, answer, headers = [*(given(body) if callable(given) else given), {}][:3]
         elif plain == "/v1/models":
             card = {"id": self.model, "root": self.root, "max_model_len": self.context}
             answer = {"object": "list", "data": [card]}
@@ -80,24 +126,29 @@ class FakeServer:
                 if is_gone(handler.connection):
                     self.dropped.set()
                     return
-        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        if answer is None:
-            content = b""
+        if isinstance(answer, dict | list):
+            answer = json.dumps(answer).encode()
         with suppress(BrokenPipeError, ConnectionResetError):  # who asked may be gone
             handler.send_response(status)
-            handler.send_header("Content-Length", str(len(content)))
+            for name, value in headers.items():
+                handler.send_header(name, value)
+            parts = [answer or b""] if isinstance(answer, bytes | None) else answer
+            if isinstance(parts, list):
+                handler.send_header("Content-Length", str(len(parts[0])))
             handler.end_headers()
-            handler.wfile.write(content)
+            for part in parts:
+                handler.wfile.write(part)
 
     def complete(self, body):
         if "seed" not in body:
             return {"choices": [{"logprobs": {"top_logprobs": [self.top(body["temperature"])]}}]}
+        wanted = body["logprobs"] is not None
         choices = [
             {
                 "index": index,
                 "token_ids": drawn_ids(body["prompt"], body["seed"] + index),
                 "prompt_token_ids": body["prompt"],
-                "logprobs": {"token_logprobs": [-0.5, -0.25, -float(index)]},
+                "logprobs": {"token_logprobs": [-0.5, -0.25, -float(index)]} if wanted else None,
                 "finish_reason": "stop",
             }
             for index in range(body["n"])

@@ -16,6 +16,7 @@ from igrpo_algo.engines.transformers import TransformersSampler
 from igrpo_algo.rollouts.records import Rollouts
 from igrpo_algo.rollouts.sampling import sample_group
 from igrpo_algo.rollouts.two_stage import stream_two_stage_rollout, two_stage_rollout
+from igrpo_kernels import token_logprobs
 
 TEMPLATE = (
     "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}"
@@ -67,19 +68,12 @@ def model():
     return make_model()
 
 
-def teacher_forced(model, prompt_ids, ids, temperature, top_p=1.0):
+def teacher_forced(model, prompt_ids, ids, temperature):
     """Log-probs of `ids` after `prompt_ids`: one forward pass, one sequence, no padding."""
     model.eval()
     with torch.no_grad():
         logits = model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1]
-    logprobs = (logits / temperature).log_softmax(-1)
-    for row in logprobs if top_p < 1 else []:
-        order = row.argsort(descending=True)
-        mass = row[order].exp().cumsum(0)
-        outside = order[1:][mass[:-1] >= top_p]
-        row[outside] = -math.inf
-        row -= row.logsumexp(0)
-    return logprobs.gather(-1, torch.tensor(ids)[:, None]).squeeze(-1)
+    return token_logprobs(logits / temperature, torch.tensor(ids))
 
 
 def test_the_sampler_says_what_a_prompt_is_to_its_model(model, tokenizer):
@@ -94,42 +88,70 @@ def test_the_sampler_says_what_a_prompt_is_to_its_model(model, tokenizer):
         TransformersSampler(model, tokenizer, max_new_tokens=4, chat_template_kwargs=wrong)
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.8)])
-def test_log_probs_are_those_of_the_distribution_that_drew(model, tokenizer, temperature, top_p):
+CUTS = [{"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.2}, {"top_p": 0.8, "top_k": 20, "min_p": 0.05}]
+
+
+@pytest.mark.parametrize("cut", [{}, *CUTS], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_ratio_of_the_policy_to_itself_is_one(model, tokenizer, temperature, cut):
+    """Whatever is cut, log-probs are those of the whole vocabulary, as a loss computes them."""
     sampler = TransformersSampler(
         model,
         tokenizer,
         max_new_tokens=12,
         temperature=temperature,
-        top_p=top_p,
         batch_size=5,  # groups straddle the batches
+        **cut,
     )
     for prompt, group in zip(PROMPTS, sampler.sample(PROMPTS, 3, seed=0), strict=True):
         for completion in group:
-            expected = teacher_forced(
-                model, sampler.encode(prompt), completion.token_ids, temperature, top_p
-            )
-            assert len(completion.token_ids) > 0
-            torch.testing.assert_close(
-                torch.tensor(completion.logprobs),
-                expected,
-                rtol=0,
-                atol=1e-5,  # fp32, cached keys against one pass
-            )
+            prompt_ids, ids = sampler.encode(prompt), completion.token_ids
+            assert len(ids) > 0
+            logprobs = teacher_forced(model, prompt_ids, ids, temperature)
+            ratio = (logprobs - torch.tensor(completion.logprobs)).exp()
+            # fp32, cached keys against one pass
+            torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
 
 
-def test_tokens_come_with_the_probability_that_is_told(model, tokenizer):
+def kept(chances, cut):
+    """Which tokens may be drawn: min_p, then top_k, then top_p of what is left, one by one."""
+    left = chances.clone()
+    left[left < cut.get("min_p", 0) * left.max()] = 0
+    order = left.argsort(descending=True)
+    left[order[cut.get("top_k") or len(left) :]] = 0
+    left /= left.sum()
+    mass = 0.0
+    for token in order:
+        if mass >= cut.get("top_p", 2.0):
+            left[token] = 0
+        mass += float(left[token])
+    return left / left.sum()
+
+
+@pytest.mark.parametrize("cut", [{}, *CUTS], ids=str)
+def test_tokens_come_as_often_as_the_cut_distribution_says(model, tokenizer, cut):
     sampler = TransformersSampler(
-        model, tokenizer, max_new_tokens=1, temperature=0.5, batch_size=2000
+        model, tokenizer, max_new_tokens=1, temperature=0.5, batch_size=2000, **cut
     )
     (group,) = sampler.sample([[9, 8, 7]], 2000, seed=1)
     drawn = torch.tensor([completion.token_ids[0] for completion in group])
     with torch.no_grad():
-        expected = (model(torch.tensor([[9, 8, 7]])).logits[0, -1] / 0.5).softmax(-1)
+        chances = (model(torch.tensor([[9, 8, 7]])).logits[0, -1] / 0.5).softmax(-1)
+    expected = kept(chances, cut)
     counts = torch.bincount(drawn, minlength=260)
+    assert (counts[expected == 0] == 0).all()
+    assert (expected == 0).any() == bool(cut)
     # Bernoulli deviation of each frequency; 260 tokens, so 5 of them is one chance in ten thousand
     deviation = (2000 * expected * (1 - expected)).sqrt().clamp(min=1)
     assert ((counts - 2000 * expected).abs() / deviation).max() < 5
+
+
+def test_a_broken_model_gives_no_completion(model, tokenizer):
+    with torch.no_grad():
+        model.lm_head.weight[7] = math.nan
+    sampler = TransformersSampler(model, tokenizer, max_new_tokens=4)
+    with pytest.raises(ValueError, match="logprobs must be finite, got nan for token 0"):
+        sampler.sample(["q"], 1, seed=0)
 
 
 def test_seeds_fix_the_samples_whatever_the_batch(model, tokenizer):

@@ -1,75 +1,17 @@
-"""The HTTP sampler against made-up servers: what it sends, to whom, and what it does in trouble."""
+"""The HTTP sampler against made-up servers: what it sends, to whom, and what it makes of it."""
 
 import asyncio
-import http.server
-import socket
-import sys
 import threading
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 
 import pytest
-import torch
-from fake_vllm_server import FakeServer, drawn_ids
-from transformers import LlamaConfig, LlamaForCausalLM
+from fake_vllm_server import Letters, drawn_ids, make_sampler, until
 
 from igrpo_algo.engines.base import request_seed
-from igrpo_algo.engines.vllm import VllmSampler, VllmServerSampler
+from igrpo_algo.engines.vllm import VllmServerSampler
 from igrpo_algo.rollouts.completions import Completion
 from igrpo_algo.rollouts.sampling import sample_group
 
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-class Letters:
-    """A tokenizer of letters: a is 5."""
-
-    eos_token_id = 2
-
-    def __call__(self, text):
-        return {"input_ids": [ord(letter) - 92 for letter in text]}
-
-    def convert_tokens_to_ids(self, token):
-        return None
-
-    def decode(self, ids, skip_special_tokens=False):
-        return "".join(chr(token + 92) for token in ids if token > 4)
-
-    def apply_chat_template(self, messages, **options):
-        assert options == {
-            "add_generation_prompt": True,
-            "continue_final_message": False,
-            "tokenize": True,
-            "return_dict": False,
-        }
-        return [1, *(token for m in messages for token in self(m["content"])["input_ids"]), 3]
-
-
-@pytest.fixture
-def fake():
-    """Makes servers, and stops them."""
-    made = []
-
-    def make(**options):
-        made.append(FakeServer(**options))
-        return made[-1]
-
-    yield make
-    for server in made:
-        server.gate.set()
-        server.stop()
-
-
-def make_sampler(*servers, **options):
-    urls = [getattr(server, "url", server) for server in servers]
-    return VllmServerSampler(urls, Letters(), **{"max_new_tokens": 8, "retry_after": 60, **options})
-
-
-def free_url():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def test_completions_are_what_the_server_drew_in_order(fake):
@@ -101,7 +43,8 @@ def test_completions_are_what_the_server_drew_in_order(fake):
 
 def test_a_request_says_all_that_shapes_the_distribution(fake):
     server = fake()
-    make_sampler(server, temperature=0.7, top_p=0.9).sample(["a"], 3, seed=[1], priority=2)
+    options = {"temperature": 0.7, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "logprobs": False}
+    make_sampler(server, **options).sample(["a"], 3, seed=[1], priority=2)
     make_sampler(server, stop_token_ids=(2, 9), model="tiny").sample(["a"], 1, seed=[1])
     first, second = server.completions()
     assert first == {
@@ -112,18 +55,20 @@ def test_a_request_says_all_that_shapes_the_distribution(fake):
         "max_tokens": 8,
         "temperature": 0.7,
         "top_p": 0.9,
-        "top_k": 0,
-        "min_p": 0.0,
+        "top_k": 7,
+        "min_p": 0.1,
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "stop_token_ids": [2],
         "ignore_eos": False,
-        "logprobs": 0,
+        "logprobs": None,
         "return_token_ids": True,
         "priority": 2,
     }
     assert (second["stop_token_ids"], second["ignore_eos"]) == ([2, 9], True)
+    assert (second["top_p"], second["top_k"], second["min_p"]) == (1.0, 0, 0.0)
+    assert second["logprobs"] == 0
     assert "priority" not in second
     assert 0 <= request_seed(2**63 - 1) < 2**62
 
@@ -136,10 +81,46 @@ def test_at_temperature_zero_there_are_no_log_probs_and_no_probe(fake):
     assert server.paths() == ["/v1/models", "/v1/completions"]
 
 
-def test_a_server_of_raw_log_probs_is_refused(fake):
-    server = fake(raw=True)
-    with pytest.raises(ValueError, match=f"{server.url} gives log-probs before the temperature"):
-        make_sampler(fake(), server)
+RAW, PROCESSED = "raw_logprobs", "processed_logprobs"
+
+
+@pytest.mark.parametrize(
+    ("options", "usable"),
+    [
+        ({}, {RAW, PROCESSED}),
+        ({"temperature": 0.7}, {PROCESSED}),
+        *[({cut: value}, {RAW}) for cut, value in (("top_p", 0.9), ("top_k", 5), ("min_p", 0.1))],
+        ({"temperature": 0.7, "top_p": 0.9, "logprobs": False}, {RAW, PROCESSED}),
+        ({"temperature": 0}, {RAW, PROCESSED}),
+    ],
+)
+@pytest.mark.parametrize("mode", [RAW, PROCESSED])
+def test_a_server_must_give_log_probs_that_the_loss_can_compare(fake, options, usable, mode):
+    server = fake(raw=mode == RAW)
+    if mode in usable:
+        (completion,) = make_sampler(server, **options).sample(["a"], 1, seed=0)[0]
+        needless = options.get("logprobs") is False or options.get("temperature") == 0
+        assert completion.logprobs == (None if needless else [-0.5, -0.25, -0.0])
+    else:
+        (other,) = usable
+        message = f"{server.url} gives {mode}, .* start it with --logprobs-mode {other}"
+        with pytest.raises(ValueError, match=message):
+            make_sampler(fake(raw=mode != RAW), server, **options)
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+def test_a_cut_away_from_temperature_one_is_refused_by_name(fake, cut):
+    server = fake()
+    with pytest.raises(ValueError, match=r"temperature = 0\.7 with top_p, top_k or min_p: vLLM"):
+        make_sampler(server, temperature=0.7, **cut)
+    assert server.paths() == []
+
+
+def test_logits_in_the_place_of_log_probs_are_refused(fake):
+    server = fake()
+    server.top = lambda temperature: {f"token_id:{i}": -0.1 * i for i in range(5)}
+    with pytest.raises(ValueError, match=f"{server.url} gives no log-probs: top_logprobs are not"):
+        make_sampler(server)
 
 
 def test_prompts_are_spread_by_load(fake):
@@ -161,162 +142,6 @@ def test_prompts_are_spread_by_load(fake):
 
     asyncio.run(run())
     assert sorted(len(server.completions()) for server in servers) == [1, 4]
-
-
-def test_a_dead_server_is_left_out_and_its_requests_go_on(fake):
-    doomed, other = fake(), fake()
-    sampler = make_sampler(doomed, other)
-    doomed.stop()
-    groups = sampler.sample(["a", "b", "c"], 2, seed=0)
-    assert len(other.completions()) == 3
-    assert [len(group) for group in groups] == [2, 2, 2]
-    doomed.start(doomed.port)
-    sampler.sample(["a", "b"], 1)
-    assert (len(doomed.completions()), len(other.completions())) == (0, 5)
-    sampler = make_sampler(doomed, other, retry_after=0)
-    sampler.sample(["a", "b"], 1)
-    assert len(doomed.completions()) == 1
-
-
-def test_all_dead_are_asked_once_more_and_named(fake):
-    servers = [fake(), fake()]
-    sampler = make_sampler(*servers)
-    for server in servers:
-        server.stop()
-    for _ in range(2):
-        with pytest.raises(ConnectionError, match="no vLLM server answers") as caught:
-            sampler.sample(["a"], 1)
-        assert all(server.url in str(caught.value) for server in servers)
-    servers[1].start(servers[1].port)
-    assert len(sampler.sample(["a"], 2)[0]) == 2
-
-
-def test_a_server_that_is_not_there_yet_may_come(fake):
-    late = fake()
-    late.stop()
-    other = fake()
-    sampler = make_sampler(late, other, retry_after=0)
-    late.start(late.port)
-    other.stop()
-    assert len(sampler.sample(["a"], 2)[0]) == 2
-    late.model = "another"
-    other.start(other.port)
-    late.stop()
-    sampler = make_sampler(late, other, retry_after=0)
-    late.start(late.port)
-    other.stop()
-    with pytest.raises(ValueError, match=f"{late.url} serves no model 'tiny', only .'another'."):
-        sampler.sample(["a"], 2)
-
-
-def test_nobody_there():
-    url = free_url()
-    with pytest.raises(ConnectionError, match=f"no vLLM server answers: {url} .ConnectError"):
-        make_sampler(url)
-
-
-@pytest.mark.parametrize("status", [500, 503])
-def test_a_server_that_says_it_is_broken_counts_as_dead(fake, status):
-    broken, other = fake(), fake()
-    sampler = make_sampler(broken, other)
-    broken.answers["/v1/completions"] = (status, {"error": "engine dead"})
-    assert len(sampler.sample(["a", "b"], 1)) == 2
-    assert len(other.completions()) == 2
-    other.answers["/v1/completions"] = (status, b"oops")
-    with pytest.raises(ConnectionError, match=f"status {status}"):
-        sampler.sample(["a"], 1)
-
-
-def test_a_refusal_is_told_and_not_tried_elsewhere(fake):
-    servers = [fake(), fake()]
-    sampler = make_sampler(*servers)
-    for server in servers:
-        server.answers["/v1/completions"] = (400, {"error": {"message": "bad seed"}})
-    with pytest.raises(RuntimeError, match=r"answered with status 400: .*bad seed"):
-        sampler.sample(["a"], 1)
-    assert len(servers[0].completions()) + len(servers[1].completions()) == 1
-
-
-@contextmanager
-def plain_http_server(folder):
-    """Python's own server of files: HTML where there is an index, 404 elsewhere."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_url_of_something_else_is_named(fake, tmp_path):
-    with plain_http_server(tmp_path) as url:
-        with pytest.raises(ValueError, match=f"{url}/v1/models answered with status 404"):
-            make_sampler(fake(), url)
-        (tmp_path / "v1").mkdir()
-        (tmp_path / "v1" / "models").write_text("<html>hello</html>")
-        with pytest.raises(ValueError, match=f"{url} is no vLLM server: .*<html>hello"):
-            make_sampler(url)
-
-
-@pytest.mark.parametrize(
-    "listing",
-    [
-        {"data": []},
-        {"data": [{"id": "gpt"}]},
-        {"data": [{"id": "gpt", "max_model_len": None, "root": "x"}]},
-        ["data"],
-        {"detail": "hello"},
-    ],
-)
-def test_a_server_of_another_kind_is_named(fake, listing):
-    server = fake()
-    server.answers["/v1/models"] = (200, listing)
-    with pytest.raises(ValueError, match=f"{server.url} is no vLLM server: it lists"):
-        make_sampler(server)
-
-
-def test_servers_must_have_the_model_and_the_same_one(fake):
-    one, other = fake(), fake(model="other")
-    with pytest.raises(ValueError, match=r"serves no model 'tiny', only \['other'\]"):
-        make_sampler(other, model="tiny")
-    with pytest.raises(ValueError, match=r"urls must serve one model: .*'tiny'.*'other'"):
-        make_sampler(one, other)
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"token_ids": None}, "gave no token ids and log-probs"),
-        ({"logprobs": None}, "gave no token ids and log-probs"),
-        ({"prompt_token_ids": [5]}, "drew from another prompt than it was sent"),
-        ({"finish_reason": "abort"}, "gave a completion up: finish reason 'abort'"),
-    ],
-)
-def test_an_answer_that_is_not_whole_is_an_error(fake, change, match):
-    server = fake()
-    sampler = make_sampler(server)
-    sound = server.complete
-
-    def changed(body):
-        answer = sound(body)
-        answer["choices"][0].update(change)
-        return 200, answer
-
-    server.answers["/v1/completions"] = changed
-    with pytest.raises(RuntimeError, match=match):
-        sampler.sample(["ab"], 1)
-
-
-def test_an_answer_with_too_few_completions_is_an_error(fake):
-    server = fake()
-    sampler = make_sampler(server)
-    server.answers["/v1/completions"] = lambda body: (200, server.complete({**body, "n": 1}))
-    with pytest.raises(ValueError, match="sampler must return n = 2 completions per prompt, got 1"):
-        sample_group(["ab"], sampler, 2)
 
 
 @pytest.mark.parametrize("form", ["sample_one", "stream_one"])
@@ -371,8 +196,14 @@ def test_prompts_that_do_not_fit_are_named_before_anything_is_sent(fake):
         ({"temperature": -1.0}, ValueError, "temperature must be >= 0"),
         ({"top_p": 0.0}, ValueError, "top_p must be > 0"),
         ({"temperature": 0, "top_p": 0.9}, ValueError, "top_p has no effect at temperature 0"),
+        ({"top_k": -1}, ValueError, "top_k must be >= 0"),
+        ({"top_k": 2.5}, TypeError, "top_k must be an int"),
+        ({"min_p": 1.1}, ValueError, "min_p must be <= 1"),
+        ({"temperature": 0, "top_k": 5}, ValueError, "top_k has no effect at temperature 0, got 5"),
+        ({"urls": "http://[::1"}, ValueError, "urls must be valid, got"),
         ({"timeout": 0}, ValueError, "timeout must be > 0"),
-        ({"retry_after": -1}, ValueError, "retry_after must be >= 0"),
+        ({"rest": -1}, ValueError, "rest must be >= 0"),
+        ({"max_retries": -1}, ValueError, "max_retries must be >= 0"),
         ({"max_requests": 0}, ValueError, "max_requests must be >= 1"),
     ],
 )
@@ -395,167 +226,3 @@ def test_no_more_requests_than_allowed_are_under_way(fake):
     server.gate.set()
     thread.join(10)
     assert len(server.completions()) == 5
-
-
-def until(condition):
-    for _ in range(2000):
-        if condition():
-            return
-        threading.Event().wait(0.005)
-    pytest.fail("it never came to that")
-
-
-def test_without_vllm_the_sampler_in_process_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ImportError, match=r"VllmSampler needs vLLM.*pip install vllm"):
-        VllmSampler("some/folder", max_new_tokens=4)
-
-
-# Weights
-
-
-def make_model(seed, tie):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tie,
-    )
-    return LlamaForCausalLM(config)
-
-
-@pytest.fixture
-def root(tmp_path):
-    make_model(0, tie=True).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-def steps(server):
-    return [path for path in server.paths() if not path.startswith("/v1")]
-
-
-ALL_STEPS = ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/resume"]
-
-
-@pytest.mark.parametrize("form", ["state dict", "folder"])
-def test_each_server_reads_a_folder_with_every_name_and_forgets_its_cache(
-    fake, root, tmp_path, form
-):
-    from safetensors.torch import load_file
-
-    model = make_model(1, tie=True)
-    read = []
-
-    def reload(body):
-        assert body["method"] == "reload_weights"
-        folder = Path(body["kwargs"]["weights_path"])
-        assert folder.is_absolute()
-        files = [load_file(path) for path in folder.glob("*.safetensors")]
-        read.append({name: tensor for file in files for name, tensor in file.items()})
-        return 200, {"results": [None]}
-
-    servers = [fake(root=root), fake(root=root)]
-    for server in servers:
-        server.answers["/collective_rpc"] = reload
-    sampler = make_sampler(*servers, sync_folder=tmp_path / "sync")
-    (tmp_path / "sync").mkdir()
-    model.save_pretrained(tmp_path / "new" / "step-1")
-    given = model.state_dict() if form == "state dict" else tmp_path / "new" / "step-1"
-    sampler.sync_weights(given)
-    assert [steps(server) for server in servers] == [ALL_STEPS] * 2
-    assert len(read) == 2
-    for weights in read:
-        assert weights.keys() == model.state_dict().keys()
-        assert all(torch.equal(weights[name], t) for name, t in model.state_dict().items())
-    assert list((tmp_path / "sync").iterdir()) == []
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["step-1"]
-
-
-def test_weights_that_do_not_fit_reach_no_server(fake, root):
-    server = fake(root=root)
-    sampler = make_sampler(server)
-    weights = make_model(1, tie=True).state_dict()
-    with pytest.raises(ValueError, match="1 unknown names"):
-        sampler.sync_weights({**weights, "adapter": torch.zeros(2)})
-    with pytest.raises(TypeError, match="weights must be a state dict or a folder"):
-        sampler.sync_weights(3)
-    assert steps(server) == []
-    assert len(sampler.sample(["a"], 1)) == 1
-
-
-def test_if_one_cannot_pause_none_is_written_and_the_others_go_on(fake, root):
-    servers = [fake(root=root), fake(root=root)]
-    servers[1].answers["/pause"] = (404, {"detail": "Not Found"})
-    sampler = make_sampler(*servers)
-    with pytest.raises(RuntimeError, match=f"{servers[1].url} has no /pause.*VLLM_SERVER_DEV_MODE"):
-        sampler.sync_weights(make_model(1, tie=True).state_dict())
-    assert steps(servers[0]) == ["/pause?mode=wait", "/resume"]
-    assert steps(servers[1]) == ["/pause?mode=wait"]
-    assert len(sampler.sample(["a", "b"], 1)) == 2
-
-
-@pytest.mark.parametrize("path", ["/collective_rpc", "/reset_prefix_cache"])
-@pytest.mark.parametrize("status", [400, 500])
-def test_if_one_fails_to_read_the_sampler_draws_no_more(fake, root, path, status):
-    servers = [fake(root=root), fake(root=root)]
-    servers[1].answers[path] = (status, {"error": "no space"})
-    sampler = make_sampler(*servers)
-    weights = make_model(1, tie=True).state_dict()
-    with pytest.raises(RuntimeError, match="half old and half new") as caught:
-        sampler.sync_weights(weights)
-    assert servers[1].url in str(caught.value.__cause__)
-    assert all(steps(server)[-1] == "/resume" for server in servers)
-    for call in (partial(sampler.sample, ["a"], 1), partial(sampler.sync_weights, weights)):
-        with pytest.raises(RuntimeError, match="half old and half new"):
-            call()
-    with pytest.raises(RuntimeError, match="half old and half new"):
-        asyncio.run(sampler.sample_one("a", 1))
-    assert servers[0].completions() + servers[1].completions() == []
-
-
-def test_a_server_that_a_sync_does_not_reach_draws_nothing_until_one_does(fake, root):
-    gone, there = fake(root=root), fake(root=root)
-    sampler = make_sampler(gone, there, retry_after=0)
-    gone.stop()
-    weights = make_model(1, tie=True).state_dict()
-    with pytest.warns(UserWarning, match=f"left out until a later sync_weights.*{gone.url}"):
-        sampler.sync_weights(weights)
-    gone.start(gone.port)  # with old weights, for all we know
-    sampler.sample(["a", "b"], 1)
-    assert (len(gone.completions()), len(there.completions())) == (0, 2)
-    sampler.sync_weights(weights)
-    sampler.sample(["a", "b"], 1)
-    assert (len(gone.completions()), len(there.completions())) == (1, 3)
-
-
-def test_a_server_that_drops_out_after_a_sync_draws_nothing_until_the_next(fake, root):
-    servers = [fake(root=root), fake(root=root)]
-    sampler = make_sampler(*servers, retry_after=0)
-    weights = make_model(1, tie=True).state_dict()
-    sampler.sync_weights(weights)
-    servers[0].stop()
-    sampler.sample(["a", "b"], 1)
-    servers[0].start(servers[0].port)
-    sampler.sample(["a", "b"], 1)
-    assert (len(servers[0].completions()), len(servers[1].completions())) == (0, 4)
-    servers[1].stop()
-    with pytest.raises(ConnectionError, match=f"{servers[0].url}.*it may have old weights"):
-        sampler.sample(["a"], 1)
-    servers[1].start(servers[1].port)
-    sampler.sync_weights(weights)
-    sampler.sample(["a", "b"], 1)
-    assert len(servers[0].completions()) == 1
-
-
-def test_a_sync_that_reaches_nobody_is_an_error_and_no_sync(fake, root):
-    server = fake(root=root)
-    sampler = make_sampler(server)
-    server.stop()
-    with pytest.raises(ConnectionError, match=f"no vLLM server answers: {server.url}"):
-        sampler.sync_weights(make_model(1, tie=True).state_dict())
-    server.start(server.port)
-    assert len(sampler.sample(["a"], 1)) == 1

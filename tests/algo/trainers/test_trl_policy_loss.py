@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_qwen import ScriptedSampler, digit_reward, make_model, make_tokenizer, third_party
+from scripted import ScriptedSampler
+from tiny_qwen import digit_reward, make_model, make_tokenizer, third_party
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOTrainer
@@ -160,7 +161,7 @@ def test_reference_log_probs_are_those_under_the_spliced_prompt(
     trainer._generate_single_turn = ScriptedSampler([["a7"] * 8, ["b2"] * 8])
     trainer.model.train()
     batch = trainer._generate_and_score_completions([trainer.train_dataset[0]] * 8)
-    tokenizer, template = make_tokenizer(), trainer.splice.template
+    tokenizer, template = make_tokenizer(), trainer.rules.splice.template
     prompt = f"<s>user:0+0?{template.before}a7{template.after}</s><s>assistant:"
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     answer = tokenizer("b2", add_special_tokens=False)["input_ids"]

@@ -1,0 +1,58 @@
+"""Which of vLLM's log-probs a loss can use.
+
+A loss computes log softmax(logits / T) over the whole vocabulary. vLLM gives the log-probs from
+before the temperature ("raw_logprobs", its default), or those from behind temperature and cut
+("processed_logprobs"). So
+
+    T      cut    usable
+    1      no     either
+    1      yes    raw_logprobs
+    other  no     processed_logprobs
+    other  yes    neither
+"""
+
+from ..distribution import Distribution
+
+RAW, PROCESSED = "raw_logprobs", "processed_logprobs"
+
+
+def usable_modes(distribution: Distribution) -> list[str]:
+    """List the values of vLLM's `logprobs_mode` whose log-probs a loss can use, best first.
+
+    Raises:
+        ValueError: There is none.
+
+    Examples:
+        >>> usable_modes(Distribution(temperature=0.7)), usable_modes(Distribution(top_k=9))
+        (['processed_logprobs'], ['raw_logprobs'])
+    """
+    unchanged = distribution.temperature == 1
+    modes = [PROCESSED] * (not distribution.is_cut) + [RAW] * unchanged
+    if not modes:
+        raise ValueError(
+            f"temperature = {distribution.temperature} with top_p, top_k or min_p: vLLM gives "
+            "log-probs from before the temperature or from behind the cut, and a loss can compare "
+            "neither. Sample at temperature 1, or without a cut, or pass logprobs=False where no "
+            "loss needs them (an evaluation)"
+        )
+    return modes
+
+
+def check_mode(mode: str, distribution: Distribution, where: str, option: str) -> None:
+    """Raise unless an engine gives log-probs that a loss can use.
+
+    Args:
+        mode: Its `logprobs_mode`.
+        distribution: What is drawn from.
+        where: The engine, for the message.
+        option: How its mode is set, for the message.
+
+    Raises:
+        ValueError: It does not; the message says how to start it.
+    """
+    usable = usable_modes(distribution)
+    if mode not in usable:
+        raise ValueError(
+            f"{where} gives {mode}, which no loss can compare with this distribution: start it "
+            f"with {option.format(usable[0])}, or pass logprobs=False"
+        )
