@@ -121,8 +121,26 @@ class StageTrainer(PolicyLossTrainer):
             self._stage = None
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        if self._stage is not None and self._stage.sampled is not None:
+            return self._stage.sampled.prompt_ids, None, {}
         kwargs = self.chat_template_kwargs
         return [encode_prompt(each, self._tokenizer, kwargs) for each in prompts], None, {}
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
+        if self._stage is None or self._stage.sampled is None:
+            drawn: tuple[list[list[int]], Any] = super()._generate_single_turn(*args, **kwargs)
+            return drawn
+        completions = self._stage.sampled.completions
+        ids = [completion.token_ids for completion in completions]
+        logprobs = [completion.logprobs for completion in completions]
+        if None not in logprobs:
+            return ids, logprobs
+        if self.vllm_importance_sampling_correction:
+            raise ValueError(
+                "the sampler gives no log-probs, which the importance correction needs: set "
+                "vllm_importance_sampling_correction=False, or sample with log-probs"
+            )
+        return ids, None
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         stage = self._stage
@@ -140,8 +158,13 @@ class StageTrainer(PolicyLossTrainer):
         return ids, drawn, mask, completions, *rest
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        rewards = super()._calculate_rewards(*args, **kwargs)
         stage = self._stage
+        if stage is None or stage.sampled is None:
+            rewards = super()._calculate_rewards(*args, **kwargs)
+        else:
+            rewards = self.accelerator.gather(stage.sampled.rewards_per_func)
+            for column, values in stage.sampled.extra.items():
+                self._log_completion_extra(column, values)
         if stage is not None:
             stage.rewards_per_func = rewards
             if self.log_completions and stage.drafts is not None:

@@ -97,6 +97,22 @@ class Refined(NamedTuple):
     cut: int = 0
 
 
+class Sampled(NamedTuple):
+    """What a sampler drew for the rows of this rank, and how it was scored.
+
+    Attributes:
+        prompt_ids: What it was drawn from.
+        completions: One per row.
+        rewards_per_func: Reward of each by each reward function. Shape [rows, K].
+        extra: What reward functions logged with `log_extra`, one value per row.
+    """
+
+    prompt_ids: list[list[int]]
+    completions: list[Completion]
+    rewards_per_func: Tensor
+    extra: dict[str, list[Any]]
+
+
 @dataclass
 class Stage:
     """One call of TRL's generation and scoring: what it is given, and what came of it.
@@ -106,6 +122,7 @@ class Stage:
         prompts: What this rank's rows are drawn from, in the place of the data set's prompts; None:
             from those.
         drafts: The draft in each row's prompt, for the table of completions; None: no column.
+        sampled: What a sampler has drawn and scored already; None: TRL draws and scores.
         completions: What was drawn, as rewards see it.
         completion_ids: What was drawn, as tokens.
         rewards_per_func: Of all ranks, NaN where a reward function had none. Shape [rows, K].
@@ -114,9 +131,35 @@ class Stage:
     group: int
     prompts: list[Prompt] | None = None
     drafts: list[str | None] | None = None
+    sampled: "Sampled | None" = None
     completions: list[Any] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
     rewards_per_func: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+
+    @classmethod
+    def of_refined(
+        cls, group: int, rows: Sequence[Refined], sampled: "Sampled | None" = None
+    ) -> "Stage":
+        """Make Stage 2 of the prompts of its rows."""
+        return cls(
+            group, [row.prompt for row in rows], [row.draft or None for row in rows], sampled
+        )
+
+
+class TwoStages(NamedTuple):
+    """Both stages of a batch, Stage 2 not yet run by TRL.
+
+    Attributes:
+        drafts: What Stage 1 drew.
+        choices: The chosen drafts.
+        refined: The Stage-2 prompt of each row on this rank.
+        stage: Stage 2.
+    """
+
+    drafts: "Drafts"
+    choices: DraftChoices
+    refined: list[Refined]
+    stage: Stage
 
 
 class Drafts(NamedTuple):

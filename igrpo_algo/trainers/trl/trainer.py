@@ -9,27 +9,24 @@ of `igrpo_algo.advantages`.
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-import torch
-from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from igrpo_kernels import Aggregate, Surrogate
 
-from ...drafts.rules import DraftChoices, DraftRules
+from ...drafts.rules import DraftRules
 from ...early_warning import EarlyWarning
-from ...rollouts.completions import Completion
-from ...seeds import derive_seed
+from ...rollouts.sampling import AnySampler
 from .advantage_options import Advantage, check_advantage
 from .config import IGRPOConfig
 from .data_checks import check_images, check_prompts
 from .draft_options import OF_RULES, rules_of
 from .loss_rows import join_stages
 from .metrics import count_rows, stage_metrics
-from .one_stage import StageTrainer
-from .stages import DraftLayout, Drafts, Refined, Stage
+from .sampled_stages import SampledTrainer
+from .sampler import check_sampler_options
+from .stages import DraftLayout, Stage, TwoStages
 from .versions import warn_of_untested_trl
 
 logger = logging.getLogger(__name__)
@@ -49,7 +46,7 @@ PAPER = {
 REFUSED = ("rollout_func", "environment_factory", "tools")
 
 
-class IGRPOTrainer(StageTrainer):
+class IGRPOTrainer(SampledTrainer):
     """Train with iGRPO: draft, keep the best draft, refine it, learn from the refinements.
 
     Everything that is not named here is TRL's `GRPOTrainer` and means what it means there: reward
@@ -75,6 +72,11 @@ class IGRPOTrainer(StageTrainer):
             options of `args` say.
         advantage: From rewards [P, G] to advantages [P, G]: any function of
             `igrpo_algo.advantages` or your own, in the place of `args.scale_rewards`.
+        sampler: What draws both stages in the place of TRL's generation: any sampler of
+            `igrpo_algo.engines`, or your own. No prompt waits for another's drafts
+            (`stream_two_stage_rollout`); weights follow by its `sync_weights` after each update,
+            and its log-probs feed TRL's importance correction (`vllm_importance_sampling_...`).
+            With several ranks each draws the prompts whose first row it holds.
         selection_func: A reward function, sync or async, that ranks drafts and is not trained on.
             It is called as the others are; what it logs with `log_extra` has no row in the table.
         surrogate: Loss of a token, in the place of what `args.loss_type` says.
@@ -103,6 +105,7 @@ class IGRPOTrainer(StageTrainer):
         *,
         rules: DraftRules | None = None,
         advantage: Advantage | None = None,
+        sampler: AnySampler | None = None,
         selection_func: Callable[..., Any] | None = None,
         surrogate: Surrogate | None = None,
         aggregate: Aggregate | None = None,
@@ -120,6 +123,7 @@ class IGRPOTrainer(StageTrainer):
         if rules is not None and (idle := args.changed(*OF_RULES)):
             raise ValueError(f"{', '.join(idle)} would have no effect beside rules")
         check_advantage(args, advantage)
+        check_sampler_options(args, sampler)
         check_images(train_dataset, eval_dataset)
         _check_tokenizer(processing_class)
         super().__init__(
@@ -135,6 +139,9 @@ class IGRPOTrainer(StageTrainer):
         )
         _check_tokenizer(self.processing_class)
         self.advantage = advantage
+        self.sampler = sampler
+        if sampler is not None:
+            self.use_vllm = True  # TRL's name for "the log-probs of what was drawn are given"
         self.rules = rules or rules_of(args, self._tokenizer, self.chat_template_kwargs)
         self.selection_func = selection_func or self.rules.selection_score
         _check_selection(args.selection_reward, self.selection_func, self.reward_func_names)
@@ -146,90 +153,27 @@ class IGRPOTrainer(StageTrainer):
         training, drafted = self.model.training, self.args.num_drafts > 0
         group = self.num_generations if training else self.num_generations_eval
         if not (drafted and (training or self.args.eval_with_draft)):
-            no_drafts: list[str | None] = [None] * len(inputs)
-            return self.run_stage(inputs, Stage(group, drafts=no_drafts if drafted else None))
+            stage = Stage(group, drafts=[None] * len(inputs) if drafted else None)
+            return self.run_stage(inputs, self.draw_one_stage(inputs, stage))
         rank = self.accelerator.process_index
         layout = DraftLayout(len(inputs), rank, self.args.num_drafts, group)
-        drafts = self._draw_drafts(inputs, layout)
-        choices = self._choose(drafts)
-        refined = self._refine(inputs, drafts, choices, layout)
-        shown = [row.draft or None for row in refined]
-        stage = Stage(group, [row.prompt for row in refined], shown)
-        batch = self.run_stage(inputs, stage)
-        skipped = choices.skipped[layout.row_prompts]
+        both = self.draw_two_stages(inputs, layout)
+        batch = self.run_stage(inputs, both.stage)
+        skipped = both.choices.skipped[layout.row_prompts]
         batch["advantages"] = batch["advantages"].masked_fill(skipped, 0.0)
-        self._log_stages(drafts, choices, refined, stage)
-        if drafts.batch is None:
+        self._log_stages(both)
+        if both.drafts.batch is None:
             return batch
-        return join_stages(batch, drafts.batch, pad_token_id=self._tokenizer.pad_token_id)
+        return join_stages(batch, both.drafts.batch, pad_token_id=self._tokenizer.pad_token_id)
 
-    def _draw_drafts(self, inputs: list[dict[str, Any]], layout: DraftLayout) -> Drafts:
-        rows, batch = [inputs[row] for row in layout.draft_rows], None
-        stage = Stage(self.args.num_drafts)
-        with self.drafting():
-            if self.model.training and self.args.draft_loss_coef > 0:
-                batch = self.run_stage(rows, stage)
-            else:
-                self.draw_and_score(rows, stage)
-        scores = self.selection_scores(rows, stage)
-        lengths = torch.tensor(list(map(len, stage.completion_ids)), device=self.accelerator.device)
-        texts = zip(stage.completion_ids, self.texts(stage), strict=True)
-        return Drafts(
-            [Completion(ids, text) for ids, text in texts],
-            self.accelerator.gather(lengths).view(-1, stage.group),
-            self.total_rewards(stage),
-            scores,
-            batch,
-        )
-
-    def _choose(self, drafts: Drafts) -> DraftChoices:
-        """Choose for every prompt, on all ranks alike, and alike after a resume."""
-        rules = self.rules if self.model.training else replace(self.rules, dropout=0.0)
-        micro_step = self._step % self.args.gradient_accumulation_steps
-        step = self.args.seed, self.state.global_step, micro_step
-        return rules.choose(
-            drafts.rewards,
-            scores=drafts.scores,
-            lengths=drafts.lengths,
-            seeds=[derive_seed(*step, prompt) for prompt in range(len(drafts.rewards))],
-        )
-
-    def _refine(
-        self,
-        inputs: list[dict[str, Any]],
-        drafts: Drafts,
-        choices: DraftChoices,
-        layout: DraftLayout,
-    ) -> list[Refined]:
-        """Bring the chosen drafts to the ranks that hold their prompts, and into the prompts."""
-        mine = [
-            (prompt, drafts.completions[place].token_ids, drafts.completions[place].text)
-            for prompt, place in layout.chosen_here(choices).items()
-        ]
-        chosen = {prompt: Completion(ids, text) for prompt, ids, text in gather_object(mine)}
-        refined: dict[int, Refined] = {}
-        for row, prompt in zip(inputs, layout.row_prompts, strict=True):
-            if prompt not in refined:
-                refined[prompt] = self._splice(row["prompt"], chosen.get(prompt))
-        return [refined[prompt] for prompt in layout.row_prompts]
-
-    def _splice(self, prompt: Any, draft: Completion | None) -> Refined:
-        if draft is None:
-            return Refined(prompt)
-        spliced = self.rules.condition(prompt, draft)
-        length = len(self._tokenizer(spliced.draft, add_special_tokens=False)["input_ids"])
-        return Refined(spliced.prompt, spliced.draft, length, spliced.tokens_cut)
-
-    def _log_stages(
-        self, drafts: Drafts, choices: DraftChoices, refined: list[Refined], stage: Stage
-    ) -> None:
+    def _log_stages(self, both: TwoStages) -> None:
         """Log both stages over all ranks, and warn where learning has stopped."""
         strip = getattr(self.rules.splice, "strip", None)
-        counts = count_rows(refined, self.texts(stage), strip, self.accelerator.device)
+        counts = count_rows(both.refined, self.texts(both.stage), strip, self.accelerator.device)
         metrics = stage_metrics(
-            drafts.rewards,
-            self.total_rewards(stage),
-            choices,
+            both.drafts.rewards,
+            self.total_rewards(both.stage),
+            both.choices,
             self.accelerator.reduce(counts).tolist(),
             threshold=self.args.success_reward,
         )

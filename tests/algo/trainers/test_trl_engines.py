@@ -1,5 +1,6 @@
 """Engines behind the trainer: a vLLM server as TRL asks it."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,9 @@ import torch
 from tiny_qwen import (
     third_party,
 )
+
+from igrpo_algo.trainers.trl import IGRPOConfig
+from igrpo_algo.trainers.trl.sampler import check_sampler_options
 
 pytestmark = third_party
 MakeTrainer = Callable[..., Any]
@@ -65,3 +69,20 @@ def test_a_vllm_server_is_asked_for_the_prompts_that_are_trained_on(
     width = 1 if mode == "sequence_mask" else 2
     assert batch["importance_sampling_ratio"].shape == (24, width)
     assert not torch.equal(trainer.model.lm_head.weight, before)
+
+
+def test_log_probs_of_a_cut_distribution_are_warned_of_by_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cut = {"use_vllm": True, "top_p": 0.9, "top_k": 5}
+    for options, warns in (
+        (cut, True),
+        ({"use_vllm": True}, False),
+        (cut | {"vllm_importance_sampling_correction": False}, False),
+        ({"top_p": 0.9}, False),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            args = IGRPOConfig("out", bf16=False, report_to="none", use_cpu=True, **options)
+            check_sampler_options(args, None)
+        assert ["top_p, top_k cuts" in r.getMessage() for r in caplog.records] == [True] * warns
