@@ -1,15 +1,6 @@
-"""Advantages: relative to a group, to other baselines, and as each trainer computes them.
+"""Advantages: relative to a group, and to other baselines; each trainer's own are in `presets`."""
 
-Those of the trainers have names of their own in `presets`.
-"""
-
-from .baselines import (
-    best_over_runner_up,
-    maxrl,
-    opo,
-    rloo,
-    standardize_leave_one_out,
-)
+from .baselines import best_over_runner_up, maxrl, opo, rloo, standardize_leave_one_out
 from .of_groups import (
     center_by_group,
     center_by_group_scale_by_batch,
