@@ -63,6 +63,15 @@ class TokenBudget:
     Raises:
         TypeError: A limit is no int.
         ValueError: A limit is below 1, or there is none, or `keep` is neither.
+
+    Examples:
+        >>> class Letters:
+        ...     def __call__(self, text, add_special_tokens=True):
+        ...         return {"input_ids": [*map(ord, text)]}
+        ...     def decode(self, ids):
+        ...         return "".join(map(chr, ids))
+        >>> TokenBudget(Letters(), max_draft_tokens=5).cut("so it is 5.")
+        ('is 5.', 6)
     """
 
     tokenizer: Any
