@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import check_count, check_number, check_rank, describe
+from igrpo_kernels.checks import check_count, check_number, check_rank, check_shape, describe
 
 from .advantages.moments import Groups, to_scores
 from .drafts.text import strip_thinking
@@ -107,6 +107,48 @@ def stage_uplift(draft_rewards: Tensor, refinement_rewards: Tensor) -> Tensor:
             f"got {list(refinements.shape)}"
         )
     return (refinements.nanmean(-1) - drafts.nanmean(-1)).nanmean()
+
+
+def accuracy_after_draft(
+    refinement_rewards: Tensor, draft_rewards: Tensor, *, threshold: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Share of right refinements after a right draft, and after a wrong one.
+
+    accuracy = #{(p, g) : r_pg >= threshold} / #{(p, g)},  over prompts with d_p >= threshold, and
+    over those with d_p < threshold
+
+    1 and 0 say that Stage 2 hands its draft's verdict on, whatever it writes: every group is of
+    equal rewards then, and nothing is learned. Prompts whose draft is NaN (none was shown) and
+    unscored refinements are left out. NaN where none is left.
+
+    Args:
+        refinement_rewards: Stage 2, NaN where unscored. Shape [P, G].
+        draft_rewards: Reward of the draft that each prompt was shown, NaN where none was. [P].
+        threshold: Least reward of a right completion.
+
+    Returns:
+        Two shares, scalars in float32 or float64, detached.
+
+    Raises:
+        TypeError: An argument is no tensor of real numbers, or `threshold` no number.
+        ValueError: `refinement_rewards` are not [P, G], `draft_rewards` not [P] of the same P, or
+            `threshold` is not finite.
+
+    Examples:
+        >>> refinements = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+        >>> accuracy_after_draft(refinements, torch.tensor([1.0, 0.0]))
+        (tensor(0.5000), tensor(0.))
+    """
+    check_number("threshold", threshold)
+    scores = _rows("refinement_rewards", refinement_rewards, "[P, G]")
+    drafts = to_scores("draft_rewards", draft_rewards)
+    check_shape("draft_rewards", drafts, scores.shape[:1], "[P]")
+    right = (scores >= threshold).to(scores.dtype).where(~scores.isnan(), torch.nan)
+    after_right, after_wrong = (
+        right.where(kind[:, None], torch.nan).nanmean()
+        for kind in (drafts >= threshold, drafts < threshold)
+    )
+    return after_right, after_wrong
 
 
 def pass_at_k(rewards: Tensor, k: int, *, threshold: float = 1.0) -> Tensor:

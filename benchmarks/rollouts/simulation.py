@@ -6,10 +6,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
-
 from igrpo_algo import Rollouts
-from igrpo_algo.cli.intervals import mean_confidence_interval
+from igrpo_algo.cli.intervals import mean_interval
 
 from .engine import Costs, SimulatedEngine, WholeGroups, Workload
 from .variants import GROUP, VARIANTS, reward, simulated_time
@@ -17,7 +15,7 @@ from .workloads import make_workload
 
 
 class Run(NamedTuple):
-    """What a rollout took, which share of Stage 2's prompts was cached, and what came of it."""
+    """The cost of a rollout, the share of Stage 2's prompts that was cached, and the result."""
 
     seconds: float
     steps: float
@@ -28,7 +26,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """An engine and what it is asked for.
+    """An engine and its load.
 
     Attributes:
         costs: Time of its work.
@@ -128,5 +126,4 @@ def over_seeds(
 def summary(values: Iterable[float]) -> dict[str, Any]:
     """Give mean, 95 % interval of the mean, and the values."""
     numbers = list(values)
-    mean, low, high = mean_confidence_interval(torch.tensor(numbers, dtype=torch.float64)[:, None])
-    return {"mean": float(mean), "low": float(low), "high": float(high), "values": numbers}
+    return {**mean_interval(numbers)._asdict(), "values": numbers}

@@ -1,4 +1,4 @@
-"""`igrpo doctor`: what this machine can do, which path each op takes, and what is missing."""
+"""`igrpo doctor`: what this machine can do, which path each op takes, what to install."""
 
 import importlib.util
 import json
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..trainers.head_speed import faster_head
 from .extras import pip_line
 
 PACKAGES = {
@@ -23,7 +24,7 @@ PACKAGES = {
     "vllm": "vllm",
     "matplotlib": "matplotlib",
 }
-"""Modules, and the distributions that hold them."""
+"""Modules, and the names to install them by."""
 
 TRAINING = ("transformers", "trl", "accelerate", "datasets", "math_verify")
 NEEDS = {
@@ -39,7 +40,7 @@ OPS = ("token_logprobs", "linear_token_logprobs", "clipped_policy_loss", "linear
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what this machine can do, which path each op takes, and what is missing for what."""
+    """Show what this machine can do, which path each op takes, and what to install."""
     findings = examine()
     if as_json:
         print(json.dumps(findings, indent=2))
@@ -48,7 +49,7 @@ def doctor(
 
 
 def examine() -> dict[str, Any]:
-    """Collect the findings; no package is imported for its version."""
+    """Collect the findings without importing the packages."""
     versions = {module: _version(module, name) for module, name in PACKAGES.items()}
     return {
         "igrpo": _version("igrpo_algo", "igrpo"),
@@ -62,6 +63,7 @@ def examine() -> dict[str, Any]:
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "packages": versions,
         "ops": dict.fromkeys(OPS, _path(has_triton=versions["triton"] is not None)),
+        "fused_head": {name: faster_head(torch.device(name))._asdict() for name in _device_names()},
         "commands": {command: _readiness(modules) for command, modules in NEEDS.items()},
     }
 
@@ -82,6 +84,10 @@ def _memory() -> float | None:
         return None
 
 
+def _device_names() -> list[str]:
+    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+
+
 def _device(index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
     return {
@@ -92,7 +98,7 @@ def _device(index: int) -> dict[str, Any]:
 
 
 def _path(*, has_triton: bool) -> str:
-    """Say what a tensor of this machine's device meets; all ops choose by the device alone."""
+    """Name the path of a tensor on this machine's device; every op chooses by the device alone."""
     if not torch.cuda.is_available():
         return "torch on the CPU: no CUDA or ROCm device"
     if not has_triton:
@@ -126,6 +132,9 @@ def print_findings(findings: dict[str, Any]) -> None:
     print("\nops")
     for op, path in findings["ops"].items():
         print(f"  {op:24}{path}")
+    print('\nfused_head="auto" of the trainer')
+    for name, choice in findings["fused_head"].items():
+        print(f"  {name:24}{choice['choice']}: {choice['reason']}")
     print("\ncommands")
     for command, state in findings["commands"].items():
         lines = " and ".join(state["install"])

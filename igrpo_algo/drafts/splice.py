@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol
 from igrpo_kernels.checks import check_count
 
 from ..prompts import Prompt, check_chat_template_kwargs, encode_prompt
-from .budget import fit_draft, splice_prompt_ids
-from .select import Keep, check_keep, truncate_draft
+from .budget import fit_draft
 from .text import DEFAULT_TEMPLATE, DraftTemplate, splice_cleaned, strip_thinking
+from .token_ids import Keep, check_keep, splice_prompt_ids, truncate_draft
 
 
 class Draft(Protocol):
@@ -63,6 +63,15 @@ class TokenBudget:
     Raises:
         TypeError: A limit is no int.
         ValueError: A limit is below 1, or there is none, or `keep` is neither.
+
+    Examples:
+        >>> class Letters:
+        ...     def __call__(self, text, add_special_tokens=True):
+        ...         return {"input_ids": [*map(ord, text)]}
+        ...     def decode(self, ids):
+        ...         return "".join(map(chr, ids))
+        >>> TokenBudget(Letters(), max_draft_tokens=5).cut("so it is 5.")
+        ('is 5.', 6)
     """
 
     tokenizer: Any

@@ -4,7 +4,8 @@ reward(prompts=[...], completions=[...], **columns) -> list of float or None
 
 The three kinds of list are of equal length, one entry per completion. As in TRL, a completion is
 a string, or, where its prompt is a list of chat messages, a list of one assistant message.
-The function may be a coroutine function. None and NaN both say "could not be scored".
+The function may be a coroutine function. None and NaN both say "could not be scored". One whose
+attribute `wants_completion_ids` is true is given the tokens too, by the name `completion_ids`.
 """
 
 import inspect
@@ -23,7 +24,16 @@ Reward = Callable[..., Any]
 
 
 class RewardError(RuntimeError):
-    """A reward function raised; the message names the prompt, and the cause is chained."""
+    """A reward function raised; the message names the prompt, and the cause is chained.
+
+    Examples:
+        >>> from igrpo_algo import Completion, two_stage_rollout
+        >>> def sampler(prompts, n, seed):
+        ...     return [[Completion([i], str(i)) for i in range(n)] for _ in prompts]
+        >>> two_stage_rollout(["q"], sampler, lambda prompts, completions: 1 / 0)
+        Traceback (most recent call last):
+        igrpo_algo.rollouts.scoring.RewardError: reward failed on prompt 0 ('q'): Zero...
+    """
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,8 @@ class Scorer:
         flat = [completion for completions in drawn.values() for completion in completions]
         answers = [_as_in_trl(p, c.text) for p, c in zip(prompts, flat, strict=True)]
         columns = {name: [rows[index] for index in owners] for name, rows in self.columns.items()}
+        if getattr(self.reward, "wants_completion_ids", False):
+            columns["completion_ids"] = [completion.token_ids for completion in flat]
         where = self._where(*drawn)
         try:
             values = self.reward(prompts=prompts, completions=answers, **columns)

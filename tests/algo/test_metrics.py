@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from igrpo_algo.advantages.of_groups import standardize_by_group
 from igrpo_algo.metrics import (
+    accuracy_after_draft,
     copy_rate,
     draft_success_rate,
     near_copy_rate,
@@ -186,3 +187,16 @@ def test_bad_input_is_named() -> None:
         near_copy_rate([[1]], [[[1]]], threshold=0)
     with pytest.raises(ValueError, match="ngram must be >= 1, got 0"):
         ngram_overlap([1], [1], ngram=0)
+
+
+def test_accuracy_after_draft_by_hand() -> None:
+    refinements = torch.tensor([[1.0, 0.2, NAN], [0.0, 1.5, 1.0], [0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    after_right, after_wrong = accuracy_after_draft(
+        refinements, torch.tensor([1.0, 2.0, 0.5, NAN]), threshold=1.0
+    )
+    assert float(after_right) == pytest.approx(3 / 5)
+    assert float(after_wrong) == pytest.approx(1 / 3)
+    nothing, _ = accuracy_after_draft(refinements[:1], torch.tensor([0.0]))
+    assert nothing.isnan()
+    with pytest.raises(ValueError, match=r"draft_rewards must have shape \[P\]"):
+        accuracy_after_draft(refinements, torch.zeros(3))

@@ -1,31 +1,31 @@
 """The options of `IGRPOTrainer`: TRL's `GRPOConfig` plus what the two stages add."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trl import GRPOConfig
 
-from igrpo_kernels.checks import check_count, check_number, describe
+from igrpo_kernels.checks import check_count, check_number
 
-from ...drafts.text import DEFAULT_TEMPLATE, PAPER_TEMPLATE, DraftTemplate
+from ...drafts.text import PAPER_TEMPLATE, DraftTemplate
+from .draft_options import CHOICES, OF_DRAFTS, template_of
 
-CHOICES = {
-    "draft_choice": ("best", "random", "worst", "none"),
-    "draft_ties": ("lowest_index", "random", "shortest"),
-    "all_drafts_failed": ("condition", "plain_prompt", "skip"),
-    "draft_keep": ("tail", "head"),
-    "fused_head": ("auto", "igrpo", "trl"),
-}
+GROUP = ("num_refinements", "num_generations")
+BATCH = ("steps_per_generation", "generation_batch_size")
+
+
+class Derived(int):
+    """A number that the configuration worked out: `dataclasses.replace` works it out again."""
 
 
 @dataclass
 class IGRPOConfig(GRPOConfig):
     """Arguments of `IGRPOTrainer`, with the algorithm of the paper as defaults.
 
-    Three defaults of TRL are changed, because the paper's equation 5 says otherwise:
-    `loss_type="grpo"` (mean over the tokens of a sequence, then over sequences; TRL: "dapo"),
-    `use_bias_correction_kl=False` (plain k3; TRL: True), and `num_generations=None`, which becomes
-    `num_refinements`.
+    Two defaults of TRL are changed, because the paper's equation 5 says otherwise:
+    `loss_type="grpo"` (mean over the tokens of a sequence, then over sequences; TRL: "dapo") and
+    `use_bias_correction_kl=False` (plain k3; TRL: True).
 
     Batches are counted in refinements: `generation_batch_size` holds
     `generation_batch_size / num_refinements` prompts, and each prompt costs `num_drafts` more
@@ -36,9 +36,10 @@ class IGRPOConfig(GRPOConfig):
     Source: Hatamizadeh et al. 2026, arXiv:2602.09000, sections 3 and 4.1.
 
     Args:
-        num_drafts: N, completions of each prompt in Stage 1.
-        num_refinements: G, completions of each spliced prompt in Stage 2; TRL's `num_generations`.
-        num_generations: Leave at None; any other value than `num_refinements` is refused.
+        num_drafts: N, completions of each prompt in Stage 1. 0 is plain GRPO: one stage.
+        num_refinements: G, completions of each spliced prompt in Stage 2; None takes
+            `num_generations`, and 4 without it.
+        num_generations: TRL's name for the same number.
         draft_choice: Which draft Stage 2 sees: "best" (the paper), or a control: "random", "worst",
             "none" (drafts are drawn and scored, and the prompt stays plain).
         draft_ties: Which of several best drafts: "lowest_index", "random" or "shortest" (in
@@ -46,10 +47,10 @@ class IGRPOConfig(GRPOConfig):
         all_drafts_failed: What a prompt without a right draft does: "condition" on the best of the
             wrong ones (the paper's literal reading), "plain_prompt", or "skip" (plain prompt and
             zero advantages). A prompt none of whose drafts could be scored stays plain in any case.
-        success_reward: The selection score from which a draft counts as right.
+        success_reward: The training reward from which a draft or a refinement counts as right.
         selection_reward: Name of the one reward function that ranks drafts; None ranks by the
-            weighted sum that Stage 2 is trained on. A function that is no training reward goes to
-            the trainer as `selection_func`.
+            weighted sum that Stage 2 is trained on. A function that is not trained on goes to the
+            trainer as `selection_func`.
         strip_draft_thinking: Whether the thinking part of a draft is left out of the prompt.
         max_draft_length: Tokens of the draft that may enter the prompt; None sets no limit.
         max_spliced_prompt_length: Tokens of the whole spliced prompt, chat template included; None
@@ -59,17 +60,21 @@ class IGRPOConfig(GRPOConfig):
         draft_template: A `DraftTemplate`, or its fields as a dict or as JSON;
             None takes `DEFAULT_TEMPLATE`. Special tokens of the tokenizer and the template's
             delimiters are neutralized in a draft in any case.
+        reward_max: With a trainer's `sampler`: the reward's known maximum. The first draft that
+            reaches it is chosen, and the prompt's other drafts are cancelled. None waits for all.
+        sampler_concurrency: With a trainer's `sampler`: most completions asked for at a time.
         draft_dropout: Beyond the paper: share of prompts that stay plain in Stage 2.
         draft_loss_coef: Beyond the paper: weight of the drafts' own loss, with advantages over
             their own group and log-probs under the original prompt. 0 trains on Stage 2 alone.
         eval_with_draft: Evaluate draft-then-refine instead of single-shot.
-        use_trl_loss: Take TRL's `_compute_loss` in place of `igrpo_kernels.policy_loss`.
-        fused_head: Whose op takes log-probs from hidden states, inside TRL's forward: "igrpo",
-            "trl", or "auto" for ours where it was measured to be faster (`trl_head.choose_head`).
+        use_trl_loss: Take TRL's `_compute_loss` in place of `igrpo_kernels.linear_policy_loss`.
+        skip_zero_advantages: Leave completions of zero advantage out of forward and backward, where
+            neither KL, entropy nor a mixture of experts needs them. The metric `entropy` is then
+            that of the others.
 
     Raises:
         ValueError: A value out of range, or options that exclude each other.
-        TypeError: A count that is no int.
+        TypeError: A count that is not an int.
 
     Examples:
         >>> args = IGRPOConfig("out", num_drafts=6, num_refinements=2, bf16=False, report_to="none")
@@ -79,13 +84,16 @@ class IGRPOConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "draft_template"]  # noqa: RUF012
 
-    num_generations: int | None = None
+    num_generations: int | None = field(
+        default=None, metadata={"help": "TRL's name for num_refinements."}
+    )
     loss_type: str = "grpo"
     use_bias_correction_kl: bool = False
 
     num_drafts: int = field(default=4, metadata={"help": "Completions of each prompt in Stage 1."})
-    num_refinements: int = field(
-        default=4, metadata={"help": "Completions of each spliced prompt in Stage 2."}
+    num_refinements: int | None = field(
+        default=None,
+        metadata={"help": "Completions of each spliced prompt in Stage 2; 4 if not given."},
     )
     draft_choice: str = field(
         default="best", metadata={"help": "Draft that Stage 2 sees: best, random, worst or none."}
@@ -99,7 +107,7 @@ class IGRPOConfig(GRPOConfig):
         metadata={"help": "Prompts without a right draft: condition, plain_prompt or skip."},
     )
     success_reward: float = field(
-        default=1.0, metadata={"help": "Selection score from which a draft counts as right."}
+        default=1.0, metadata={"help": "Reward from which a completion counts as right."}
     )
     selection_reward: str | None = field(
         default=None, metadata={"help": "Name of the one reward function that ranks drafts."}
@@ -119,6 +127,12 @@ class IGRPOConfig(GRPOConfig):
     draft_template: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Text before and after the draft, as a DraftTemplate."}
     )
+    reward_max: float | None = field(
+        default=None, metadata={"help": "Maximum of the reward: a draft that has it is chosen."}
+    )
+    sampler_concurrency: int = field(
+        default=256, metadata={"help": "Most completions asked of the sampler at a time."}
+    )
     draft_dropout: float = field(
         default=0.0, metadata={"help": "Share of prompts that stay plain in Stage 2."}
     )
@@ -131,8 +145,8 @@ class IGRPOConfig(GRPOConfig):
     use_trl_loss: bool = field(
         default=False, metadata={"help": "Take TRL's loss in place of igrpo_kernels'."}
     )
-    fused_head: str = field(
-        default="auto", metadata={"help": "Op behind the log-probs: auto, igrpo or trl."}
+    skip_zero_advantages: bool = field(
+        default=True, metadata={"help": "Leave completions of zero advantage out of the forward."}
     )
 
     @classmethod
@@ -181,16 +195,14 @@ class IGRPOConfig(GRPOConfig):
             "per_device_train_batch_size": 16,
             "gradient_accumulation_steps": 8,
         }
+        if overrides.get("num_drafts") == 0:
+            del paper["max_spliced_prompt_length"]
         return cls(output_dir, **paper | overrides)
 
-    def make_draft_template(self) -> DraftTemplate:
-        """Turn `draft_template` into the value that splicing takes."""
-        if self.draft_template is None:
-            return DEFAULT_TEMPLATE
-        if not isinstance(self.draft_template, dict):
-            raise TypeError(f"draft_template must be a dict, got {describe(self.draft_template)}")
-        parts = dict(self.draft_template)
-        return DraftTemplate(**parts | {"delimiters": tuple(parts.get("delimiters", ()))})
+    def changed(self, *names: str) -> list[str]:
+        """Name those of some options that do not have their default."""
+        known = self.__dataclass_fields__
+        return [name for name in names if getattr(self, name) != known[name].default]
 
     def __post_init__(self) -> None:
         if isinstance(self.draft_template, DraftTemplate):
@@ -198,18 +210,35 @@ class IGRPOConfig(GRPOConfig):
         if getattr(self, "activation_checkpointing", False) is None:
             # TRL's default stands under the old name, of which transformers warns.
             self.activation_checkpointing = self.gradient_checkpointing
-        check_count("num_drafts", self.num_drafts)
-        check_count("num_refinements", self.num_refinements, at_least=2)
-        if self.num_generations not in (None, self.num_refinements):
-            raise ValueError(
-                f"num_generations is num_refinements = {self.num_refinements}, "
-                f"got {self.num_generations}"
-            )
-        self.num_generations = self.num_refinements
-        super().__post_init__()
-        self.make_draft_template()
+        check_count("num_drafts", self.num_drafts, at_least=0)
+        derived = self._work_out_sizes(super().__post_init__)
+        for name in derived:
+            setattr(self, name, Derived(getattr(self, name)))
+        template_of(self.draft_template)
         self._check_values()
         self._check_combinations()
+
+    def _work_out_sizes(self, by_trl: Callable[[], None]) -> list[str]:
+        """Set the sizes that are not given, and name them."""
+        given = {name: getattr(self, name) for name in (*GROUP, *BATCH)}
+        derived = [n for n, v in given.items() if v is None or isinstance(v, Derived)]
+        groups = {name: given[name] for name in GROUP if name not in derived}
+        for name, size in groups.items():
+            check_count(name, size, at_least=2)
+        if len(set(groups.values())) > 1:
+            raise ValueError(f"num_refinements and num_generations are one number, got {groups}")
+        # A stored configuration has both sizes of the batch; TRL takes one of them.
+        stored = None if {*BATCH} & {*derived} else self.generation_batch_size
+        for name in derived if stored is None else [*derived, "generation_batch_size"]:
+            setattr(self, name, None)
+        self.num_refinements = self.num_generations = next(iter(groups.values()), 4)
+        by_trl()
+        if stored not in (None, self.generation_batch_size):
+            raise ValueError(
+                f"generation_batch_size = {stored} is not what steps_per_generation = "
+                f"{self.steps_per_generation} makes it, {self.generation_batch_size}: give one"
+            )
+        return derived
 
     def _check_values(self) -> None:
         for name, allowed in CHOICES.items():
@@ -220,29 +249,37 @@ class IGRPOConfig(GRPOConfig):
         for name in ("max_draft_length", "max_spliced_prompt_length"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        check_count("sampler_concurrency", self.sampler_concurrency)
         check_number("draft_dropout", self.draft_dropout, at_least=0.0, at_most=1.0)
         check_number("draft_loss_coef", self.draft_loss_coef, at_least=0.0)
         check_number("success_reward", self.success_reward)
+        if self.reward_max is not None:
+            check_number("reward_max", self.reward_max)
 
     def _check_combinations(self) -> None:
         self._check_draft_share()
+        if self.num_drafts == 0 and (idle := self.changed(*OF_DRAFTS)):
+            raise ValueError(f"{', '.join(idle)} would have no effect with num_drafts=0")
+        if self.draft_choice == "none":
+            idle = self.changed("draft_ties", "all_drafts_failed", "draft_dropout", "reward_max")
+            idle += self.changed("eval_with_draft", "selection_reward")
+            if idle:
+                raise ValueError(f"{', '.join(idle)} would have no effect with draft_choice='none'")
+        if self.draft_choice == "random" and self.draft_ties == "shortest":
+            raise ValueError("draft_ties has no effect with draft_choice='random'")
         if self.draft_loss_coef > 0 and self.num_drafts < 2:
             raise ValueError("draft_loss_coef > 0 needs num_drafts >= 2 for the drafts' advantages")
         if self.draft_loss_coef > 0 and self.use_trl_loss:
             raise ValueError("draft_loss_coef > 0 needs use_trl_loss=False: TRL's has one stage")
+        if self.draft_loss_coef > 0 and self.reward_max is not None:
+            raise ValueError("draft_loss_coef > 0 needs reward_max=None: it cancels drafts")
+        others = self.changed("draft_choice", "draft_ties", "selection_reward")
+        if self.reward_max is not None and others:
+            raise ValueError(f"reward_max takes the first best draft: leave {', '.join(others)}")
         if not self.use_trl_loss and self.use_adaptive_entropy:
             raise ValueError("use_adaptive_entropy=True needs use_trl_loss=True")
-        if self.draft_choice == "none":
-            idle = {
-                "draft_dropout": 0.0,
-                "all_drafts_failed": "condition",
-                "eval_with_draft": False,
-            }
-            for name, value in idle.items():
-                if getattr(self, name) != value:
-                    raise ValueError(f"{name} needs a draft_choice other than 'none'")
         self._check_eval()
-        if self.use_vllm and self.vllm_max_model_length is not None:
+        if self.use_vllm and self.num_drafts and self.vllm_max_model_length is not None:
             self._check_model_length(self.vllm_max_model_length)
 
     def _check_draft_share(self) -> None:

@@ -1,22 +1,27 @@
 """What is logged about the two stages, from rewards and counts of all ranks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...drafts.splice import TextSplice
-from ...metrics import repeats_draft, stage_uplift, zero_variance_rate
-from .drafts import DraftChoice, Refined
+from ...drafts.rules import DraftChoices
+from ...metrics import (
+    accuracy_after_draft,
+    draft_success_rate,
+    repeats_draft,
+    stage_uplift,
+    zero_variance_rate,
+)
+from .stages import Refined
 
 
 def count_rows(
     refined: Sequence[Refined],
-    refinement_ids: Sequence[Sequence[int]],
-    splice: TextSplice,
-    tokenizer: Any,
+    texts: Sequence[str],
+    strip: Callable[[str], str] | None,
     device: torch.device,
 ) -> Tensor:
     """Count what `stage_metrics` needs from each rank; the counts of ranks add up.
@@ -25,28 +30,20 @@ def count_rows(
 
     Args:
         refined: The Stage-2 prompt of each row.
-        refinement_ids: The token ids of each row's refinement.
-        splice: What put the drafts into their prompts.
-        tokenizer: What turns refinements into text.
+        texts: The refinement of each row, without special tokens.
+        strip: What takes the thinking out of drafts, or None.
         device: Where the counts go.
 
     Returns:
-        Rows, rows with a draft, rows that repeat it, tokens of the drafts as they
-        stand in prompts, and tokens cut off drafts. Shape [5], float32.
+        Rows, rows with a draft, rows that repeat it, tokens of the drafts as they stand in
+        prompts, and tokens cut off drafts. Shape [5], float32.
     """
-    shown = [row for row in refined if row.draft is not None]
-    copied = [
-        repeats_draft(
-            row.draft, str(tokenizer.decode(ids, skip_special_tokens=True)), strip=splice.strip
-        )
-        for row, ids in zip(refined, refinement_ids, strict=True)
-        if row.draft is not None
-    ]
+    shown = [(row, text) for row, text in zip(refined, texts, strict=True) if row.draft]
     counts = [
         len(refined),
         len(shown),
-        sum(copied),
-        sum(row.length for row in shown),
+        sum(repeats_draft(row.draft, text, strip=strip) for row, text in shown),
+        sum(row.length for row, _ in shown),
         sum(row.cut for row in refined),
     ]
     return torch.tensor(counts, dtype=torch.float32, device=device)
@@ -55,33 +52,45 @@ def count_rows(
 def stage_metrics(
     draft_rewards: Tensor,
     refinement_rewards: Tensor,
-    choice: DraftChoice,
+    choices: DraftChoices,
     counts: Sequence[float],
-) -> dict[str, float]:
+    *,
+    threshold: float,
+) -> dict[str, Any]:
     """Name the numbers to watch in a two-stage run.
 
     Args:
         draft_rewards: Training reward of each draft, NaN where unscored. Shape [P, N].
         refinement_rewards: Training reward of each refinement, likewise. Shape [P, G].
-        choice: The chosen drafts.
+        choices: The chosen drafts.
         counts: The sum of `count_rows` over ranks.
+        threshold: The reward from which a completion counts as right.
 
     Returns:
-        `draft_reward` and `best_draft_reward` (means; the latter of the selection score),
-        `best_draft_right` (share of prompts), `uplift` (mean reward of Stage 2 less Stage 1),
-        `draft_zero_std` and `refinement_zero_std` (shares of groups without variance), `copied`
-        (share of refinements that repeat their draft), `draft_length` (tokens in the prompt),
-        `draft_tokens_cut` and `plain_prompts` (mean and share, over all rows). NaN where nothing
-        is left to average.
+        `draft_reward` and `best_draft_reward` (means), `best_draft_right` (share of prompts),
+        `uplift` (mean reward of Stage 2 less Stage 1), `draft_zero_std` and `refinement_zero_std`
+        (shares of groups without variance), `right_after_right_draft` and
+        `right_after_wrong_draft` (shares of refinements), `copied` (share of refinements that
+        repeat their draft), `draft_length` (tokens in the prompt), `draft_tokens_cut` and
+        `plain_prompts` (mean and share, over all rows). NaN where nothing is left to average.
     """
     rows, shown, copied, tokens, cut = counts
-    return {
-        "draft_reward": draft_rewards.nanmean().item(),
-        "best_draft_reward": choice.best.nanmean().item(),
-        "best_draft_right": choice.right.float().mean().item(),
-        "uplift": stage_uplift(draft_rewards, refinement_rewards).item(),
-        "draft_zero_std": zero_variance_rate(draft_rewards).item(),
-        "refinement_zero_std": zero_variance_rate(refinement_rewards).item(),
+    of_shown = choices.reward.masked_fill(choices.plain, torch.nan)
+    after_right, after_wrong = accuracy_after_draft(
+        refinement_rewards, of_shown, threshold=threshold
+    )
+    best = draft_rewards.nan_to_num(-torch.inf).amax(-1)
+    metrics = {
+        "draft_reward": draft_rewards.nanmean(),
+        "best_draft_reward": best.where(~best.isinf(), torch.nan).nanmean(),
+        "best_draft_right": draft_success_rate(draft_rewards, threshold=threshold),
+        "uplift": stage_uplift(draft_rewards, refinement_rewards),
+        "draft_zero_std": zero_variance_rate(draft_rewards),
+        "refinement_zero_std": zero_variance_rate(refinement_rewards),
+        "right_after_right_draft": after_right,
+        "right_after_wrong_draft": after_wrong,
+    }
+    return {name: value.item() for name, value in metrics.items()} | {
         "copied": copied / shown if shown else math.nan,
         "draft_length": tokens / shown if shown else math.nan,
         "draft_tokens_cut": cut / rows,

@@ -3,43 +3,34 @@
 Stage 1 is TRL's own generation and scoring, called on the drafts with its book-keeping set aside;
 Stage 2 is TRL's own batch with the prompts exchanged right before generation, so that old and
 reference log-probs are taken under the spliced prompt and reward functions see the original one.
+Which draft is chosen and what becomes of it is `DraftRules`; what a reward is worth is a function
+of `igrpo_algo.advantages`.
 """
 
-import inspect
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import torch
-from accelerate.utils import gather_object
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from igrpo_kernels import Aggregate, Surrogate
 
-from ...advantages.of_groups import sum_rewards
-from ...drafts.markers import marker_tokens
-from ...drafts.splice import TextSplice, TokenBudget
-from ...drafts.text import strip_thinking
-from ...rollouts.sampling import run_blocking
-from ...seeds import derive_seed
+from ...drafts.rules import DraftRules
+from ...early_warning import EarlyWarning
+from ...rollouts.sampling import AnySampler
+from .advantage_options import Advantage, check_advantage
 from .config import IGRPOConfig
-from .drafts import (
-    DraftChoice,
-    DraftLayout,
-    Refined,
-    choose_drafts,
-    splice_or_leave,
-)
-from .loss import join_stages
+from .data_checks import check_images, check_prompts
+from .draft_options import OF_RULES, rules_of
+from .loss_rows import join_stages
 from .metrics import count_rows, stage_metrics
-from .policy_loss import PolicyLossTrainer
+from .sampled_stages import SampledTrainer
+from .sampler import check_sampler_options
+from .stages import DraftLayout, Stage, TwoStages
+from .versions import warn_of_untested_trl
 
 logger = logging.getLogger(__name__)
 
-COPIES_TAKE_OVER = 0.5
 PAPER = {
     "title": "iGRPO: Self-Feedback-Driven LLM Reasoning",
     "id": "2602.09000",
@@ -55,25 +46,7 @@ PAPER = {
 REFUSED = ("rollout_func", "environment_factory", "tools")
 
 
-class Drafts(NamedTuple):
-    """What Stage 1 drew, and TRL's batch of it where drafts are trained too.
-
-    Attributes:
-        ids: Token ids of the drafts on this rank.
-        lengths: Tokens of each draft, those of all ranks. Shape [P, N].
-        rewards: The training reward of each. Shape [P, N].
-        scores: What ranks them. Shape [P, N].
-        batch: Rows for the loss, or None.
-    """
-
-    ids: list[list[int]]
-    lengths: Tensor
-    rewards: Tensor
-    scores: Tensor
-    batch: dict[str, Any] | None
-
-
-class IGRPOTrainer(PolicyLossTrainer):
+class IGRPOTrainer(SampledTrainer):
     """Train with iGRPO: draft, keep the best draft, refine it, learn from the refinements.
 
     Everything that is not named here is TRL's `GRPOTrainer` and means what it means there: reward
@@ -82,27 +55,39 @@ class IGRPOTrainer(PolicyLossTrainer):
     unless `args.eval_with_draft`. All rows of a prompt share one draft on all ranks, however the
     group straddles them, so vLLM's server mode, which asks once per group, asks the right thing.
 
-    `trl_metrics.stage_metrics` lists what is logged beyond TRL's metrics, as `igrpo/...`.
+    `metrics.stage_metrics` lists what is logged beyond TRL's metrics, as `igrpo/...`; the trainer
+    warns when these say that learning has stopped (`igrpo_algo.early_warning`). The table of
+    completions has a column `draft` (`igrpo/draft` where a reward has a column of that name).
 
     Source: Hatamizadeh et al. 2026, arXiv:2602.09000, algorithm 1.
 
     Args:
         model: As TRL's.
         reward_funcs: As TRL's; the same functions score drafts and refinements.
-        args: The configuration.
+        args: The configuration; None takes the defaults.
         train_dataset: As TRL's.
         eval_dataset: As TRL's.
         processing_class: A tokenizer; processors of images are refused.
+        rules: Which draft Stage 2 sees, and how it gets into the prompt, in the place of what the
+            options of `args` say.
+        advantage: From rewards [P, G] to advantages [P, G]: any function of
+            `igrpo_algo.advantages` or your own, in the place of `args.scale_rewards`.
+        sampler: What draws both stages in the place of TRL's generation: any sampler of
+            `igrpo_algo.engines`, or your own. No prompt waits for another's drafts
+            (`stream_two_stage_rollout`); weights follow by its `sync_weights` after each update,
+            and its log-probs feed TRL's importance correction (`vllm_importance_sampling_...`).
+            With several ranks each draws the prompts whose first row it holds.
+        selection_func: A reward function, sync or async, that ranks drafts and is not trained on.
+            It is called as the others are; what it logs with `log_extra` has no row in the table.
         surrogate: Loss of a token, in the place of what `args.loss_type` says.
         aggregate: How tokens are averaged, likewise. Where its `denominator` is None the trainer
             sets that of the accumulation window.
-        selection_func: A reward function, sync or async, that ranks drafts and is no training
-            reward.
         **kwargs: Any other argument of `GRPOTrainer`.
 
     Raises:
-        TypeError: `args` is no `IGRPOConfig`.
-        ValueError: Options that can't work together; raised before anything is sampled.
+        TypeError: `args` is not an `IGRPOConfig`.
+        ValueError: Options that can't work together, or a data set with prompts that no draft can
+            be spliced into; raised before anything is sampled.
     """
 
     _tag_names = ("trl", "grpo", "igrpo")
@@ -112,20 +97,35 @@ class IGRPOTrainer(PolicyLossTrainer):
     def __init__(
         self,
         model: Any,
-        reward_funcs: Any,
-        args: IGRPOConfig,
+        reward_funcs: Any = None,
+        args: IGRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
+        rules: DraftRules | None = None,
+        advantage: Advantage | None = None,
+        sampler: AnySampler | None = None,
+        selection_func: Callable[..., Any] | None = None,
         surrogate: Surrogate | None = None,
         aggregate: Aggregate | None = None,
-        selection_func: Callable[..., Any] | None = None,
         **kwargs: Any,
     ):
+        warn_of_untested_trl()
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = IGRPOConfig(f"{str(name).split('/')[-1]}-iGRPO")
         if not isinstance(args, IGRPOConfig):
             raise TypeError(f"args must be an IGRPOConfig, got {type(args).__name__}")
-        _check_arguments(kwargs, train_dataset, eval_dataset)
+        for name in REFUSED:
+            if kwargs.get(name):
+                raise ValueError(f"{name} can't be combined with the two stages of iGRPO")
+        if rules is not None and (idle := args.changed(*OF_RULES)):
+            raise ValueError(f"{', '.join(idle)} would have no effect beside rules")
+        check_advantage(args, advantage)
+        check_sampler_options(args, sampler)
+        check_images(train_dataset, eval_dataset)
+        _check_tokenizer(processing_class)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -137,228 +137,62 @@ class IGRPOTrainer(PolicyLossTrainer):
             aggregate=aggregate,
             **kwargs,
         )
-        if self._is_vlm:
-            raise ValueError("processing_class must be a tokenizer: drafts of images are not there")
-        _check_selection(args.selection_reward, selection_func, self.reward_func_names)
-        self.selection_func = selection_func
-        self.splice = self._make_splice()
-        self._spliced: list[Any] | None = None
-        self._sampled: tuple[list[Any], list[list[int]]] = ([], [])
-        self._rewards_per_func = torch.empty(0, 0)
-        self._warned_of_copies = False
-
-    def _make_splice(self) -> TextSplice:
-        args, budget = self.args, None
-        if args.max_draft_length is not None or args.max_spliced_prompt_length is not None:
-            budget = TokenBudget(
-                self._tokenizer,
-                args.max_draft_length,
-                args.max_spliced_prompt_length,
-                args.draft_keep,
-                self.chat_template_kwargs,
-            )
-        return TextSplice(
-            args.make_draft_template(),
-            strip_thinking if args.strip_draft_thinking else None,
-            marker_tokens(self._tokenizer),
-            budget,
-        )
+        _check_tokenizer(self.processing_class)
+        self.advantage = advantage
+        self.sampler = sampler
+        if sampler is not None:
+            self.use_vllm = True  # TRL's name for "the log-probs of what was drawn are given"
+        self.rules = rules or rules_of(args, self._tokenizer, self.chat_template_kwargs)
+        self.selection_func = selection_func or self.rules.selection_score
+        _check_selection(args.selection_reward, self.selection_func, self.reward_func_names)
+        if rules is None and args.num_drafts and args.draft_choice != "none":
+            check_prompts(self._tokenizer, self.chat_template_kwargs, train_dataset, eval_dataset)
+        self._watch = EarlyWarning()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        training = self.model.training
-        if not training and not self.args.eval_with_draft:
-            self._log_drafts([None] * len(inputs))
-            return super()._generate_and_score_completions(inputs)
-        layout = DraftLayout(
-            len(inputs),
-            self.accelerator.process_index,
-            self.args.num_drafts,
-            self.num_generations if training else self.num_generations_eval,
-        )
-        drafts = self._draw_drafts(inputs, layout, train_drafts=training)
-        choice = choose_drafts(
-            drafts.scores, drafts.lengths, self.args, self._generator(), drop=training
-        )
-        refined = self._splice_chosen(inputs, drafts, choice, layout)
-        self._log_drafts([row.draft for row in refined])
-        self._spliced = [row.prompt for row in refined]
-        try:
-            batch = super()._generate_and_score_completions(inputs)
-        finally:
-            self._spliced = None
-        self._log_stages(drafts, choice, refined, layout.num_refinements)
-        skipped = choice.skipped[layout.row_prompts]
+        training, drafted = self.model.training, self.args.num_drafts > 0
+        group = self.num_generations if training else self.num_generations_eval
+        if not (drafted and (training or self.args.eval_with_draft)):
+            stage = Stage(group, drafts=[None] * len(inputs) if drafted else None)
+            return self.run_stage(inputs, self.draw_one_stage(inputs, stage))
+        rank = self.accelerator.process_index
+        layout = DraftLayout(len(inputs), rank, self.args.num_drafts, group)
+        both = self.draw_two_stages(inputs, layout)
+        batch = self.run_stage(inputs, both.stage)
+        skipped = both.choices.skipped[layout.row_prompts]
         batch["advantages"] = batch["advantages"].masked_fill(skipped, 0.0)
-        if drafts.batch is None:
+        self._log_stages(both)
+        if both.drafts.batch is None:
             return batch
-        return join_stages(batch, drafts.batch, pad_token_id=self._tokenizer.pad_token_id)
+        return join_stages(batch, both.drafts.batch, pad_token_id=self._tokenizer.pad_token_id)
 
-    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
-        result = super()._generate(prompts if self._spliced is None else self._spliced)
-        self._sampled = result[3], result[1]
-        return result
-
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
-        return self._rewards_per_func
-
-    def _draw_drafts(
-        self, inputs: list[dict[str, Any]], layout: DraftLayout, *, train_drafts: bool
-    ) -> Drafts:
-        rows = [inputs[row] for row in layout.draft_rows]
-        prompts = [row["prompt"] for row in rows]
-        batch = None
-        with self._drafting():
-            if train_drafts and self.args.draft_loss_coef > 0:
-                batch = super()._generate_and_score_completions(rows)
-            else:
-                _, ids, _, completions, *_ = self._generate(prompts)
-                self._calculate_rewards(rows, prompts, completions, ids)
-        completions, ids = self._sampled
-        rewards = self._total_rewards()
-        scores = self._selection_scores(rows, completions, ids, rewards)
-        lengths = self.accelerator.gather(
-            torch.tensor([len(draft) for draft in ids], device=self.accelerator.device)
-        )
-        shape = (-1, self.args.num_drafts)
-        return Drafts(ids, lengths.view(shape), rewards.view(shape), scores.view(shape), batch)
-
-    @contextmanager
-    def _drafting(self) -> Iterator[None]:
-        """Make TRL draw `num_drafts` of each prompt, its metrics and tables set aside."""
-        fresh = {
-            "num_generations": self.args.num_drafts,
-            "num_generations_eval": self.args.num_drafts,
-            "_metrics": {mode: defaultdict(list) for mode in self._metrics},
-            "_logs": {
-                name: defaultdict(list) if isinstance(log, defaultdict) else []
-                for name, log in self._logs.items()
-            },
-            "_pending_extra_logs": defaultdict(list),
-            "_pending_metrics": defaultdict(list),
-        }
-        kept = {name: getattr(self, name) for name in fresh}
-        for name, value in fresh.items():
-            setattr(self, name, value)
-        try:
-            yield
-        finally:
-            for name, value in kept.items():
-                setattr(self, name, value)
-
-    def _total_rewards(self) -> Tensor:
-        rewards = self._rewards_per_func
-        return sum_rewards(rewards, self.reward_weights.to(rewards.device))
-
-    def _selection_scores(
-        self,
-        rows: list[dict[str, Any]],
-        completions: list[Any],
-        ids: list[list[int]],
-        rewards: Tensor,
-    ) -> Tensor:
-        if self.args.selection_reward is not None:
-            column = self.reward_func_names.index(self.args.selection_reward)
-            return self._rewards_per_func[:, column]
-        if self.selection_func is None:
-            return rewards
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        scores = self.selection_func(
-            prompts=[row["prompt"] for row in rows],
-            completions=completions,
-            completion_ids=ids,
-            trainer_state=self.state,
-            **columns,
-        )
-        if inspect.isawaitable(scores):
-            scores = run_blocking(_await(scores))
-        if len(scores) != len(rows):
-            raise ValueError(
-                f"selection_func must return one score per draft: {len(scores)} scores "
-                f"for {len(rows)} drafts"
-            )
-        known = [torch.nan if score is None else score for score in scores]
-        device = self.accelerator.device
-        return self.accelerator.gather(torch.tensor(known, dtype=torch.float32, device=device))
-
-    def _generator(self) -> torch.Generator:
-        """Make the source of ties, controls and dropout: one on all ranks, and after a resume."""
-        micro_step = self._step % self.args.gradient_accumulation_steps
-        seed = derive_seed(self.args.seed, self.state.global_step, micro_step)
-        return torch.Generator().manual_seed(seed)
-
-    def _splice_chosen(
-        self,
-        inputs: list[dict[str, Any]],
-        drafts: Drafts,
-        choice: DraftChoice,
-        layout: DraftLayout,
-    ) -> list[Refined]:
-        """Bring the chosen drafts to the ranks that hold their prompts, and into the prompts."""
-        wanted = choice.draft.masked_fill(choice.plain, -1).tolist()
-        mine = []
-        for prompt, index in enumerate(wanted):
-            draft = prompt * self.args.num_drafts + index
-            if index >= 0 and draft in layout.drafts:
-                mine.append((prompt, drafts.ids[draft - layout.drafts.start]))
-        chosen = dict(gather_object(mine))
-        refined: dict[int, Refined] = {}
-        for row, prompt in zip(inputs, layout.row_prompts, strict=True):
-            if prompt in refined:
-                continue
-            if prompt in chosen:
-                refined[prompt] = splice_or_leave(
-                    row["prompt"], chosen[prompt], self.splice, self._tokenizer
-                )
-            else:
-                refined[prompt] = Refined(row["prompt"])
-        return [refined[prompt] for prompt in layout.row_prompts]
-
-    def _log_drafts(self, drafts: list[str | None]) -> None:
-        """Give the table of completions a column of drafts, one for every row that it gets."""
-        if self.log_completions:
-            self._log_completion_extra("draft", drafts)
-
-    def _log_stages(
-        self, drafts: Drafts, choice: DraftChoice, refined: list[Refined], group: int
-    ) -> None:
-        """Log both stages over all ranks, and warn once when copies take over."""
-        counts = count_rows(
-            refined, self._sampled[1], self.splice, self._tokenizer, self.accelerator.device
-        )
+    def _log_stages(self, both: TwoStages) -> None:
+        """Log both stages over all ranks, and warn where learning has stopped."""
+        strip = getattr(self.rules.splice, "strip", None)
+        counts = count_rows(both.refined, self.texts(both.stage), strip, self.accelerator.device)
         metrics = stage_metrics(
-            drafts.rewards,
-            self._total_rewards().view(-1, group),
-            choice,
+            both.drafts.rewards,
+            self.total_rewards(both.stage),
+            both.choices,
             self.accelerator.reduce(counts).tolist(),
+            threshold=self.args.success_reward,
         )
         mode = "train" if self.model.training else "eval"
         for name, value in metrics.items():
             self._metrics[mode][f"igrpo/{name}"].append(value)
-        if metrics["copied"] > COPIES_TAKE_OVER and not self._warned_of_copies:
-            self._warned_of_copies = True
-            if self.accelerator.is_main_process:
-                logger.warning(
-                    "%.0f %% of the refinements repeat their draft: Stage 2 pays for copying and "
-                    "teaches little. See draft_dropout, draft_loss_coef and draft_choice.",
-                    100 * metrics["copied"],
-                )
+        if mode == "train":
+            for warning in self._watch.see(metrics):
+                if self.accelerator.is_main_process:
+                    logger.warning(warning)
 
 
-async def _await(scores: Any) -> Any:
-    return await scores
-
-
-def _check_arguments(kwargs: dict[str, Any], *datasets: Any) -> None:
-    """Refuse what Stage 1 cannot do, before a model is loaded."""
-    for name in REFUSED:
-        if kwargs.get(name):
-            raise ValueError(f"{name} can't be combined with the two stages of iGRPO")
-    for dataset in datasets:
-        for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-            columns = getattr(part, "column_names", None) or []
-            if "image" in columns or "images" in columns:
-                raise ValueError("a data set with images can't be combined with iGRPO's drafts")
+def _check_tokenizer(processing_class: Any) -> None:
+    """Refuse a processor, before a model is loaded where it was given."""
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"processing_class must be a tokenizer, got {type(processing_class).__name__}: drafts "
+            "of images are not supported; for text alone pass processing_class=processor.tokenizer"
+        )
 
 
 def _check_selection(

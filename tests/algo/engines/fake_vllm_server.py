@@ -14,7 +14,7 @@ from igrpo_algo.engines.vllm import VllmServerSampler
 class Letters:
     """A tokenizer of letters: a is 5."""
 
-    eos_token_id = 2
+    eos_token_id, unk_token_id = 2, None
 
     def __len__(self):
         return 100

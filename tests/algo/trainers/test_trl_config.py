@@ -1,15 +1,19 @@
 """The configuration: its defaults, the paper's preset, JSON, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_qwen import third_party
+from tiny_qwen import make_tokenizer, third_party
 from transformers import HfArgumentParser
 
+from igrpo_algo.drafts.rules import DraftRules, Fallback, Ties
+from igrpo_algo.drafts.select import select_random_draft, select_worst_draft
 from igrpo_algo.drafts.text import DEFAULT_TEMPLATE, DraftTemplate
 from igrpo_algo.trainers.trl import IGRPOConfig
+from igrpo_algo.trainers.trl.draft_options import rules_of, template_of
 
 pytestmark = third_party
 
@@ -25,7 +29,7 @@ def test_defaults_are_the_algorithm_of_the_paper() -> None:
     assert (args.use_bias_correction_kl, args.num_iterations) == (False, 1)
     assert (args.draft_choice, args.all_drafts_failed) == ("best", "condition")
     assert (args.draft_dropout, args.draft_loss_coef, args.eval_with_draft) == (0.0, 0.0, False)
-    assert args.make_draft_template() == DEFAULT_TEMPLATE
+    assert template_of(args.draft_template) == DEFAULT_TEMPLATE
 
 
 def test_the_preset_is_what_the_paper_reports() -> None:
@@ -69,7 +73,7 @@ def test_every_option_is_json(tmp_path: Path) -> None:
             for name in ("draft_template", "draft_ties", "max_draft_length", "num_generations")
         }
     )
-    assert again.make_draft_template() == template
+    assert template_of(again.draft_template) == template
     assert (again.draft_ties, again.max_draft_length) == ("shortest", 7)
 
 
@@ -83,15 +87,31 @@ def test_options_come_from_a_command_line() -> None:
         ]
     )
     assert (args.num_drafts, args.num_generations, args.draft_dropout) == (6, 2, 0.25)
-    assert args.make_draft_template() == DraftTemplate("A", "B")
+    assert template_of(args.draft_template) == DraftTemplate("A", "B")
     assert (args.selection_reward, args.max_draft_length) == ("judge", 9)
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"num_drafts": 0}, ValueError, "num_drafts must be >= 1, got 0"),
+    ({"num_drafts": -1}, ValueError, "num_drafts must be >= 0, got -1"),
     ({"num_drafts": 2.0}, TypeError, "num_drafts must be an int"),
     ({"num_refinements": 1}, ValueError, "num_refinements must be >= 2, got 1"),
-    ({"num_generations": 8}, ValueError, "num_generations is num_refinements = 4, got 8"),
+    ({"num_generations": 1}, ValueError, "num_generations must be >= 2, got 1"),
+    (
+        {"num_generations": 8, "num_refinements": 4},
+        ValueError,
+        "one number, got {'num_refinements': 4, 'num_generations': 8}",
+    ),
+    (
+        {"steps_per_generation": 2, "generation_batch_size": 24},
+        ValueError,
+        "generation_batch_size = 24 is not what steps_per_generation = 2 makes it, 16",
+    ),
+    ({"num_drafts": 0, "draft_dropout": 0.5}, ValueError, "draft_dropout would have no effect"),
+    ({"num_drafts": 0, "eval_with_draft": True}, ValueError, "eval_with_draft would have no"),
+    ({"draft_choice": "random", "draft_ties": "shortest"}, ValueError, "draft_ties has no effect"),
+    ({"reward_max": 1.0, "draft_choice": "worst"}, ValueError, "first best draft: leave draft_ch"),
+    ({"reward_max": 1.0, "draft_loss_coef": 1.0}, ValueError, "needs reward_max=None"),
+    ({"sampler_concurrency": 0}, ValueError, "sampler_concurrency must be >= 1"),
     ({"draft_choice": "first"}, ValueError, "draft_choice must be one of best, random, worst"),
     ({"draft_ties": "longest"}, ValueError, "draft_ties must be one of lowest_index"),
     ({"all_drafts_failed": "stop"}, ValueError, "all_drafts_failed must be one of condition"),
@@ -106,10 +126,9 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_drafts": 1, "draft_loss_coef": 1.0}, ValueError, "needs num_drafts >= 2"),
     ({"use_trl_loss": True, "draft_loss_coef": 1.0}, ValueError, "needs use_trl_loss=False"),
     ({"use_adaptive_entropy": True}, ValueError, "needs use_trl_loss=True"),
-    ({"fused_head": "liger"}, ValueError, "fused_head must be one of auto, igrpo, trl"),
-    ({"draft_choice": "none", "eval_with_draft": True}, ValueError, "eval_with_draft needs"),
-    ({"draft_choice": "none", "draft_dropout": 0.1}, ValueError, "draft_dropout needs"),
-    ({"draft_choice": "none", "all_drafts_failed": "skip"}, ValueError, "all_drafts_failed needs"),
+    ({"draft_choice": "none", "eval_with_draft": True}, ValueError, "eval_with_draft would have"),
+    ({"draft_choice": "none", "draft_dropout": 0.1}, ValueError, "draft_dropout would have no"),
+    ({"draft_choice": "none", "all_drafts_failed": "skip"}, ValueError, "all_drafts_failed would"),
     (
         {
             "per_device_train_batch_size": 2,
@@ -146,6 +165,78 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [({}, 4), ({"num_generations": 8}, 8), ({"num_refinements": 2}, 2),
+     ({"num_generations": 2, "num_refinements": 2}, 2)],
+)  # fmt: skip
+def test_the_group_has_one_size_under_both_names(options: dict[str, int], size: int) -> None:
+    args = make(**options)
+    assert (args.num_generations, args.num_refinements) == (size, size)
+
+
+def test_a_configuration_can_be_replaced_in_part() -> None:
+    args = make(per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    assert (args.steps_per_generation, args.generation_batch_size) == (2, 16)
+    other = replace(args, gradient_accumulation_steps=4, num_generations=2)
+    assert (other.steps_per_generation, other.generation_batch_size) == (4, 32)
+    assert (other.num_refinements, other.num_generations) == (2, 2)
+    assert replace(args, num_refinements=8).num_generations == 8
+    given = replace(make(steps_per_generation=2, num_refinements=2), learning_rate=0.5)
+    assert (given.steps_per_generation, given.generation_batch_size) == (2, 16)
+    with pytest.raises(ValueError, match="one number"):
+        replace(given, num_generations=4)
+
+
+def test_a_stored_configuration_is_read_back() -> None:
+    args = make(gradient_accumulation_steps=2, num_refinements=2)
+    sizes = ("num_refinements", "num_generations", "steps_per_generation", "generation_batch_size")
+    stored = {name: json.loads(args.to_json_string())[name] for name in sizes}
+    assert stored == {name: getattr(args, name) for name in sizes}
+    again = make(gradient_accumulation_steps=2, **stored)
+    assert again.generation_batch_size == args.generation_batch_size
+
+
+def test_without_drafts_it_is_plain_grpo() -> None:
+    args = IGRPOConfig.paper("out", num_drafts=0, bf16=False, report_to="none")
+    assert (args.num_drafts, args.num_refinements) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "rules"),
+    [
+        ({}, DraftRules(failed_below=1.0)),
+        (
+            {"draft_choice": "worst", "draft_ties": "shortest", "success_reward": 0.5},
+            DraftRules(select_worst_draft, ties=Ties.SHORTEST, failed_below=0.5),
+        ),
+        (
+            {"draft_choice": "random", "draft_dropout": 0.25},
+            DraftRules(select_random_draft, ties=Ties.RANDOM, failed_below=1.0, dropout=0.25),
+        ),
+        ({"draft_choice": "none"}, DraftRules(failed_below=1.0, dropout=1.0)),
+        (
+            {"all_drafts_failed": "skip", "draft_ties": "random"},
+            DraftRules(failed_below=1.0, when_failed=Fallback.SKIP, ties=Ties.RANDOM),
+        ),
+    ],
+)
+def test_options_about_drafts_as_rules(options: dict[str, Any], rules: DraftRules) -> None:
+    made = rules_of(make(**options), make_tokenizer())
+    assert replace(made, splice=rules.splice) == rules
+
+
+def test_options_about_the_splice() -> None:
+    tokenizer = make_tokenizer()
+    plain = rules_of(make(strip_draft_thinking=False), tokenizer).splice
+    assert (plain.strip, plain.budget, plain.template) == (None, None, DEFAULT_TEMPLATE)
+    assert {"<s>", "</s>"} <= set(plain.special_tokens)
+    options = {"max_draft_length": 7, "max_spliced_prompt_length": 9, "draft_keep": "head"}
+    budget = rules_of(make(**options), tokenizer, {"enable_thinking": False}).splice.budget
+    assert (budget.max_draft_tokens, budget.max_prompt_tokens, budget.keep) == (7, 9, "head")
+    assert budget.chat_template_kwargs == {"enable_thinking": False}
 
 
 def test_drafts_that_straddle_ranks_unevenly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """A tiny Qwen3 with a tokenizer of characters and a chat template, built in code."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,23 +103,3 @@ def base_options(folder: Path) -> dict[str, Any]:
         "disable_tqdm": True,
         "report_to": "none",
     }
-
-
-class ScriptedSampler:
-    """Stands where TRL samples: gives out texts in turn and keeps the prompts it was shown."""
-
-    def __init__(self, texts: Iterable[Iterable[str]]) -> None:
-        self.texts = iter(texts)
-        self.tokenizer = make_tokenizer()
-        self.prompts: list[list[str]] = []
-        self.group_sizes: list[int] = []
-
-    def __call__(
-        self, prompt_ids: list[list[int]], images: None, fields: dict[str, Any], group: int
-    ) -> tuple[list[list[int]], None]:
-        self.prompts.append([self.tokenizer.decode(ids) for ids in prompt_ids])
-        self.group_sizes.append(group)
-        texts = list(next(self.texts))
-        assert len(texts) == len(prompt_ids)
-        # Letter by letter: a text that spells "</s>" is no special token, as from a real model.
-        return [self.tokenizer.convert_tokens_to_ids(list(text)) for text in texts], None

@@ -1,4 +1,4 @@
-"""What each of two ranks runs in `test_groups_that_straddle_two_ranks`; writes what it saw."""
+"""What each of two ranks runs in `test_trl_two_ranks`; writes what it saw."""
 
 import hashlib
 import json
@@ -17,6 +17,7 @@ from tiny_qwen import (
     make_tokenizer,
 )
 
+from igrpo_algo.engines.transformers import TransformersSampler
 from igrpo_algo.trainers.trl import IGRPOConfig, IGRPOTrainer
 
 
@@ -25,7 +26,7 @@ def digest(model: torch.nn.Module) -> str:
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
-def main(folder: Path, draft_loss_coef: float) -> None:
+def main(folder: Path, draft_loss_coef: float, *, sampled: bool) -> None:
     warnings.simplefilter("ignore")
     options = base_options(folder) | {
         "per_device_train_batch_size": 1,
@@ -35,25 +36,28 @@ def main(folder: Path, draft_loss_coef: float) -> None:
         "max_steps": 3,
     }
     model = make_model()
+    engine = TransformersSampler(make_model(seed=3), make_tokenizer(), max_new_tokens=6)
     trainer = IGRPOTrainer(
         model,
         early_letters,
         IGRPOConfig(**options),
         make_dataset(),
         processing_class=make_tokenizer(),
+        sampler=engine if sampled else None,
     )
     before = digest(model)
     batches: list[dict[str, list[str]]] = []
     rows: list[int] = []
     sample, compute = trainer._generate_single_turn, trainer._compute_loss
 
-    def listen(prompt_ids: list[list[int]], *rest: Any) -> Any:
-        completion_ids, logprobs = sample(prompt_ids, *rest)
+    def listen(prompt_ids: list[list[int]], *rest: Any, **options: Any) -> Any:
+        completion_ids, logprobs = sample(prompt_ids, *rest, **options)
         decode = make_tokenizer().batch_decode
         if len(batches) == 0 or "prompts" in batches[-1]:
             batches.append({"drawn": decode(completion_ids, skip_special_tokens=True)})
-        else:
+        if sampled or "rank" in batches[-1]:  # TRL is asked for drafts first, then for refinements
             batches[-1]["prompts"] = decode(prompt_ids)
+        batches[-1]["rank"] = str(trainer.accelerator.process_index)
         return completion_ids, logprobs
 
     def count(model: Any, inputs: dict[str, Any]) -> Any:
@@ -68,13 +72,19 @@ def main(folder: Path, draft_loss_coef: float) -> None:
         "before": before,
         "parameters": digest(model),
         "rows": [sum(rows[:2]), sum(rows[2:4])],
+        "engine": digest(engine.model),
+        "difference": [
+            log["sampling/sampling_logp_difference/max"]
+            for log in trainer.state.log_history
+            if sampled and "reward" in log
+        ],
     }
     rank = trainer.accelerator.process_index
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    main(Path(sys.argv[1]), float(sys.argv[2]), sampled=sys.argv[3] == "sampled")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     os._exit(0)  # a thread of torch's that is still there when Python ends aborts the process

@@ -1,0 +1,110 @@
+"""Warnings, with the number and the way out, that learning has stopped for iGRPO's own reasons.
+
+Seen in pilots: training on refinements of the best draft alone runs into copying, every group of
+refinements becomes equal, and learning stops; and a template that a model does not understand makes
+refinements worse than drafts from the first batch on. Nothing here needs torch.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+WINDOW = 10
+COPIES_TAKE_OVER = 0.5
+NEARLY_ALL = 0.9
+NEARLY_NONE = 0.1
+
+
+@dataclass
+class EarlyWarning:
+    """Watches the metrics of a two-stage run, batch by batch; says each thing once.
+
+    Attributes:
+        window: Batches that a mean is taken over; the first warning but that of copies comes after
+            as many.
+
+    Examples:
+        >>> watch = EarlyWarning(window=2)
+        >>> batch = {"refinement_zero_std": 1.0, "draft_zero_std": 0.25}
+        >>> [len(watch.see(batch)) for _ in range(3)]
+        [0, 1, 0]
+    """
+
+    window: int = WINDOW
+    _seen: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _said: set[str] = field(default_factory=set)
+
+    def see(self, metrics: Mapping[str, float]) -> list[str]:
+        """Take the metrics of a batch; NaN, and a name that is missing, say nothing.
+
+        Args:
+            metrics: Of `copied`, `refinement_zero_std`, `draft_zero_std`, `draft_reward`, `uplift`,
+                `right_after_right_draft` and `right_after_wrong_draft` those that are known.
+
+        Returns:
+            What there is to warn of now and was not warned of before.
+        """
+        for name, value in metrics.items():
+            if not math.isnan(value):
+                self._seen[name].append(value)
+        found = {
+            "copies": self._copies(metrics.get("copied", math.nan)),
+            "equal groups": self._equal_groups(),
+            "verdicts": self._verdicts(),
+            "template": self._template(),
+        }
+        new = {name: text for name, text in found.items() if text and name not in self._said}
+        self._said |= new.keys()
+        return list(new.values())
+
+    def _mean(self, name: str) -> float:
+        """Average the last batches; NaN before there are enough."""
+        last = self._seen[name][-self.window :]
+        return sum(last) / self.window if len(last) == self.window else math.nan
+
+    def _copies(self, copied: float) -> str | None:
+        if not copied > COPIES_TAKE_OVER:
+            return None
+        return (
+            f"{copied:.0%} of the refinements repeat their draft: Stage 2 is paid for copying and "
+            "teaches little. See draft_loss_coef, draft_dropout and draft_choice."
+        )
+
+    def _equal_groups(self) -> str | None:
+        equal, of_drafts = self._mean("refinement_zero_std"), self._mean("draft_zero_std")
+        if not (equal >= NEARLY_ALL and of_drafts < equal - NEARLY_NONE):
+            return None
+        return (
+            f"{equal:.0%} of the groups of refinements had equal rewards in the last {self.window} "
+            f"batches, but {of_drafts:.0%} of the groups of drafts: Stage 2 has nothing left to "
+            "learn from, the drafts have. Train them too (draft_loss_coef=1), or see draft_choice."
+        )
+
+    def _verdicts(self) -> str | None:
+        after_right = self._mean("right_after_right_draft")
+        after_wrong = self._mean("right_after_wrong_draft")
+        if not (after_right >= 1 - NEARLY_NONE**2 and after_wrong <= NEARLY_NONE**2):
+            return None
+        return (
+            f"refinements were right in {after_right:.0%} after a right draft and in "
+            f"{after_wrong:.0%} after a wrong one in the last {self.window} batches: the draft "
+            "decides, and Stage 2 learns to hand it on. See draft_loss_coef, draft_dropout and "
+            "draft_choice."
+        )
+
+    def _template(self) -> str | None:
+        first = self._seen["uplift"][: self.window]
+        if len(first) < self.window or len(self._seen["uplift"]) > self.window:
+            return None
+        mean = sum(first) / self.window
+        variance = sum((value - mean) ** 2 for value in first) / max(self.window - 1, 1)
+        error = math.sqrt(variance / self.window)
+        level = abs(self._mean("draft_reward"))
+        if not (mean < -NEARLY_NONE * level and mean + 2 * error < 0):
+            return None
+        return (
+            f"refinements scored {-mean:.2g} (+- {error:.1g}) below drafts in the first "
+            f"{self.window} batches: the model does not understand what it is shown. See "
+            "draft_template, max_draft_length and strip_draft_thinking."
+        )

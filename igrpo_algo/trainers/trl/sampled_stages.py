@@ -1,0 +1,173 @@
+"""Both stages of a batch drawn by a sampler of the library, as a stream, for all ranks."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ...drafts.rules import DraftChoices, DraftRules
+from ...prompts import encode_prompt
+from ...rollouts.completions import Completion
+from ...rollouts.records import Rollout
+from ...rollouts.sampling import AnySampler
+from .sampler import draw_rollouts, sync_sampler
+from .stages import DraftLayout, Drafts, Sampled, Stage, TwoStages
+from .streamed_rewards import Scored, StreamedRewards
+from .two_stages import TwoStageTrainer
+
+
+class ScoredRollout(NamedTuple):
+    """A prompt's rollout, with what each reward function said.
+
+    Attributes:
+        prompt: Index of the prompt among those of all ranks.
+        rollout: All that was drawn.
+        said: Of each completion of Stage 1, and of each of Stage 2.
+    """
+
+    prompt: int
+    rollout: Rollout
+    said: tuple[list[Scored], list[Scored]]
+
+
+class SampledTrainer(TwoStageTrainer):
+    """Draws both stages with `sampler` where there is one; with TRL otherwise."""
+
+    sampler: AnySampler | None = None
+    _synced_step = -1
+
+    def draw_one_stage(self, inputs: list[dict[str, Any]], stage: Stage) -> Stage:
+        """Get the only stage of a batch ready: what the sampler drew, or nothing."""
+        if self.sampler is not None:
+            layout = DraftLayout(len(inputs), self.accelerator.process_index, 0, stage.group)
+            stage.sampled = self._sampled(self._draw(inputs, layout), layout, number=1)
+        return stage
+
+    def draw_two_stages(self, inputs: list[dict[str, Any]], layout: DraftLayout) -> TwoStages:
+        """Draw both stages; TRL is left to make a batch of them."""
+        if self.sampler is None:
+            return super().draw_two_stages(inputs, layout)
+        device, drawn = self.accelerator.device, self._draw(inputs, layout)
+        batch = None
+        if self.trains_drafts:
+            stage = Stage(layout.num_drafts, sampled=self._sampled(drawn, layout, number=0))
+            with self.drafting():
+                batch = self.run_stage([inputs[row] for row in layout.draft_rows], stage)
+        rewards, lengths = _draft_table(drawn)
+        drafts = Drafts([], lengths.to(device), rewards.to(device), None, batch)
+        refined = []
+        for prompt in layout.row_prompts:
+            rollout = drawn[prompt].rollout
+            choice = rollout.choices[-1]
+            refined.append(
+                self.refined(rollout.refinements[-1].prompt, choice.draft, choice.tokens_cut)
+            )
+        stage = Stage.of_refined(
+            layout.num_refinements, refined, self._sampled(drawn, layout, number=1)
+        )
+        return TwoStages(drafts, _choices(drawn, device), refined, stage)
+
+    def _draw(self, inputs: list[dict[str, Any]], layout: DraftLayout) -> list[ScoredRollout]:
+        """Draw what belongs to this rank's prompts, and exchange it: rollouts of all prompts."""
+        assert self.sampler is not None
+        if self._synced_step != self.state.global_step:
+            sync_sampler(self.sampler, self.model, self.accelerator, self._dist)
+            self._synced_step = self.state.global_step
+        owned = owned_prompts(layout)
+        rows = [inputs[row] for row in owned.values()]
+        functions = zip(
+            self.reward_func_names, self.reward_funcs, self.reward_processing_classes, strict=True
+        )
+        rewards = self._rewards(functions, self.reward_weights, rows)
+        rollouts = draw_rollouts(
+            [row["prompt"] for row in rows],
+            self.sampler,
+            rewards,
+            num_drafts=layout.num_drafts,
+            num_refinements=layout.num_refinements,
+            rules=self._ranked_by(rewards, rows) if layout.num_drafts else DraftRules(),
+            seed=self._seed(layout.rank, 0),
+            concurrency=self.args.sampler_concurrency,
+            reward_max=self.args.reward_max if layout.num_drafts else None,
+        )
+        mine = [
+            ScoredRollout(prompt, rollout, rewards.of(rollout))
+            for prompt, rollout in zip(owned, rollouts, strict=True)
+        ]
+        return sorted(gather_object(mine), key=lambda each: each.prompt)
+
+    def _rewards(
+        self, functions: Any, weights: Tensor, rows: list[dict[str, Any]]
+    ) -> StreamedRewards:
+        extras = {"trainer_state": self.state, "log_metric": self._log_metric}
+        return StreamedRewards(functions, weights, rows, self.chat_template_kwargs, **extras)
+
+    def _ranked_by(self, rewards: StreamedRewards, rows: list[dict[str, Any]]) -> DraftRules:
+        """Let the rules of this batch rank by what ranks drafts, if it is not the reward."""
+        score: Any = None
+        if self.args.selection_reward is not None:
+            score = rewards.column(self.reward_func_names.index(self.args.selection_reward))
+        elif self.selection_func is not None:
+            function = [("selection_func", self.selection_func, None)]
+            score = self._rewards(function, torch.ones(1), rows)
+        return replace(self._rules(), selection_score=score)
+
+    def _sampled(
+        self, drawn: Sequence[ScoredRollout], layout: DraftLayout, *, number: int
+    ) -> Sampled:
+        """Lay out the completions of a stage that this rank trains on."""
+        group = layout.num_refinements if number else layout.num_drafts
+        first = layout.rank * layout.rows
+        rows = range(first, first + layout.rows) if number else layout.drafts
+        places = [(drawn[row // group], row % group) for row in rows]
+        stages = [each.rollout.stages[number] for each, _ in places]
+        said = [each.said[number][place] for each, place in places]
+        completions = [s.completions[place] for s, (_, place) in zip(stages, places, strict=True)]
+        # A skipped prompt drew nothing, and a row of TRL's must hold a token: it has no advantage.
+        nothing = Completion([self._tokenizer.eos_token_id], "", [0.0])
+        return Sampled(
+            [
+                encode_prompt(stage.prompt, self._tokenizer, self.chat_template_kwargs)
+                if stage.prompt_ids is None
+                else stage.prompt_ids
+                for stage in stages
+            ],
+            [completion if completion.token_ids else nothing for completion in completions],
+            torch.tensor([each.rewards for each in said], device=self.accelerator.device),
+            {
+                column: [each.extra.get(column) for each in said]
+                for column in dict.fromkeys(name for each in said for name in each.extra)
+            },
+        )
+
+
+def owned_prompts(layout: DraftLayout) -> dict[int, int]:
+    """Find the prompts that this rank draws: those whose first row it holds; and that row.
+
+    Examples:
+        >>> owned_prompts(DraftLayout(rows=6, rank=1, num_drafts=4, num_refinements=4))
+        {2: 2}
+    """
+    first = layout.rank * layout.rows
+    starts = {prompt: prompt * layout.num_refinements - first for prompt in layout.row_prompts}
+    return {prompt: row for prompt, row in starts.items() if row >= 0}
+
+
+def _choices(drawn: Sequence[ScoredRollout], device: torch.device) -> DraftChoices:
+    choices = [each.rollout.choices[-1] for each in drawn]
+    columns: dict[str, list[Any]] = {
+        name: [getattr(choice, name) for choice in choices]
+        for name in ("index", "reward", "failed", "dropped", "skipped")
+    }
+    columns["plain"] = [not choice.draft for choice in choices]
+    return DraftChoices(**{k: torch.tensor(v, device=device) for k, v in columns.items()})
+
+
+def _draft_table(drawn: Sequence[ScoredRollout]) -> tuple[Tensor, Tensor]:
+    """Give rewards and lengths of all drafts. Shape [P, N] each."""
+    stages = [each.rollout.drafts for each in drawn]
+    lengths = [[len(draft.token_ids) for draft in stage.completions] for stage in stages]
+    return torch.tensor([stage.rewards for stage in stages]), torch.tensor(lengths)

@@ -1,0 +1,54 @@
+"""Two processes: groups that straddle them, drawn by TRL and by samplers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_qwen import early_letters, third_party
+
+pytestmark = [third_party, pytest.mark.slow]
+
+
+def run_two(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    worker = Path(__file__).with_name("two_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    command += [str(worker), str(folder), *arguments]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert [rank["world"] for rank in ranks] == [2, 2]
+    assert ranks[0]["parameters"] == ranks[1]["parameters"]
+    assert ranks[0]["parameters"] != ranks[0]["before"]
+    return ranks
+
+
+@pytest.mark.parametrize("draft_loss_coef", [0.0, 1.0])
+def test_groups_that_straddle_two_ranks(tmp_path: Path, draft_loss_coef: float) -> None:
+    """4 refinements of a prompt, 2 on each rank: one draft for all, one model on both."""
+    ranks = run_two(tmp_path, str(draft_loss_coef), "by-trl")
+    for first, second in zip(ranks[0]["batches"], ranks[1]["batches"], strict=True):
+        assert first["drawn"] != second["drawn"]  # each rank draws drafts of its own
+        drafts = first["drawn"] + second["drawn"]
+        rewards = early_letters(drafts)
+        best = drafts[rewards.index(max(rewards))]
+        assert len(set(first["prompts"] + second["prompts"])) == 1
+        assert f"[{best}]" in first["prompts"][0]
+    assert ranks[0]["rows"] == ([4, 4] if draft_loss_coef else [2, 2])
+
+
+def test_a_sampler_draws_for_both_ranks(tmp_path: Path) -> None:
+    """The rank with a prompt's first row draws it for both; each rank's engine is synced."""
+    ranks = run_two(tmp_path, "0.0", "sampled")
+    for first, second in zip(ranks[0]["batches"], ranks[1]["batches"], strict=True):
+        assert len(set(first["prompts"] + second["prompts"])) == 1
+        assert first["drawn"] != second["drawn"]  # each rank trains on its own rows
+    assert ranks[0]["engine"] == ranks[1]["engine"]
+    # The same weights in float32, once padded in a batch and once token by token.
+    assert len(ranks[0]["difference"]) == 3
+    assert max(ranks[0]["difference"]) < 1e-4
