@@ -111,7 +111,7 @@ def marker_tokens(tokenizer: Any, chat_template: str | None = None) -> tuple[str
 
 
 def check_text(name: str, value: object) -> None:
-    """Raise TypeError if `value` is no string."""
+    """Raise TypeError if `value` is not a string."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str, got {type(value).__name__} {value!r}")
 

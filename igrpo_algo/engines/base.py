@@ -1,4 +1,4 @@
-"""What the samplers do alike: prompts to token ids, seeds to requests."""
+"""What all samplers do alike: prompts become token ids here."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from ..seeds import derive_seed
 
 
 class EngineSampler:
-    """A sampler that turns prompts into token ids itself, whatever draws from them.
+    """A sampler that renders and tokenizes prompts itself, so that all engines see the same ids.
 
     Attributes:
         tokenizer: The model's tokenizer.
@@ -33,7 +33,7 @@ class EngineSampler:
 
     @property
     def control_tokens(self) -> frozenset[str]:
-        """The strings that a prompt's text must not hold: they would end or begin a turn."""
+        """The strings that begin or end a turn of this model; a draft must not hold them."""
         return frozenset(marker_tokens(self.tokenizer))
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -16,12 +16,13 @@ rollout then lends the place of a finished completion to the next prompt.
 An object may have `encode(prompt)`, which gives the token ids that its model sees for a prompt. It
 is then asked with those ids in the place of prompts, and records keep them: what was sampled from
 is what is trained on. It may have `control_tokens`, the strings that a draft must not hold.
-A `sample_one` or `stream_one` that also takes `priority` is told the stage, 0 for drafts: lower
-goes first.
+A `sample_one` or `stream_one` that also takes `priority` gets the number of the stage, 0 for
+drafts: lower goes first.
 """
 
 import asyncio
 import inspect
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -206,7 +207,7 @@ async def sample_one(
 ) -> list[Completion]:
     """Draw n completions of one prompt without blocking the loop.
 
-    `priority` (lower goes first) is for samplers that take it; others are not told. If the sampler
+    `priority` (lower goes first) is for samplers that take it; others do not get it. If the sampler
     has `stream_one`, `on_left` gets the number of completions still unfinished whenever one is
     done. A sampler without an asynchronous form runs in a thread (`asyncio.to_thread`): several
     calls may be in it at once, and one that has begun cannot be cancelled, only ignored.
@@ -269,10 +270,19 @@ def check_sampler(sampler: object) -> None:
 
 
 def check_prompts(prompts: object) -> list[Prompt]:
-    """Return the prompts as a list; name the first one that is no prompt."""
+    """Return the prompts as a list; name the first one that is not a prompt.
+
+    Raises:
+        TypeError: They are not a list, or one is of another type than a prompt.
+        ValueError: The text of one cannot be encoded.
+    """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts must be a list of prompts, got {describe(prompts)}")
     for index, prompt in enumerate(prompts):
+        if half := _lone_surrogate(prompt):
+            raise ValueError(
+                f"prompts[{index}] holds {half!r}, half of a character, which no tokenizer takes"
+            )
         if isinstance(prompt, str):
             continue
         if isinstance(prompt, list) and prompt:
@@ -285,6 +295,18 @@ def check_prompts(prompts: object) -> list[Prompt]:
             f"ids, got {describe(prompt)}"
         )
     return list(prompts)
+
+
+def _lone_surrogate(prompt: object) -> str | None:
+    """Find half of a surrogate pair in a prompt's texts, which broken JSON escapes leave behind."""
+    if isinstance(prompt, str):
+        found = re.search("[\ud800-\udfff]", prompt)
+        return None if found is None else found[0]
+    if isinstance(prompt, Mapping):
+        prompt = list(prompt.values())
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        return next(filter(None, map(_lone_surrogate, prompt)), None)
+    return None
 
 
 def check_groups(groups: object, count: int, n: int) -> Groups:

@@ -1,7 +1,7 @@
 """What vLLM servers answer, read and checked: nothing in it is taken on trust.
 
-A server may be old, misconfigured, or something else behind a proxy. A token id out of range or a
-NaN would be found much later, in a loss, where nobody can say any more where it came from.
+A server may be old, misconfigured, or another program behind a proxy. A token id out of range or a
+NaN would otherwise come to light much later, in a loss, with no trace of where it came from.
 """
 
 import math
