@@ -146,11 +146,11 @@ def evaluate(
                 "model": model, "dataset": dataset, "reward": reward, **asdict(protocol),
                 **reading, **sampling,
             }  # fmt: skip
+            tokenizer = options.load_tokenizer(model, trust_remote_code=trust_remote_code)
+            rows = options.load_rows(dataset, tokenizer, list(rewards.values()), **reading)
             held.enter_context(sole_writer(output_dir))
             if (output_dir / SETTINGS).exists():
                 check_settings(output_dir, settings)
-            tokenizer = options.load_tokenizer(model, trust_remote_code=trust_remote_code)
-            rows = options.load_rows(dataset, tokenizer, list(rewards.values()), **reading)
             sampler = load_sampler(
                 model, tokenizer, trust_remote_code=trust_remote_code, **sampling
             )
