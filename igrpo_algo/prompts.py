@@ -11,9 +11,10 @@ from typing import Any
 
 from igrpo_kernels.checks import describe
 
-from .drafts.markers import THINKING_MARKS
-
 Prompt = str | list[dict[str, Any]] | list[int]
+
+THINKING_MARKS = ("<think>", "</think>", "[THINK]", "[/THINK]")
+"""Marks around thinking. They stay in a completion's text until somebody strips the thinking."""
 
 _SET_HERE = ("add_generation_prompt", "continue_final_message", "return_dict", "tokenize")
 

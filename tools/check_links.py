@@ -1,7 +1,7 @@
-"""Check the links of every Markdown file without a network: files, anchors, paths named in README.
+"""Check the links of every Markdown file without a network: files, anchors, paths in backticks.
 
 A relative link must lead to a file of this repository, an anchor to a heading of the page it names,
-and a path that README names in backticks must exist.
+and a path that README, CONTRIBUTING or AGENTS name in backticks must exist.
 """
 
 import re
@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = {"site", "build", "dist", "runs"}
+GUIDES = ("README.md", "CONTRIBUTING.md", "AGENTS.md")
 FENCE = re.compile(r"^(`{3,}|~{3,}).*?^\1", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`[^`\n]*`")
 LINK = re.compile(r"\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
@@ -85,8 +86,8 @@ def complaints(root: Path) -> list[str]:
         for page in pages(root)
         for target in dead_links(page, root)
     ]
-    readme = root / "README.md"
-    found += [f"README.md: no such path {name}" for name in missing_paths(readme, root)]
+    for page in filter(Path.exists, map(root.joinpath, GUIDES)):
+        found += [f"{page.name}: no such path {name}" for name in missing_paths(page, root)]
     return found
 
 

@@ -1,14 +1,13 @@
 """MkDocs hook: the pages made from what lives elsewhere.
 
 README, changelog, the help of the command, and the reference: every public name of the packages,
-on the page of the module that its package imports it from.
+on the page of the part that defines it.
 """
 
 import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -17,53 +16,83 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
-REFERENCE = {
-    "algo/rollouts.md": ("Sampling and rollouts", "igrpo_algo", ("rollouts",)),
-    "algo/drafts.md": ("Drafts and prompts", "igrpo_algo", ("drafts",)),
-    "algo/rewards.md": ("Rewards", "igrpo_algo", ("rewards",)),
-    "algo/advantages.md": ("Advantages", "igrpo_algo", ("advantages",)),
-    "algo/losses.md": ("Losses", "igrpo_algo", ("losses",)),
-    "algo/shared_prompt.md": ("Shared prompts", "igrpo_algo", ("shared_prompt",)),
-    "algo/metrics.md": ("Metrics", "igrpo_algo", ("metrics",)),
+REFERENCE = {  # page: title, where its names are defined
+    "algo/rollouts.md": ("Sampling and rollouts", ("igrpo_algo.rollouts", "igrpo_algo.batch")),
+    "algo/drafts.md": ("Drafts and prompts", ("igrpo_algo.drafts", "igrpo_algo.prompts")),
+    "algo/rewards.md": ("Rewards", ("igrpo_algo.rewards",)),
+    "algo/advantages.md": ("Advantages", ("igrpo_algo.advantages",)),
+    "algo/losses.md": ("Losses", ("igrpo_algo.losses",)),
+    "algo/shared_prompt.md": ("Shared prompts", ("igrpo_algo.shared_prompt",)),
+    "algo/metrics.md": ("Metrics", ("igrpo_algo.metrics",)),
     "kernels/logprobs.md": (
         "Log-probs",
-        "igrpo_kernels",
-        ("token_logprobs", "linear_token_logprobs", "vocabulary_shard"),
+        (
+            "igrpo_kernels.token_logprobs",
+            "igrpo_kernels.linear_token_logprobs",
+            "igrpo_kernels.vocabulary_shard",
+        ),
     ),
     "kernels/policy_loss.md": (
         "Policy loss",
-        "igrpo_kernels",
-        ("policy_loss", "clipped_policy_loss", "linear_policy_loss", "sequences"),
+        (
+            "igrpo_kernels.policy_loss",
+            "igrpo_kernels.clipped_policy_loss",
+            "igrpo_kernels.linear_policy_loss",
+            "igrpo_kernels.sequences",
+        ),
     ),
-    "kernels/surrogates.md": ("Surrogates", "igrpo_kernels", ("surrogates",)),
-    "kernels/aggregates.md": ("Aggregates", "igrpo_kernels", ("aggregates",)),
-    "kernels/kl.md": ("KL", "igrpo_kernels", ("kl",)),
+    "kernels/surrogates.md": ("Surrogates", ("igrpo_kernels.surrogates",)),
+    "kernels/aggregates.md": ("Aggregates", ("igrpo_kernels.aggregates",)),
+    "kernels/kl.md": ("KL", ("igrpo_kernels.kl",)),
 }
 TO_DOCS = re.compile(r"(\]\(|src=\"|srcset=\"|href=\")(?:\./)?docs/")
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#:\s]+)(?:#[^)]*)?\)")
 
 
-def public_names(package: str) -> Iterator[tuple[str, str]]:
-    """Yield (module, name) for each name that a package imports from a module of its own."""
-    for node in ast.parse((ROOT / package / "__init__.py").read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-            module = node.module.partition(".")[0]
-            yield from ((module, alias.name) for alias in node.names)
+def public_names(package: str) -> dict[str, str]:
+    """Map each name that a package imports from a module of its own to where it is defined."""
+    folder = ROOT / package.replace(".", "/")
+    if not folder.is_dir():
+        tree = ast.parse(folder.with_suffix(".py").read_text())
+        return {
+            node.name: f"{package}.{node.name}"
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        }
+    names = {}
+    for node in ast.parse((folder / "__init__.py").read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            for alias in node.names:
+                names[alias.name] = f"{package}.{node.module}.{alias.name}"
+    for name, path in names.items():  # what a package of the package hands on
+        inner = path.removesuffix(f".{name}")
+        if (ROOT / inner.replace(".", "/")).is_dir():
+            names[name] = public_names(inner)[name]
+    return names
+
+
+def all_public_names() -> dict[str, str]:
+    """Map every public name, of both packages and of the folders, to where it is defined."""
+    folders = {path for _, paths in REFERENCE.values() for path in paths if "algo." in path}
+    packages = ["igrpo_kernels", "igrpo_algo", *sorted(folders)]
+    return {name: path for package in packages for name, path in public_names(package).items()}
 
 
 def reference_pages() -> dict[str, str]:
     """Write a page of directives for each row of the table; every public name must have one."""
-    placed = {(package, module) for _, package, modules in REFERENCE.values() for module in modules}
-    found: dict[tuple[str, str], list[str]] = {}
-    for package in ("igrpo_algo", "igrpo_kernels"):
-        for module, name in public_names(package):
-            found.setdefault((package, module), []).append(name)
-    if homeless := sorted(set(found) - placed):
-        raise PluginError(f"public names of modules without a page in docs_pages.py: {homeless}")
+    homeless = set(all_public_names().values())
     pages = {}
-    for page, (title, package, modules) in REFERENCE.items():
-        names = [name for module in modules for name in found.get((package, module), [])]
-        pages[page] = f"# {title}\n\n" + "".join(f"::: {package}.{name}\n\n" for name in names)
+    for page, (title, parts) in REFERENCE.items():
+        paths = [
+            path
+            for part in parts
+            for path in all_public_names().values()
+            if path.startswith(f"{part}.")
+        ]
+        homeless -= set(paths)
+        pages[page] = f"# {title}\n\n" + "".join(f"::: {path}\n\n" for path in paths)
+    if homeless:
+        raise PluginError(f"public names without a page in docs_pages.py: {sorted(homeless)}")
     return pages
 
 

@@ -41,7 +41,7 @@ from .of_groups import (
 )
 
 Ids = int | Tensor | None
-Weights = Sequence[float] | Tensor | None
+RewardWeights = Sequence[float] | Tensor | None
 
 
 def trl_grpo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
@@ -70,7 +70,7 @@ def trl_unscaled_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
 
 
 def trl_normalize_then_sum_advantages(
-    rewards: Tensor, groups: Ids = None, weights: Weights = None
+    rewards: Tensor, groups: Ids = None, weights: RewardWeights = None
 ) -> Tensor:
     """TRL with `multi_objective_aggregation="normalize_then_sum"` (GDPO), for K rewards.
 
@@ -140,7 +140,7 @@ def verl_gpg_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
 
 
 def verl_gdpo_advantages(
-    rewards: Tensor, lengths: Tensor, groups: Ids = None, weights: Weights = None
+    rewards: Tensor, lengths: Tensor, groups: Ids = None, weights: RewardWeights = None
 ) -> Tensor:
     """Verl's "gdpo", for K rewards: "grpo" of each, weighed and summed, then over all tokens.
 
@@ -210,7 +210,9 @@ def nemo_rl_grpo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
     return standardize_leave_one_out(rewards, groups, ddof=1, eps=1e-6)
 
 
-def nemo_rl_gdpo_advantages(rewards: Tensor, groups: Ids = None, weights: Weights = None) -> Tensor:
+def nemo_rl_gdpo_advantages(
+    rewards: Tensor, groups: Ids = None, weights: RewardWeights = None
+) -> Tensor:
     """NeMo-RL's "gdpo", for K rewards: its default of each, weighed and summed, then over samples.
 
     Over samples: ddof 1, eps 0.

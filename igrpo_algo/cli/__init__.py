@@ -8,7 +8,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line; a package that is not installed ends it with one line."""
+    """Run the command line. A missing package ends it with one line that says what to install."""
     try:
         from .app import app
 

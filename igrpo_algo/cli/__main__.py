@@ -1,4 +1,4 @@
-"""Run the `igrpo` command by `python -m igrpo_algo.cli`."""
+"""`python -m igrpo_algo.cli` is the `igrpo` command."""
 
 from . import main
 

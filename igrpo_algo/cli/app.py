@@ -1,4 +1,4 @@
-"""The commands of `igrpo`, put together. Each imports what it needs when it runs."""
+"""All commands of `igrpo`. Each imports what it needs when it runs."""
 
 import typer
 

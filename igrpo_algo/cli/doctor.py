@@ -1,4 +1,4 @@
-"""`igrpo doctor`: what this machine can do, which path each op takes, and what is missing."""
+"""`igrpo doctor`: what this machine can do, which path each op takes, what to install."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ PACKAGES = {
     "vllm": "vllm",
     "matplotlib": "matplotlib",
 }
-"""Modules, and the distributions that hold them."""
+"""Modules, and the names to install them by."""
 
 TRAINING = ("transformers", "trl", "accelerate", "datasets", "math_verify")
 NEEDS = {
@@ -39,7 +39,7 @@ OPS = ("token_logprobs", "linear_token_logprobs", "clipped_policy_loss", "linear
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what this machine can do, which path each op takes, and what is missing for what."""
+    """Show what this machine can do, which path each op takes, and what to install."""
     findings = examine()
     if as_json:
         print(json.dumps(findings, indent=2))
@@ -48,7 +48,7 @@ def doctor(
 
 
 def examine() -> dict[str, Any]:
-    """Collect the findings; no package is imported for its version."""
+    """Collect the findings without importing the packages."""
     versions = {module: _version(module, name) for module, name in PACKAGES.items()}
     return {
         "igrpo": _version("igrpo_algo", "igrpo"),
@@ -92,7 +92,7 @@ def _device(index: int) -> dict[str, Any]:
 
 
 def _path(*, has_triton: bool) -> str:
-    """Say what a tensor of this machine's device meets; all ops choose by the device alone."""
+    """Name the path of a tensor on this machine's device; every op chooses by the device alone."""
     if not torch.cuda.is_available():
         return "torch on the CPU: no CUDA or ROCm device"
     if not has_triton:

@@ -1,4 +1,4 @@
-"""What a user got wrong ends a command with one line, not with a traceback."""
+"""A user's mistake ends a command with one line, not with a traceback."""
 
 import sys
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from ..rollouts.scoring import RewardError
 
 @contextmanager
 def usage_errors(command: str) -> Iterator[None]:
-    """Turn ValueError, TypeError, OSError and ImportError of a block into one line and exit 2.
+    """Turn ValueError, TypeError, OSError and ImportError of a block into one line and exit code 2.
 
     For the part of a command that reads what the user gave. A package that is not installed
     passes through: `main` names the extra it comes with.
@@ -25,10 +25,10 @@ def usage_errors(command: str) -> Iterator[None]:
 
 @contextmanager
 def run_errors(command: str) -> Iterator[None]:
-    """Turn what a reward or a prompt turns out to be unfit for into one line and exit 1.
+    """Turn an error of the user's reward or prompts into one line and exit code 1.
 
-    For the part of a command that runs what the user gave: a reward that raises or returns
-    something else than one number per completion, a prompt that does not fit the model.
+    For the part of a command that runs what the user gave: a reward that raises or returns anything
+    but one number per completion, a prompt that is too long for the model.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""From the records of `igrpo eval` to its numbers and its table."""
+"""The numbers of `igrpo eval` and its table, from the records of its answers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,41 +11,38 @@ from torch import Tensor
 
 from ..drafts.text import strip_thinking
 from ..metrics import pass_at_k, stage_uplift
-from .data import Row
-from .intervals import Interval, bounded_mean_interval, mean_confidence_interval
+from .intervals import bounded_mean_interval, mean_interval
+from .metrics_file import Record
 
 STAGES = {"single": "single-shot", "drafts": "drafts", "refinements": "refined"}
 CONFIDENCE = 0.95
 MANY_PROMPTS = 30
-"""Prompts from which the mean over prompts is taken to be normal."""
+"""With this many prompts or more, their mean counts as normal."""
 
 
 def report(
-    records: Sequence[Row],
+    records: Sequence[Record],
     rewards: Sequence[str],
     ks: Sequence[int],
     success_reward: float,
-    strip: Callable[[str], str] | None = strip_thinking,
 ) -> dict[str, Any]:
     """Compute all results of an evaluation.
 
-    Accuracies weigh each prompt the same. Their intervals take prompts, not samples, as what is
-    independent. With fewer than 30 scored prompts, with one answer per prompt, and where all
-    prompts come out the same, the interval is Wilson's over prompts (`bounded_mean_interval`), so
-    none is without width; otherwise it is the normal one, cut to [0, 1]. Answers that could not be
-    scored are left out and counted. A refinement is a copy if what is left of it, stripped like a
-    draft, is the draft as the prompt showed it.
+    Every prompt has the same weight, and intervals are over prompts, not over samples: Wilson's
+    (`bounded_mean_interval`) with fewer than 30 scored prompts, with one answer per prompt and
+    where all prompts score the same, so that none has zero width; otherwise Student's, cut to
+    [0, 1]. Answers that could not be scored are left out and counted. A refinement is a copy if,
+    without its thinking, it is the draft as the prompt showed it.
 
     Args:
         records: One per prompt, as `samples.jsonl` holds them.
         rewards: Names of the rewards; the first says what is right.
         ks: The k of pass@k; those above a stage's number of answers are left out there.
         success_reward: Score from which an answer is right.
-        strip: What was kept of a draft before it was shown; None kept all.
 
     Returns:
-        Results that JSON can say: per stage `pass@k` with mean, low and high, mean rewards, tokens,
-        share of answers cut by their token limit, and unscored answers.
+        Results for JSON: per stage `pass@k` with mean, low and high, mean rewards, tokens, the rate
+        of answers cut by their token limit, and the number of unscored answers.
     """
     results: dict[str, Any] = {"prompts": len(records), "confidence": CONFIDENCE}
     scores = {}
@@ -60,11 +57,11 @@ def report(
     if "refinements" in scores:
         right = {name: _success(each, success_reward) for name, each in scores.items()}
         results["uplift"] = float(stage_uplift(right["drafts"], right["refinements"]))
-        results["copied"] = _copied(records, strip)
+        results["copy_rate"] = _copy_rate(records)
     return results
 
 
-def _scores(records: Sequence[Row], stage: str, reward: str) -> Tensor:
+def _scores(records: Sequence[Record], stage: str, reward: str) -> Tensor:
     """Collect the scores of a stage, NaN where there is none. Shape [P, n]."""
     return torch.tensor(
         [
@@ -80,22 +77,20 @@ def _success(scores: Tensor, threshold: float) -> Tensor:
 
 
 def _interval(scores: Tensor, k: int, threshold: float) -> dict[str, float]:
-    per_prompt = pass_at_k(scores, k, threshold=threshold)
-    scored = per_prompt[~per_prompt.isnan()]
+    # pass@k is a product of ratios: it may leave [0, 1] by a rounding error.
+    per_prompt = pass_at_k(scores, k, threshold=threshold).clamp(0, 1)
+    scored = per_prompt[~per_prompt.isnan()].tolist()
     one_try = scores.shape[1] == 1
-    if one_try or len(scored) < MANY_PROMPTS or scored.min() == scored.max():
-        # pass@k is a product of ratios: it may leave [0, 1] by a rounding error.
-        interval = bounded_mean_interval(per_prompt.clamp(0, 1), confidence=CONFIDENCE)
-    else:
-        interval = mean_confidence_interval(per_prompt[:, None], confidence=CONFIDENCE)
-    cut = Interval(*(bound.clamp(0, 1) for bound in interval))
-    return {name: float(bound) for name, bound in cut._asdict().items()}
+    if one_try or len(scored) < MANY_PROMPTS or min(scored) == max(scored):
+        return bounded_mean_interval(scored, confidence=CONFIDENCE)._asdict()
+    mean, low, high = mean_interval(scored, confidence=CONFIDENCE)
+    return {"mean": mean, "low": max(low, 0.0), "high": min(high, 1.0)}
 
 
-def _copied(records: Sequence[Row], strip: Callable[[str], str] | None) -> float:
+def _copy_rate(records: Sequence[Record]) -> float:
     """Share of refinements that repeat the draft they were shown, among prompts with one."""
     copies = [
-        (answer["text"] if strip is None else strip(answer["text"])).strip() == row["shown"].strip()
+        strip_thinking(answer["text"]).strip() == row["shown"].strip()
         for row in records
         if row["shown"]
         for answer in row["refinements"]
@@ -104,7 +99,7 @@ def _copied(records: Sequence[Row], strip: Callable[[str], str] | None) -> float
 
 
 def _stage_report(
-    records: Sequence[Row], stage: str, rewards: Sequence[str]
+    records: Sequence[Record], stage: str, rewards: Sequence[str]
 ) -> dict[str, float | int]:
     answers = [answer for row in records for answer in row[stage]]
     means = {name: float(_scores(records, stage, name).nanmean()) for name in rewards}
@@ -132,7 +127,7 @@ def print_report(results: dict[str, Any], output_dir: Path) -> None:
     if "uplift" in results:
         console.print(
             f"uplift of refining over drafting {results['uplift']:+.3f}, "
-            f"copied drafts {results['copied']:.1%}"
+            f"copy rate {results['copy_rate']:.1%}"
         )
     console.print(f"answers and numbers: {output_dir}", soft_wrap=True)
 

@@ -1,5 +1,6 @@
-"""Options that `train` and `eval` share, and what they lead to."""
+"""Options that `train` and `eval` share, and what is loaded by them."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..math_judge import shared_judge
+from ..prompts import check_chat_template_kwargs
 from ..rewards import exact_match_reward, load_reward, math_reward
 from ..rollouts.scoring import Reward
 from .data import PAPER_SYSTEM_PROMPT, Row, load_prompts
@@ -18,7 +20,8 @@ Dataset = Annotated[
 Rewards = Annotated[
     str,
     typer.Option(
-        "--reward", help="math, exact, format, format-opened or module:function; several by commas."
+        "--reward",
+        help="math, exact, format, format-opened or module:function; commas separate several.",
     ),
 ]
 Split = Annotated[str, typer.Option(help="Split of a hub set.")]
@@ -29,6 +32,10 @@ SystemPrompt = Annotated[
     str | None, typer.Option(help="System message for each prompt; 'paper' takes the paper's.")
 ]
 Limit = Annotated[int | None, typer.Option(help="Use this many rows only.")]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(help='JSON for the chat template, such as {"enable_thinking": false}.'),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
@@ -37,7 +44,18 @@ MODEL_FILES = ("config.json", "adapter_config.json")
 TAKEN = frozenset(
     {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 )
-"""What rewards are given by name besides the columns of the data set."""
+"""Keywords that rewards receive besides the columns of the data set."""
+
+
+def parse_kwargs(text: str | None) -> dict[str, Any] | None:
+    """Read --chat-template-kwargs, if it is given."""
+    if text is None:
+        return None
+    try:
+        kwargs = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--chat-template-kwargs wants JSON, got {text!r}: {error}") from None
+    return check_chat_template_kwargs(kwargs)
 
 
 def load_rewards(names: str) -> dict[str, Reward]:
@@ -66,7 +84,9 @@ def load_rows(
     chat = tokenizer.chat_template is not None
     rows = load_prompts(source, system_prompt=system_prompt, chat=chat, **options)
     if taken := sorted(TAKEN & rows[0].keys()):
-        raise ValueError(f"{source} has a column {taken[0]!r}: rewards get something else by it")
+        raise ValueError(
+            f"{source} has a column {taken[0]!r}: rewards receive something else under this name"
+        )
     needs_answer = [r for r in rewards if r in (math_reward, exact_match_reward)]
     if needs_answer and "answer" not in rows[0]:
         raise ValueError(

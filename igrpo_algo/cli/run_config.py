@@ -1,4 +1,4 @@
-"""From preset, file, options and `--set`, in this order, to one `IGRPOConfig`."""
+"""One `IGRPOConfig` from preset, file, options and `--set`; the later wins."""
 
 import dataclasses
 import difflib
@@ -11,12 +11,14 @@ import torch
 
 from igrpo_kernels.checks import check_number
 
+from ..prompts import check_chat_template_kwargs
+
 if TYPE_CHECKING:
     from ..trainers.trl.config import IGRPOConfig
 
 Settings = dict[str, Any]
 
-# What IGRPOConfig takes as it is and only the middle of a run would choke on.
+# IGRPOConfig accepts any number here, and a run would fail in its middle.
 RANGES: dict[str, dict[str, float]] = {
     "learning_rate": {"at_least": 0},
     "temperature": {"above": 0},
@@ -28,7 +30,7 @@ RANGES: dict[str, dict[str, float]] = {
     "beta": {"at_least": 0},
 }
 
-# What a run needs to be resumable and watchable; any of them gives way to the user's own.
+# With these a run can be resumed and watched; the user's own settings win.
 DEFAULTS: Settings = {"save_steps": 100, "save_total_limit": 2, "logging_steps": 1}
 EVALUATING: Settings = {"eval_strategy": "steps", "eval_steps": 100}
 WITHOUT_ACCELERATOR: Settings = {"use_cpu": True, "bf16": False}
@@ -57,7 +59,7 @@ def read_config_file(path: Path) -> Settings:
 
 
 def parse_assignments(assignments: Sequence[str]) -> Settings:
-    """Read `key=value` pairs; a value that is JSON is taken as such, any other as a string.
+    """Read `key=value` pairs; a value is JSON, or else a string.
 
     Examples:
         >>> parse_assignments(["beta=1e-3", "use_vllm=true", "draft_choice=random"])
@@ -78,7 +80,7 @@ def parse_assignments(assignments: Sequence[str]) -> Settings:
 def build_config(
     output_dir: Path, *, paper: bool, evaluates: bool, settings: Mapping[str, Any]
 ) -> "IGRPOConfig":
-    """Build the configuration; fields that do not exist and values of a wrong type are refused."""
+    """Build the configuration; refuse unknown fields and values of the wrong type."""
     from ..trainers.trl.config import IGRPOConfig
 
     fields = {field.name: field for field in dataclasses.fields(IGRPOConfig) if field.init}
@@ -90,6 +92,7 @@ def build_config(
         _check_type(name, value, fields[name].default)
     for name in RANGES.keys() & settings.keys():
         check_number(name, settings[name], **RANGES[name])
+    check_chat_template_kwargs(settings.get("chat_template_kwargs"))
     if "output_dir" in settings:
         raise ValueError("output_dir is given by --output-dir, not by --config or --set")
     machine = {} if torch.accelerator.is_available() else WITHOUT_ACCELERATOR
@@ -101,7 +104,7 @@ def build_config(
 
 
 def _check_type(name: str, value: object, default: object) -> None:
-    """Hold a value against the type of the field's default, where that says something."""
+    """Check a value against the type of its field's default, if that is a bool or a number."""
     wanted: tuple[type, ...] = (type(default),)
     if type(default) is float:
         wanted = (int, float)

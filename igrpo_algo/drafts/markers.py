@@ -11,6 +11,8 @@ from functools import lru_cache
 from itertools import chain, count
 from typing import Any
 
+from ..prompts import THINKING_MARKS
+
 WELL_KNOWN_MARKERS = re.compile(
     r"""
       <[|\uff5c] [\w\u2581/-]{2,64} [|\uff5c]?>         # <|im_end|>, DeepSeek's wide bars, <|turn>
@@ -22,9 +24,6 @@ WELL_KNOWN_MARKERS = re.compile(
     re.VERBOSE,
 )
 """How the turns of well-known models are written; `neutralize` knows them without a tokenizer."""
-
-THINKING_MARKS = ("<think>", "</think>", "[THINK]", "[/THINK]")
-"""Marks around thinking. They stay in a completion's text until somebody strips the thinking."""
 
 # What else a chat template may write around turns, looked for in its own source only.
 _LITERALS = re.compile(

@@ -21,9 +21,9 @@ def igrpo_loss(
 ) -> Tensor:
     """Compute the iGRPO loss of a batch of refinements.
 
-    loss = -(1/B) sum_j (1/|o_j|) sum_t [min(r A, clamp(r, 1 - clip_low, 1 + clip_high) A) - c KL]
+    loss = -(1/B) sum_j (1/|o_j|) sum_t [min(r A, clamp(r, 1 - low, 1 + high) A) - c KL]
     r = pi(o_jt | q', o_j<t) / pi_old(same),  KL = rho - log rho - 1,  rho = pi_ref / pi,
-    c = kl_coef
+    low = clip_low,  high = clip_high,  c = kl_coef
 
     Hatamizadeh et al. 2026, arXiv:2602.09000, eq. 5 with its sign turned, and nothing else: every
     log-prob is taken under q', the prompt with the best draft spliced in. The paper never prints

@@ -4,15 +4,18 @@ A fault is an entry of a `*.toml` file beside this one:
 
     [[mutant]]
     file = "igrpo_algo/advantages/of_groups.py"    # where it goes
-    old = "exact text"                   # occurs once in that file
-    new = "the fault"
+    old = "mean + margin"                # Python, or part of it; stands once in that file
+    new = "mean - margin"                # the fault
     test = "tests/algo/test_x.py"        # pytest arguments that must fail then, and pass before
 
+`old` is found by its tokens (`syntax.py`): layout, comments, quotes and renames make no difference.
 A red test (exit code 1) kills the fault. Anything else but green is an error of the entry: no test
-selected, a file that no longer imports, a test that was red without the fault.
+selected, a file that is no Python any more, a test that was red without the fault. `--check` plants
+nothing and says which entries no longer fit the tree.
 """
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -31,6 +34,8 @@ from dataclasses import dataclass, fields
 from itertools import takewhile
 from pathlib import Path
 from queue import SimpleQueue
+
+import syntax
 
 PROJECT = Path(__file__).resolve().parents[2]
 NOT_COPIED = (".*", "__pycache__", "*.egg-info", "build", "dist", "site", "runs", "results")
@@ -62,10 +67,24 @@ class Mutant:
         path = root / self.file
         if not path.is_file():
             return "its file does not exist"
-        count = path.read_text().count(self.old)
-        if count != 1:
-            return f"its old text occurs {count} times, not once"
-        return "its old and new text are the same" if self.old == self.new else None
+        if not (root / self.test.split()[0].partition("::")[0]).exists():
+            return "its test does not exist"
+        if self.old.split() == self.new.split():
+            return "its old and new code are the same"
+        source = path.read_text()
+        try:
+            count = len(syntax.find(self.old, source))
+            if count != 1:
+                return f"its old code stands in the file {count} times, not once"
+            ast.parse(self.planted(source))
+        except SyntaxError as error:
+            return f"with it the file is no Python: {error.msg}"
+        return None
+
+    def planted(self, source: str) -> str:
+        """Put the fault into the text of its file."""
+        (place,) = syntax.find(self.old, source)
+        return syntax.replace(source, place, self.new)
 
 
 def load_mutants(root: Path, only: str = "") -> list[Mutant]:
@@ -137,7 +156,7 @@ def planted(tree: Path, mutant: Mutant) -> Iterator[None]:
     """Keep a fault in a copy for the length of the block."""
     path = tree / mutant.file
     sound = path.read_text()
-    path.write_text(sound.replace(mutant.old, mutant.new))
+    path.write_text(mutant.planted(sound))
     try:
         yield
     finally:
@@ -211,11 +230,15 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one fault (300)")
     parser.add_argument("--import", default=HEAVY, dest="modules", help=f"before all ({HEAVY})")
     parser.add_argument("--root", type=Path, default=PROJECT, help="the project (this one)")
+    parser.add_argument("--check", action="store_true", help="plant nothing; do they fit the tree?")
     options = parser.parse_args()
 
     mutants = load_mutants(options.root, options.only)
     if not mutants:
         raise SystemExit("no fault selected")
+    if options.check:
+        defects = [f"{m.source}: {m}: {d}" for m in mutants if (d := m.defect(options.root))]
+        sys.exit("\n".join(defects) or 0)
     start, tallies = time.monotonic(), {mutant.source: Counter() for mutant in mutants}
     modules = options.modules.split()
     results = outcomes(options.root, mutants, modules, options.workers, options.timeout)

@@ -1,9 +1,7 @@
-"""Imports point down only: trainers, engines, cli -> igrpo_algo -> igrpo_kernels -> torch."""
+"""Imports point down only: cli -> trainers, engines -> igrpo_algo -> igrpo_kernels -> torch."""
 
 import ast
-import os
-import shutil
-import subprocess
+import graphlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,17 +10,36 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS, ALGO = ROOT / "igrpo_kernels", ROOT / "igrpo_algo"
-UPPER_FLOORS = {"engines", "trainers", "cli", "demo"}
-VENDORED_TESTS = (
-    "test_linear_policy_loss.py",
-    "test_linear_token_logprobs.py",
-    "test_policy_loss.py",
-    "test_policy_loss_input.py",
-    "test_sequences.py",
-    "test_token_logprobs.py",
-    "triton_interpreted.py",
-)
-HEAVY = ["triton", "transformers", "trl", "matplotlib", "datasets", "accelerate"]
+UPPER_FLOORS = {"engines", "trainers", "cli"}
+FLOORS: dict[str, set[str]] = {
+    "files": set(),
+    "prompts": set(),
+    "seeds": set(),
+    "layouts": set(),
+    "early_warning": set(),
+    "advantages": set(),
+    "losses": set(),
+    "metrics": {"advantages"},
+    "drafts": {"prompts", "seeds"},
+    "rollouts": {"files", "prompts", "seeds", "drafts"},
+    "answers": set(),
+    "math_judge": set(),
+    "rewards": {"rollouts", "answers", "math_judge"},
+    "shared_prompt": {"layouts", "rollouts"},
+    "batch": {"prompts", "layouts", "advantages", "rollouts", "shared_prompt"},
+    "engines": {"prompts", "seeds", "drafts", "rollouts"},
+    "trainers": {
+        *("files", "prompts", "seeds", "advantages", "losses", "metrics", "drafts", "rollouts"),
+        *("rewards", "shared_prompt", "batch", "early_warning"),
+    },
+    "cli": {
+        *("files", "prompts", "seeds", "metrics", "drafts", "rollouts", "answers", "math_judge"),
+        *("rewards", "engines", "trainers"),
+    },
+    "cli/demo": {"files", "prompts", "drafts", "rollouts", "engines", "trainers", "cli"},
+    "cli/app": {"cli", "cli/demo"},
+}
+"""What each folder or file of igrpo_algo may import of it: names of rows above its own."""
 
 
 def imports(source: str, *, anywhere: bool) -> Iterator[tuple[int, str]]:
@@ -86,15 +103,60 @@ def test_algo_is_light_below_its_upper_floors(path: Path) -> None:
     assert third_party(path) <= {"torch", "einops", "igrpo_kernels"}
 
 
-@pytest.mark.parametrize("path", LIGHT, ids=identify)
-def test_algo_never_imports_the_floors_above_it(path: Path) -> None:
-    to_package = len(path.relative_to(ALGO).parts)
-    named = {
-        name.partition(".")[0]
-        for level, name in imports(path.read_text(), anywhere=True)
-        if level == to_package
+def floor(path: Path) -> str:
+    """Name the row of a file: its folder or itself; the command's entry is a floor of its own."""
+    parts = path.relative_to(ALGO).with_suffix("").parts
+    if parts[0] == "cli":
+        is_entry = parts[1:] in [("__init__",), ("__main__",), ("app",)]
+        return "cli/app" if is_entry else "cli/demo" if parts[1] == "demo" else "cli"
+    return parts[0]
+
+
+def imported(path: Path, *, anywhere: bool = True) -> set[Path]:
+    """Files of igrpo_algo that a file imports, inside functions too or when it is imported."""
+    found = set()
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if anywhere else top_level(tree.body):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for target in {base.joinpath(alias.name) for alias in node.names} | {base}:
+                files = (target.with_suffix(".py"), target / "__init__.py")
+                found |= {file for file in files if file.is_file()} - {path}
+    return found
+
+
+INNER = [path for path in sources(ALGO) if path.parent != ALGO or path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", INNER, ids=identify)
+def test_each_floor_imports_those_below_it(path: Path) -> None:
+    packages = {target for target in imported(path) if target.name == "__init__.py"}
+    modules = imported(path) - {target for target in packages if target.parent in path.parents}
+    assert {floor(target) for target in modules} - {floor(path)} <= FLOORS[floor(path)]
+
+
+def test_rows_name_rows_above_them() -> None:
+    for number, allowed in enumerate(FLOORS.values()):
+        assert allowed <= set(list(FLOORS)[:number])
+
+
+def test_no_two_files_need_each_other_on_import() -> None:
+    graph = {
+        path: {target for target in imported(path, anywhere=False) if target.name != "__init__.py"}
+        for path in INNER
     }
-    assert not named & UPPER_FLOORS
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(INNER)
+
+
+def test_a_lazy_import_is_an_edge(tmp_path: Path) -> None:
+    for name in ("one/a.py", "one/__init__.py", "two/b.py", "two/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "one/a.py").write_text(
+        "def f():\n    from ..two.b import g\n    from .. import two\n"
+    )
+    assert imported(tmp_path / "one/a.py", anywhere=False) == set()
+    assert imported(tmp_path / "one/a.py") == {tmp_path / "two/b.py", tmp_path / "two/__init__.py"}
 
 
 def test_the_reader_sees_imports_wherever_they_hide() -> None:
@@ -103,98 +165,3 @@ def test_the_reader_sees_imports_wherever_they_hide() -> None:
     assert list(imports(source, anywhere=False)) == [(0, "trl.x"), (1, "cli")]
     assert list(imports(lazy, anywhere=False)) == []
     assert list(imports(lazy, anywhere=True)) == [(0, "triton")]
-
-
-def run_python(script: str, cwd: Path, *path: Path) -> str:
-    """Run a script in a fresh interpreter and return what it printed, errors included."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-@pytest.mark.parametrize("package", ["igrpo_kernels", "igrpo_algo"])
-def test_import_loads_nothing_heavy_and_prints_nothing(package: str, tmp_path: Path) -> None:
-    script = (
-        f"import sys, torch; before = set(sys.modules)\nimport {package}\n"
-        f"new = {{name.partition('.')[0] for name in set(sys.modules) - before}}\n"
-        f"assert not new & set({HEAVY}), new & set({HEAVY})"
-    )
-    assert run_python(script, tmp_path, ROOT) == ""
-
-
-@pytest.mark.parametrize("package", ["igrpo_kernels", "igrpo_algo"])
-def test_import_works_without_triton(package: str, tmp_path: Path) -> None:
-    script = f"import sys; sys.modules['triton'] = None; import {package}"
-    assert run_python(script, tmp_path, ROOT) == ""
-
-
-@pytest.mark.parametrize("package", ["igrpo_kernels", "igrpo_algo"])
-def test_import_leaves_torch_as_it_was(package: str, tmp_path: Path) -> None:
-    script = (
-        "import warnings, torch, torch.nn.functional as F\n"
-        "def state():\n"
-        "    spaces = {space.__name__: dict(vars(space)) for space in (torch, F, torch.Tensor)}\n"
-        "    settings = (torch.get_default_dtype(), torch.get_num_threads(),\n"
-        "                torch.is_grad_enabled(), torch.initial_seed(), list(warnings.filters))\n"
-        "    return spaces, settings\n"
-        f"before = state()\nimport {package}\nafter = state()\n"
-        "assert after[1] == before[1], 'a setting changed'\n"
-        "for space, old in before[0].items():\n"
-        "    moved = [name for name in old if after[0][space].get(name) is not old[name]]\n"
-        "    assert not moved, (space, moved)"
-    )
-    assert run_python(script, tmp_path, ROOT) == ""
-
-
-def test_a_vendored_copy_works_under_another_name(tmp_path: Path) -> None:
-    host = tmp_path / "otherpkg"
-    host.mkdir()
-    (host / "__init__.py").touch()
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(KERNELS, host / "_vendored", ignore=ignored)
-    script = (
-        "import sys, torch\n"
-        "sys.modules['igrpo_kernels'] = sys.modules['igrpo_algo'] = None\n"
-        "from otherpkg import _vendored as kernels\n"
-        "logits = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)\n"
-        "logprobs = kernels.token_logprobs(logits, torch.tensor([2]))\n"
-        "loss = kernels.policy_loss(logprobs[None], torch.tensor([[1.0]]),\n"
-        "    surrogate=kernels.Clip(), aggregate=kernels.SequenceMean()).loss\n"
-        "loss.backward()\n"
-        "want = torch.log_softmax(logits.detach(), -1)\n"
-        "torch.testing.assert_close(logprobs.detach(), want[:, 2])\n"
-        "torch.testing.assert_close(logits.grad, want.exp() - torch.eye(3)[2:])\n"
-        "assert kernels.__file__.endswith('otherpkg/_vendored/__init__.py')"
-    )
-    assert run_python(script, tmp_path, tmp_path) == ""
-
-
-@pytest.mark.slow
-def test_a_vendored_copy_passes_the_kernel_tests(tmp_path: Path) -> None:
-    """The folder under another name, its tests told that name, and this project out of reach."""
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(KERNELS, tmp_path / "otherpkg" / "_vendored", ignore=ignored)
-    tests = tmp_path / "tests"
-    (tests / "kernels").mkdir(parents=True)
-    gone = "import sys\nsys.modules['igrpo_kernels'] = sys.modules['igrpo_algo'] = None\n"
-    (tests / "conftest.py").write_text(gone + (ROOT / "tests" / "conftest.py").read_text())
-    for name in VENDORED_TESTS:
-        source = (ROOT / "tests" / "kernels" / name).read_text()
-        renamed = source.replace("igrpo_kernels", "otherpkg._vendored")
-        (tests / "kernels" / name).write_text(renamed)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error"]
-    command += ["--import-mode=importlib", "-k", "not compile"]
-    command += [str(tests / "kernels" / name) for name in VENDORED_TESTS]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert "skipped" not in run.stdout

@@ -1,9 +1,13 @@
 """The runner of planted faults: what it must call killed, survived and broken."""
 
+import importlib.util
+import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNER = ROOT / "tests" / "mutants" / "run.py"
@@ -40,10 +44,24 @@ def test_anything_but_a_red_test_fails_the_run(tmp_path: Path) -> None:
     outcomes = {
         ("2 * x", "x", "::test_double"): "killed",
         ("3 * x", "4 * x", "::test_triple"): "SURVIVED",
-        ("5 * x", "4 * x", "::test_triple"): "error: its old text occurs 0 times, not once",
-        ("return", "pass", "::test_triple"): "error: its old text occurs 2 times, not once",
-        ("2 * x", "2 * x", "::test_double"): "error: its old and new text are the same",
-        ("2 * x", "(", " -k double"): "error: pytest ended with 2",
+        (
+            "5 * x",
+            "4 * x",
+            "::test_triple",
+        ): "error: its old code stands in the file 0 times, not once",
+        (
+            "return",
+            "pass",
+            "::test_triple",
+        ): "error: its old code stands in the file 2 times, not once",
+        ("2 * x", "2  * x", "::test_double"): "error: its old and new code are the same",
+        (
+            "2 * x",
+            "(",
+            "::test_double",
+        ): "error: with it the file is no Python: '(' was never closed",
+        ("def double", "def twice", " -k double"): "error: pytest ended with 2",
+        ("2 * x", "x", "2::test_double"): "error: its test does not exist",
         ("2 * x", "x", " -k nothing"): "error: pytest ended with 5 without any fault",
         ("2 * x", "x", "::test_red"): "error: pytest ended with 1 without any fault",
     }
@@ -52,7 +70,7 @@ def test_anything_but_a_red_test_fails_the_run(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()[: len(outcomes)]
     found = sorted(line.partition("] ")[2].partition("  ")[0].strip() for line in lines)
     assert found == sorted(outcomes.values())
-    assert done.stdout.splitlines()[-1].startswith("1 of 8 faults noticed")
+    assert done.stdout.splitlines()[-1].startswith("1 of 10 faults noticed")
 
 
 def test_one_survivor_alone_fails_the_run(tmp_path: Path) -> None:
@@ -60,15 +78,86 @@ def test_one_survivor_alone_fails_the_run(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
 
 
-def planted_faults() -> list[dict[str, str]]:
-    files = sorted((ROOT / "tests" / "mutants").glob("*.toml"))
-    return [entry for file in files for entry in tomllib.loads(file.read_text())["mutant"]]
+def check_entries(root: Path) -> str:
+    command = [sys.executable, RUNNER, "--check", "--root", root]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stderr
 
 
 def test_every_planted_fault_fits_the_tree() -> None:
-    faults = planted_faults()
-    assert faults
-    for fault in faults:
-        assert (ROOT / fault["file"]).read_text().count(fault["old"]) == 1, fault
-        path = ROOT / fault["test"].split()[0].split("::")[0]
-        assert path.exists(), fault
+    assert check_entries(ROOT) == ""
+
+
+@pytest.fixture(scope="module")
+def syntax() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("syntax", RUNNER.with_name("syntax.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CODE = """\
+def spread(values, count, *, ddof=1):
+    mean = sum(values) / count  # of all
+    if count > ddof and not values.empty:
+        return math.sqrt(
+            sum((value - mean) ** 2 for value in values)
+            / (count - ddof)
+        )
+    return max(
+        values,
+        key=abs,
+    )
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "planted"),
+    [
+        ("sum(values)/count", "0", "mean = 0  # of all"),
+        ("return max(values, key=abs)", "return 0", "    return 0\n"),
+        ("sum((value-mean)**2 for value in values) / (count-ddof)", "0", "sqrt(\n            0\n"),
+        ("count - ddof", "count", "/ (count)"),
+        ("/ (count - ddof)", "", "for value in values)\n            \n"),
+        ("and not values.empty:", ":", "if count > ddof :"),
+        ("key=abs,", "", "values,\n        \n"),
+        ("if count > ddof and not values.empty:", "for _ in ():\n    pass\nif ddof:",
+         "    for _ in ():\n        pass\n    if ddof:\n        return math"),
+        ("mean = sum(numbers) / count", "mean = min(numbers)", "    mean = min(values)  # of all"),
+        ("sum((item - mean) ** 2 for item in values)", "abs(item)", "abs(value)"),
+    ],
+)  # fmt: skip
+def test_a_piece_is_found_by_its_syntax(
+    syntax: ModuleType, old: str, new: str, planted: str
+) -> None:
+    (place,) = syntax.find(old, CODE)
+    assert planted in syntax.replace(CODE, place, new)
+
+
+@pytest.mark.parametrize(
+    ("old", "count"),
+    [
+        ("values", 5),
+        ("count / sum(values)", 0),
+        ("(mean ** 2 for value in values)", 0),
+        ("key=len", 0),  # one name of two is another: no rename
+        ("mean ** 2", 0),  # its parenthesis holds more than the piece
+        ("sum(a) / a", 0),  # two names where the piece has one
+        ("", 0),
+    ],
+)
+def test_other_code_is_not_taken_for_a_piece(syntax: ModuleType, old: str, count: int) -> None:
+    assert len(syntax.find(old, CODE)) == count
+
+
+def test_planted_faults_outlive_another_layout(tmp_path: Path) -> None:
+    for folder in ("igrpo_algo", "igrpo_kernels", "benchmarks", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    (tmp_path / "ruff.toml").write_text("line-length = 60\nformat.quote-style = 'single'\n")
+    subprocess.run([sys.executable, "-m", "ruff", "format", "-q", "."], cwd=tmp_path, check=True)
+    stale = check_entries(tmp_path).splitlines()
+    planted = sum(f.read_text().count("[[mutant]]") for f in RUNNER.parent.glob("*.toml"))
+    # Half a statement may meet a bracket that the formatter has set.
+    assert len(stale) <= 0.02 * planted, stale

@@ -95,7 +95,8 @@ def test_first_block_is_a_short_example_with_its_output() -> None:
 def test_make_commands_are_targets() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     named = [re.findall(r"[a-z-]+", line)[1] for line in COMMANDS if line.startswith("make ")]
-    named += re.findall(r"`make ([a-z-]+)`", README)
+    for page in ("README.md", "CONTRIBUTING.md", "AGENTS.md"):
+        named += re.findall(r"`make ([a-z-]+)[ `]", (ROOT / page).read_text())
     assert {"demo", "test"} <= set(named)
     assert set(named) <= set(targets)
 

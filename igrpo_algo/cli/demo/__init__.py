@@ -1,1 +1,1 @@
-"""The demo's task, model, warm-up and arms: everything `igrpo demo` needs and no hub has."""
+"""`igrpo demo` with everything it needs: task, model, warm-up, runs and verdict; no hub."""

@@ -73,7 +73,7 @@ def write_values(values: list[int]) -> str:
 
 
 def read_values(text: str) -> list[int] | None:
-    """Return the values that a completion wrote, or None where it is no list of numbers.
+    """Return the values that a completion wrote, or None if it is not a list of numbers.
 
     Examples:
         >>> read_values("12 4 0"), read_values("12 mod"), read_values("")

@@ -1,61 +1,11 @@
-"""What the finished runs say, in numbers and in words, whichever way it goes."""
+"""The result of the finished runs, in numbers and in words, whoever wins."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from .plan import ARMS, Plan
-
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t at 97.5 % for 1 to 9 degrees of freedom."""
-NORMAL_QUANTILE = 1.960
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95 % interval.
-
-    Examples:
-        >>> Interval(-0.05, -0.08, -0.02).excludes_zero
-        True
-    """
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether zero lies outside."""
-        return self.low > 0 or self.high < 0
-
-
-def interval_over_seeds(values: Sequence[float]) -> Interval:
-    """Mean over seeds with Student's t interval.
-
-    mean +- t * std / sqrt(n), ddof 1
-
-    Two seeds or more: it holds what differs from run to run, the sampled answers included.
-
-    Examples:
-        >>> interval_over_seeds([0.25, 0.5, 0.75])
-        Interval(mean=0.5, low=-0.121..., high=1.121...)
-    """
-    count = len(values)
-    if count < 2:
-        raise ValueError(f"values must have one number per seed, two at least, got {count}")
-    quantile = T_QUANTILES[count - 2] if count - 2 < len(T_QUANTILES) else NORMAL_QUANTILE
-    half = quantile * stdev(values) / math.sqrt(count)
-    return Interval(fmean(values), fmean(values) - half, fmean(values) + half)
-
-
-def interval_over_problems(per_problem: Sequence[float]) -> Interval:
-    """Mean over held-out problems with the normal interval; says nothing about other seeds."""
-    count = len(per_problem)
-    half = NORMAL_QUANTILE * stdev(per_problem) / math.sqrt(count)
-    return Interval(fmean(per_problem), fmean(per_problem) - half, fmean(per_problem) + half)
+from ..intervals import Interval, mean_interval
+from .runs import ARMS, DemoConfig
 
 
 def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval:
@@ -66,21 +16,20 @@ def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]
         theirs: The same of the other arm; seeds and problems in the same order.
     """
     if len(ours) == 1:
-        pairs = zip(ours[0], theirs[0], strict=True)
-        return interval_over_problems([mine - other for mine, other in pairs])
-    seeds = zip(ours, theirs, strict=True)
-    return interval_over_seeds([fmean(mine) - fmean(other) for mine, other in seeds])
+        ours, theirs = ([[value] for value in values] for (values,) in (ours, theirs))
+    pairs = zip(map(fmean, ours), map(fmean, theirs), strict=True)
+    return mean_interval([mine - other for mine, other in pairs])
 
 
 def summarize(
-    plan: Plan,
+    config: DemoConfig,
     results: Mapping[str, Sequence[Mapping[str, Any]]],
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Collect the numbers behind the verdict.
 
     Args:
-        plan: The settings of all runs.
+        config: The settings of all runs.
         results: The finished runs of each arm, ordered by seed.
         rows: The metrics of these runs.
     """
@@ -88,45 +37,45 @@ def summarize(
     for arm, runs in results.items():
         arms[arm] = {
             "label": ARMS[arm].label,
-            "completions": plan.steps * plan.prompts_per_step * ARMS[arm].completions,
+            "completions": config.steps * config.prompts_per_step * ARMS[arm].completions,
             "accuracy": _spread([run["accuracy"] for run in runs]),
             "refined_accuracy": _spread([run["refined_accuracy"] for run in runs]),
-            "late_zero_variance": late_mean(plan, rows, arm, "zero_variance"),
-            "late_copied_drafts": late_mean(plan, rows, arm, "copied_drafts"),
+            "late_zero_variance": late_mean(config, rows, arm, "zero_variance"),
+            "late_copied_drafts": late_mean(config, rows, arm, "copied_drafts"),
             "cpu_seconds": sum(run["cpu_seconds"] for run in runs),
         }
     differences = {
-        arm: asdict(
-            difference(
-                [_shares(run, plan) for run in runs],
-                [_shares(run, plan) for run in results["grpo"]],
-            )
-        )
+        arm: difference(
+            [_shares(run, config) for run in runs],
+            [_shares(run, config) for run in results["grpo"]],
+        )._asdict()
         for arm, runs in results.items()
         if arm != "grpo"
     }
     return {
         "seeds": [run["seed"] for run in next(iter(results.values()))],
-        "held_out": plan.held_out,
-        "answers_per_problem": plan.final_samples,
+        "held_out": config.held_out,
+        "answers_per_problem": config.final_samples,
         "base_accuracy": next(row["accuracy"] for row in rows if row["step"] == 0),
         "arms": arms,
         "difference_to_grpo": differences,
     }
 
 
-def late_mean(plan: Plan, rows: Sequence[Mapping[str, Any]], arm: str, metric: str) -> float | None:
+def late_mean(
+    config: DemoConfig, rows: Sequence[Mapping[str, Any]], arm: str, metric: str
+) -> float | None:
     """Mean of a training metric over the last fifth of the steps, or None where it has no rows."""
     late = [
         row[metric]
         for row in rows
-        if row["arm"] == arm and row["step"] > 0.8 * plan.steps and row.get(metric) is not None
+        if row["arm"] == arm and row["step"] > 0.8 * config.steps and row.get(metric) is not None
     ]
     return fmean(late) if late else None
 
 
-def _shares(run: Mapping[str, Any], plan: Plan) -> list[float]:
-    return [right / plan.final_samples for right in run["right"]]
+def _shares(run: Mapping[str, Any], config: DemoConfig) -> list[float]:
+    return [right / config.final_samples for right in run["right"]]
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

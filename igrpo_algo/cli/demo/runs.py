@@ -1,12 +1,12 @@
-"""What the demo runs: its arms, its settings, and where each run keeps its files. No torch here."""
+"""The demo's arms, settings and runs, and where each run keeps its files. No torch here."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..metrics_file import MetricsFile, write_json
+from ..metrics_file import MetricsFile
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,15 @@ class Arm:
         label: Its name in tables and plots.
         num_drafts: Completions of Stage 1; 0 is GRPO.
         num_refinements: Completions under the prompt that is trained on.
-        options: Arguments of `IGRPOConfig`.
+        draft_loss_coef: Weight of the drafts' own loss.
+        random_draft: Whether any draft is refined, in the place of the best.
     """
 
     label: str
     num_drafts: int
     num_refinements: int
-    options: dict[str, Any] = field(default_factory=dict)
+    draft_loss_coef: float = 0.0
+    random_draft: bool = False
 
     @property
     def completions(self) -> int:
@@ -34,14 +36,14 @@ class Arm:
 ARMS = {
     "grpo": Arm("GRPO, 8", 0, 8),
     "igrpo": Arm("iGRPO, 4 + 4", 4, 4),
-    "both-stages": Arm("iGRPO, both stages trained", 4, 4, {"draft_loss_coef": 1.0}),
-    "random-draft": Arm("iGRPO, random draft", 4, 4, {"draft_choice": "random"}),
+    "both-stages": Arm("iGRPO, both stages trained", 4, 4, draft_loss_coef=1.0),
+    "random-draft": Arm("iGRPO, random draft", 4, 4, random_draft=True),
 }
 DEFAULT_ARMS = ("grpo", "igrpo")
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoConfig:
     """Settings that all arms share.
 
     Attributes:
@@ -116,7 +118,8 @@ class Run:
 
     def result(self, output_dir: Path) -> dict[str, Any] | None:
         """What the run found, or None while it is not finished."""
-        return read_json(self.folder(output_dir) / "result.json")
+        path = self.folder(output_dir) / "result.json"
+        return json.loads(path.read_bytes()) if path.exists() else None
 
 
 def share_runs(runs: Sequence[Run], workers: int) -> list[list[Run]]:
@@ -132,27 +135,3 @@ def share_runs(runs: Sequence[Run], workers: int) -> list[list[Run]]:
         row, column = divmod(index, workers)
         shares[(column + row) % workers].append(run)
     return [share for share in shares if share]
-
-
-def read_json(path: Path) -> Any:
-    """Return what a JSON file holds, or None where there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def load_plan(output_dir: Path) -> Plan:
-    """Read the settings that a folder's runs share."""
-    return Plan(**read_json(output_dir / "plan.json"))
-
-
-def save_plan(plan: Plan, output_dir: Path) -> None:
-    """Fix the settings of a folder's runs; a folder with other settings is refused.
-
-    Raises:
-        ValueError: The folder holds runs with other settings.
-    """
-    path = output_dir / "plan.json"
-    known = read_json(path)
-    if known is not None and known != asdict(plan):
-        changed = {name: value for name, value in asdict(plan).items() if known.get(name) != value}
-        raise ValueError(f"{output_dir} holds runs with other settings than {changed}: {known}")
-    write_json(path, asdict(plan))

@@ -1,0 +1,117 @@
+"""What happens on import, and that a copy of the kernels' folder works in another project."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "igrpo_kernels"
+VENDORED_TESTS = (
+    "test_linear_policy_loss.py",
+    "test_linear_token_logprobs.py",
+    "test_policy_loss.py",
+    "test_policy_loss_input.py",
+    "test_sequences.py",
+    "test_token_logprobs.py",
+    "triton_interpreted.py",
+)
+HEAVY = ["triton", "transformers", "trl", "matplotlib", "datasets", "accelerate"]
+
+
+def run_python(script: str, cwd: Path, *path: Path) -> str:
+    """Run a script in a fresh interpreter and return what it printed, errors included."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("package", ["igrpo_kernels", "igrpo_algo"])
+def test_import_loads_nothing_heavy_and_prints_nothing(package: str, tmp_path: Path) -> None:
+    script = (
+        f"import sys, torch; before = set(sys.modules)\nimport {package}\n"
+        f"new = {{name.partition('.')[0] for name in set(sys.modules) - before}}\n"
+        f"assert not new & set({HEAVY}), new & set({HEAVY})"
+    )
+    assert run_python(script, tmp_path, ROOT) == ""
+
+
+@pytest.mark.parametrize("package", ["igrpo_kernels", "igrpo_algo"])
+def test_import_works_without_triton(package: str, tmp_path: Path) -> None:
+    script = f"import sys; sys.modules['triton'] = None; import {package}"
+    assert run_python(script, tmp_path, ROOT) == ""
+
+
+@pytest.mark.parametrize("package", ["igrpo_kernels", "igrpo_algo"])
+def test_import_leaves_torch_as_it_was(package: str, tmp_path: Path) -> None:
+    script = (
+        "import warnings, torch, torch.nn.functional as F\n"
+        "def state():\n"
+        "    spaces = {space.__name__: dict(vars(space)) for space in (torch, F, torch.Tensor)}\n"
+        "    settings = (torch.get_default_dtype(), torch.get_num_threads(),\n"
+        "                torch.is_grad_enabled(), torch.initial_seed(), list(warnings.filters))\n"
+        "    return spaces, settings\n"
+        f"before = state()\nimport {package}\nafter = state()\n"
+        "assert after[1] == before[1], 'a setting changed'\n"
+        "for space, old in before[0].items():\n"
+        "    moved = [name for name in old if after[0][space].get(name) is not old[name]]\n"
+        "    assert not moved, (space, moved)"
+    )
+    assert run_python(script, tmp_path, ROOT) == ""
+
+
+def test_a_vendored_copy_works_under_another_name(tmp_path: Path) -> None:
+    host = tmp_path / "otherpkg"
+    host.mkdir()
+    (host / "__init__.py").touch()
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(KERNELS, host / "_vendored", ignore=ignored)
+    script = (
+        "import sys, torch\n"
+        "sys.modules['igrpo_kernels'] = sys.modules['igrpo_algo'] = None\n"
+        "from otherpkg import _vendored as kernels\n"
+        "logits = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)\n"
+        "logprobs = kernels.token_logprobs(logits, torch.tensor([2]))\n"
+        "loss = kernels.policy_loss(logprobs[None], torch.tensor([[1.0]]),\n"
+        "    surrogate=kernels.Clip(), aggregate=kernels.SequenceMean()).loss\n"
+        "loss.backward()\n"
+        "want = torch.log_softmax(logits.detach(), -1)\n"
+        "torch.testing.assert_close(logprobs.detach(), want[:, 2])\n"
+        "torch.testing.assert_close(logits.grad, want.exp() - torch.eye(3)[2:])\n"
+        "assert kernels.__file__.endswith('otherpkg/_vendored/__init__.py')"
+    )
+    assert run_python(script, tmp_path, tmp_path) == ""
+
+
+@pytest.mark.slow
+def test_a_vendored_copy_passes_the_kernel_tests(tmp_path: Path) -> None:
+    """The folder under another name, its tests told that name, and this project out of reach."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(KERNELS, tmp_path / "otherpkg" / "_vendored", ignore=ignored)
+    tests = tmp_path / "tests"
+    (tests / "kernels").mkdir(parents=True)
+    gone = "import sys\nsys.modules['igrpo_kernels'] = sys.modules['igrpo_algo'] = None\n"
+    (tests / "conftest.py").write_text(gone + (ROOT / "tests" / "conftest.py").read_text())
+    for name in VENDORED_TESTS:
+        source = (ROOT / "tests" / "kernels" / name).read_text()
+        renamed = source.replace("igrpo_kernels", "otherpkg._vendored")
+        (tests / "kernels" / name).write_text(renamed)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error"]
+    command += ["--import-mode=importlib", "-k", "not compile"]
+    command += [str(tests / "kernels" / name) for name in VENDORED_TESTS]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert "skipped" not in run.stdout
