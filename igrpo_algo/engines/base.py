@@ -6,8 +6,7 @@ from typing import Any
 from igrpo_kernels.checks import check_count
 
 from ..drafts.markers import marker_tokens
-from ..prompts import Prompt, check_chat_template_kwargs, encode_prompt
-from ..rollouts.sampling import check_prompts
+from ..prompts import Prompt, check_chat_template_kwargs, check_prompts, encode_prompt
 from ..seeds import derive_seed
 
 

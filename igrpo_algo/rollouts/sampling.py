@@ -22,8 +22,7 @@ drafts: lower goes first.
 
 import asyncio
 import inspect
-import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -34,11 +33,18 @@ from torch import Tensor
 
 from igrpo_kernels.checks import check_count, describe
 
-from ..prompts import Prompt
+from ..prompts import Prompt, check_prompts
 from ..seeds import prompt_seeds
-from .completions import Completion, Packed, Padded, pack_completions, pad_completions
+from .completions import (
+    Completion,
+    Groups,
+    Packed,
+    Padded,
+    check_groups,
+    pack_completions,
+    pad_completions,
+)
 
-Groups = list[list[Completion]]
 Result = TypeVar("Result")
 
 
@@ -267,74 +273,6 @@ def check_sampler(sampler: object) -> None:
             "sampler must have sample(prompts, n, *, seed), or sample_one(prompt, n, *, seed), or "
             f"be a function (prompts, n, seed), got {describe(sampler)}"
         )
-
-
-def check_prompts(prompts: object) -> list[Prompt]:
-    """Return the prompts as a list; name the first one that is not a prompt.
-
-    Raises:
-        TypeError: They are not a list, or one is of another type than a prompt.
-        ValueError: The text of one cannot be encoded.
-    """
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts must be a list of prompts, got {describe(prompts)}")
-    for index, prompt in enumerate(prompts):
-        if half := _lone_surrogate(prompt):
-            raise ValueError(
-                f"prompts[{index}] holds {half!r}, half of a character, which no tokenizer takes"
-            )
-        if isinstance(prompt, str):
-            continue
-        if isinstance(prompt, list) and prompt:
-            if all(isinstance(message, Mapping) for message in prompt):
-                continue
-            if all(isinstance(token, int) for token in prompt):
-                continue
-        raise TypeError(
-            f"prompts[{index}] must be a string, or a non-empty list of chat messages or of token "
-            f"ids, got {describe(prompt)}"
-        )
-    return list(prompts)
-
-
-def _lone_surrogate(prompt: object) -> str | None:
-    """Find half of a surrogate pair in a prompt's texts, which broken JSON escapes leave behind."""
-    if isinstance(prompt, str):
-        found = re.search("[\ud800-\udfff]", prompt)
-        return None if found is None else found[0]
-    if isinstance(prompt, Mapping):
-        prompt = list(prompt.values())
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        return next(filter(None, map(_lone_surrogate, prompt)), None)
-    return None
-
-
-def check_groups(groups: object, count: int, n: int) -> Groups:
-    """Return what the sampler gave as lists, if it is `count` groups of n completions."""
-    if isinstance(groups, str) or not isinstance(groups, Sequence):
-        raise TypeError(f"sampler must return a list of groups, got {describe(groups)}")
-    if len(groups) != count:
-        raise ValueError(
-            f"sampler must return one group per prompt: {len(groups)} groups for {count} prompts"
-        )
-    for index, group in enumerate(groups):
-        if isinstance(group, str) or not isinstance(group, Sequence):
-            raise TypeError(
-                f"sampler must return a list of completions per prompt, got {describe(group)} "
-                f"for prompt {index}"
-            )
-        if len(group) != n:
-            raise ValueError(
-                f"sampler must return n = {n} completions per prompt, got {len(group)} "
-                f"for prompt {index}"
-            )
-        for completion in group:
-            if not isinstance(completion, Completion):
-                raise TypeError(
-                    f"sampler must return Completion values, got {describe(completion)} "
-                    f"for prompt {index}"
-                )
-    return [list(group) for group in groups]
 
 
 def run_blocking(coroutine: Coroutine[Any, Any, Result]) -> Result:

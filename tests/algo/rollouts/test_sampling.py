@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
+from igrpo_algo.prompts import check_prompts
 from igrpo_algo.rollouts.completions import Completion, pack_completions, pad_completions
 from igrpo_algo.rollouts.sampling import (
     Samples,
-    check_prompts,
     run_blocking,
     sample_group,
     sample_one,
