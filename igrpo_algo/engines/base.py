@@ -33,7 +33,8 @@ class EngineSampler:
     @property
     def control_tokens(self) -> frozenset[str]:
         """The strings that begin or end a turn of this model; a draft must not hold them."""
-        return frozenset(marker_tokens(self.tokenizer))
+        template = self.chat_template_kwargs.get("chat_template")
+        return frozenset(marker_tokens(self.tokenizer, template))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Give the token ids that the model sees for a prompt. See `encode_prompt`."""
