@@ -50,9 +50,9 @@ def load_prompts(
 
     Each row becomes `{"prompt": ..., "answer": ..., **other columns}`. The question is the first
     column present of prompt, question, problem; the answer the first of answer, solution,
-    final_answer, ground_truth, of which `igrpo_algo.rewards.answers.extract_gold` keeps the final answer.
-    Both are looked up in the first row and must be in all. A set without an answer column yields
-    rows without `answer`: a reward of your own may not need one.
+    final_answer, ground_truth, of which `igrpo_algo.rewards.answers.extract_gold` keeps the final
+    answer. Both are looked up in the first row and must be in all. A set without an answer column
+    yields rows without `answer`: a reward of your own may not need one.
 
     Args:
         source: A path, or a name on the hub.

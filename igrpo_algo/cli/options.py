@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from ..data import PAPER_SYSTEM_PROMPT, Row, load_prompts
-from ..rewards.judge import shared_judge
 from ..rewards import exact_match_reward, load_reward, math_reward
+from ..rewards.judge import shared_judge
 from ..scoring import Reward
 
 Model = Annotated[str, typer.Option(help="Model: a folder, or a name on the hub.")]
