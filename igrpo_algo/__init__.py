@@ -9,7 +9,7 @@ from igrpo_kernels import policy_loss
 
 from .advantages.baselines import rloo
 from .advantages.of_groups import center_by_group, standardize_by_group, whiten
-from .drafts.rules import Fallback
+from .drafts.rules import DraftRules, Fallback, Ties
 from .drafts.select import (
     select_best_draft,
     select_random_draft,
@@ -27,11 +27,13 @@ from .rollouts.two_stage import stream_two_stage_rollout, two_stage_rollout
 
 __all__ = [
     "Completion",
+    "DraftRules",
     "DraftTemplate",
     "Fallback",
     "Rollouts",
     "Samples",
     "TextSplice",
+    "Ties",
     "TokenSplice",
     "center_by_group",
     "copy_rate",

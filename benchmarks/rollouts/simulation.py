@@ -6,10 +6,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
-
 from igrpo_algo import Rollouts
-from igrpo_algo.cli.intervals import mean_confidence_interval
+from igrpo_algo.cli.intervals import mean_interval
 
 from .engine import Costs, SimulatedEngine, WholeGroups, Workload
 from .variants import GROUP, VARIANTS, reward, simulated_time
@@ -128,5 +126,4 @@ def over_seeds(
 def summary(values: Iterable[float]) -> dict[str, Any]:
     """Give mean, 95 % interval of the mean, and the values."""
     numbers = list(values)
-    mean, low, high = mean_confidence_interval(torch.tensor(numbers, dtype=torch.float64)[:, None])
-    return {"mean": float(mean), "low": float(low), "high": float(high), "values": numbers}
+    return {**mean_interval(numbers)._asdict(), "values": numbers}

@@ -6,7 +6,13 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from igrpo_algo import Rollouts, TokenSplice, stream_two_stage_rollout, two_stage_rollout
+from igrpo_algo import (
+    DraftRules,
+    Rollouts,
+    TokenSplice,
+    stream_two_stage_rollout,
+    two_stage_rollout,
+)
 from igrpo_algo.rollouts import two_stage as rollout
 from igrpo_algo.rollouts.one_prompt import Plan
 from igrpo_algo.rollouts.slots import Slots
@@ -16,7 +22,11 @@ from .clock import run_virtual
 GROUP = 8
 """Completions per prompt, GRPO's group size; iGRPO draws half as drafts, half as refinements."""
 
-SPLIT = {"num_drafts": GROUP // 2, "num_refinements": GROUP // 2, "splice": TokenSplice()}
+SPLIT = {
+    "num_drafts": GROUP // 2,
+    "num_refinements": GROUP // 2,
+    "rules": DraftRules(splice=TokenSplice()),
+}
 Reward = Callable[..., Any]
 Prompts = Sequence[list[int]]
 

@@ -2,7 +2,8 @@ r"""Prompt sets: hub names and local files become rows of a prompt and a referen
 
 Known shapes are GSM8K's (`question`, `answer` with `####`), MATH's (`problem`, `solution` with
 `\boxed{}`) and rows that are ready (`prompt`, `answer`). Other column names are arguments. Every
-error names the file, the line and the column. Nothing unpickles and no remote code runs.
+error names the file, the line and the column: that is why JSON is not read by `datasets` here.
+Nothing unpickles and no remote code runs.
 """
 
 import itertools
@@ -51,8 +52,8 @@ def load_prompts(
     Each row becomes `{"prompt": ..., "answer": ..., **other columns}`. The question is the first
     column present of prompt, question, problem; the answer the first of answer, solution,
     final_answer, ground_truth, of which `igrpo_algo.answers.extract_gold` keeps the final answer.
-    Both are looked up in the first row and must be in all. A set without an answer column yields
-    rows without `answer`: a reward of your own may not need one.
+    These two must be in every row. Of any other column a row may lack its cell: that is None. A set
+    without an answer column yields rows without `answer`: a reward of your own may not need one.
 
     Args:
         source: A path, or a name on the hub.
@@ -66,13 +67,14 @@ def load_prompts(
         limit: Keep this many rows from the start; None keeps all.
 
     Returns:
-        One dict per row.
+        One dict per row, all with the same columns.
 
     Raises:
         FileNotFoundError: The source looks like a path and does not exist.
         ModuleNotFoundError: `datasets` is needed and not installed.
         TypeError: A cell is of the wrong type.
-        ValueError: A file is malformed, empty or of an unknown kind, or lacks a column.
+        ValueError: A file is malformed, empty or of an unknown kind, lacks a column, or holds half
+            of a surrogate pair, which is no text.
 
     Examples:
         >>> import tempfile
@@ -84,16 +86,14 @@ def load_prompts(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be >= 1, got {limit}")
-    rows: list[Row] = []
-    format_: _RowFormat | None = None
-    for place, row in itertools.islice(_read(source, split, config), limit):
-        if format_ is None:
-            question, answer = _choose_columns(row, place, question_column, answer_column)
-            format_ = _RowFormat(question, answer, system_prompt, chat)
-        rows.append(format_.prepare(row, place))
+    rows = list(itertools.islice(_read(source, split, config), limit))
     if not rows:
         raise ValueError(f"{source} holds no rows")
-    return rows
+    columns = dict.fromkeys(name for _, row in rows for name in row)
+    question, answer = _choose_columns(columns, str(source), question_column, answer_column)
+    others = [name for name in columns if name not in (question, answer)]
+    format_ = _RowFormat(question, answer, others, system_prompt, chat)
+    return [format_.prepare(row, place) for place, row in rows]
 
 
 def prepare_prompt(
@@ -156,12 +156,16 @@ class _RowFormat:
 
     question: str
     answer: str | None
+    others: Sequence[str]
     system_prompt: str | None
     chat: bool
 
     def prepare(self, row: Row, place: str) -> Row:
+        for name, value in row.items():
+            with _locate_errors(place, name):
+                _check_text(value)
         question = _cell(row, self.question, place)
-        prepared = {key: row[key] for key in row if key not in (self.question, self.answer)}
+        prepared = {name: row.get(name) for name in self.others}
         with _locate_errors(place, self.question):
             prepared["prompt"] = prepare_prompt(
                 question, system_prompt=self.system_prompt, chat=self.chat
@@ -174,19 +178,28 @@ class _RowFormat:
 
 
 def _choose_columns(
-    first: Row, place: str, question_column: str | None, answer_column: str | None
+    columns: Iterable[str], source: str, question_column: str | None, answer_column: str | None
 ) -> tuple[str, str | None]:
-    """Find the columns by the first row: those named, or else the first known ones."""
+    """Take the columns that are named, or else the first known ones."""
+    there = sorted(columns)
     for argument, name in (("question", question_column), ("answer", answer_column)):
-        if name is not None and name not in first:
-            raise ValueError(f"{place}: {argument}_column {name!r} is not among {sorted(first)}")
-    question = question_column or next((name for name in QUESTION_COLUMNS if name in first), None)
+        if name is not None and name not in there:
+            raise ValueError(f"{source}: {argument}_column {name!r} is not among {there}")
+    question = question_column or next((name for name in QUESTION_COLUMNS if name in there), None)
     if question is None:
         raise ValueError(
-            f"{place}: no column {', '.join(QUESTION_COLUMNS)} among {sorted(first)}; "
+            f"{source}: no column {', '.join(QUESTION_COLUMNS)} among {there}; "
             "name it with question_column"
         )
-    return question, answer_column or next((n for n in ANSWER_COLUMNS if n in first), None)
+    return question, answer_column or next((n for n in ANSWER_COLUMNS if n in there), None)
+
+
+def _check_text(value: object) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{half!r} is half of a surrogate pair and no text") from None
 
 
 def _cell(row: Row, column: str, place: str) -> object:

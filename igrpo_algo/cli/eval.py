@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..drafts.markers import marker_tokens
-from ..drafts.select import select_best_draft, select_random_draft
+from ..drafts.rules import DraftRules, Ties
+from ..drafts.select import select_random_draft
 from ..drafts.splice import TextSplice, TokenBudget
 from ..rollouts.progress import RolloutProgress, show_live
 from ..rollouts.records import Group, Stage
@@ -224,7 +225,9 @@ def answer_batch(
     )
     refined: Sequence[Group | None] = [None] * len(rows)
     if protocol.drafts:
-        is_best = protocol.draft_choice is DraftChoice.BEST
+        rules = DraftRules(splice=splice)
+        if protocol.draft_choice is DraftChoice.RANDOM:
+            rules = replace(rules, select=select_random_draft, ties=Ties.RANDOM)
         refined = two_stage_rollout(
             prompts,
             sampler,
@@ -232,8 +235,7 @@ def answer_batch(
             num_drafts=protocol.drafts,
             num_refinements=protocol.refinements,
             columns=columns,
-            select=select_best_draft if is_best else select_random_draft,
-            splice=splice,
+            rules=rules,
             seed=derive_seed(seed, 1),
             on_progress=lines.get("refined"),
         ).groups

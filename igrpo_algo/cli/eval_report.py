@@ -12,12 +12,12 @@ from torch import Tensor
 from ..drafts.text import strip_thinking
 from ..metrics import pass_at_k, stage_uplift
 from .data import Row
-from .intervals import Interval, bounded_mean_interval, mean_confidence_interval
+from .intervals import bounded_mean_interval, mean_interval
 
 STAGES = {"single": "single-shot", "drafts": "drafts", "refinements": "refined"}
 CONFIDENCE = 0.95
 MANY_PROMPTS = 30
-"""Prompts from which the mean over prompts is taken to be normal."""
+"""From this many prompts on, their mean is taken to be normal."""
 
 
 def report(
@@ -32,7 +32,7 @@ def report(
     Accuracies weigh each prompt the same. Their intervals take prompts, not samples, as what is
     independent. With fewer than 30 scored prompts, with one answer per prompt, and where all
     prompts come out the same, the interval is Wilson's over prompts (`bounded_mean_interval`), so
-    none is without width; otherwise it is the normal one, cut to [0, 1]. Answers that could not be
+    none is without width; otherwise it is Student's, cut to [0, 1]. Answers that could not be
     scored are left out and counted. A refinement is a copy if what is left of it, stripped like a
     draft, is the draft as the prompt showed it.
 
@@ -80,16 +80,14 @@ def _success(scores: Tensor, threshold: float) -> Tensor:
 
 
 def _interval(scores: Tensor, k: int, threshold: float) -> dict[str, float]:
-    per_prompt = pass_at_k(scores, k, threshold=threshold)
-    scored = per_prompt[~per_prompt.isnan()]
+    # pass@k is a product of ratios: it may leave [0, 1] by a rounding error.
+    per_prompt = pass_at_k(scores, k, threshold=threshold).clamp(0, 1)
+    scored = per_prompt[~per_prompt.isnan()].tolist()
     one_try = scores.shape[1] == 1
-    if one_try or len(scored) < MANY_PROMPTS or scored.min() == scored.max():
-        # pass@k is a product of ratios: it may leave [0, 1] by a rounding error.
-        interval = bounded_mean_interval(per_prompt.clamp(0, 1), confidence=CONFIDENCE)
-    else:
-        interval = mean_confidence_interval(per_prompt[:, None], confidence=CONFIDENCE)
-    cut = Interval(*(bound.clamp(0, 1) for bound in interval))
-    return {name: float(bound) for name, bound in cut._asdict().items()}
+    if one_try or len(scored) < MANY_PROMPTS or min(scored) == max(scored):
+        return bounded_mean_interval(scored, confidence=CONFIDENCE)._asdict()
+    mean, low, high = mean_interval(scored, confidence=CONFIDENCE)
+    return {"mean": mean, "low": max(low, 0.0), "high": min(high, 1.0)}
 
 
 def _copied(records: Sequence[Row], strip: Callable[[str], str] | None) -> float:

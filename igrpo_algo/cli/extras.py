@@ -11,6 +11,7 @@ EXTRAS = {
         "typer",
         "rich",
         "matplotlib",
+        "scipy",
         "safetensors",
         "yaml",
     ),

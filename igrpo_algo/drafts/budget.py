@@ -45,7 +45,8 @@ def fit_draft(
     One render where the draft fits, and as a rule three where it does not: the prompt with an empty
     draft gives the budget, and what tokenizing the shorter text adds is taken off it. A character
     that the cut splits is dropped. A few tokens of room may stay unused. Where there is no room at
-    all, the draft comes back empty.
+    all, the draft comes back empty: take the plain prompt then, since the words around an empty
+    draft may themselves exceed the limit.
 
     Args:
         draft: The chosen completion as text.
@@ -61,8 +62,7 @@ def fit_draft(
 
     Raises:
         TypeError: `max_prompt_tokens` is no int.
-        ValueError: The prompt with an empty draft exceeds `max_prompt_tokens`, or `keep` is
-            neither "tail" nor "head".
+        ValueError: `max_prompt_tokens` is negative, or `keep` is neither "tail" nor "head".
 
     Examples:
         >>> encode, decode = (lambda text: [*map(ord, text)]), (lambda ids: "".join(map(chr, ids)))
@@ -77,7 +77,7 @@ def fit_draft(
         return FittedDraft(draft, prompt_ids, 0)
     bare_ids = render("")
     draft_ids = encode(draft)
-    room = min(len(draft_ids), draft_budget(max_prompt_tokens, len(bare_ids)))
+    room = min(len(draft_ids), max_prompt_tokens - len(bare_ids))
     while room > 0:
         text = decode(truncate_draft(draft_ids, room, keep=keep)).strip("\ufffd")
         prompt_ids = render(text)

@@ -1,31 +1,52 @@
-"""From scored drafts to the prompt of a refinement round: a pure function of values.
+"""Which draft a prompt's refinements see: one frozen value for every rollout, trainer and command.
 
-select, then the rules for what the paper leaves open (all drafts failed, none scored, draft
-dropout), then the splice. Both forms of the rollout call it, so they choose alike.
+d* = select(R(d_1), ..., R(d_N)),  q' = splice(q, d*)   (iGRPO, arXiv:2602.09000, equations 2 and 3)
+
+`DraftRules.choose` is the choice, on rewards [P, N] alone; `DraftRules.condition` is the prompt
+that comes of it. What the paper leaves open (ties, failures, drafts without a score) is a field.
 """
 
-import inspect
-import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
-from igrpo_kernels.checks import check_number, describe
+from igrpo_kernels.checks import (
+    check_floating,
+    check_number,
+    check_rank,
+    check_shape,
+    check_tensor,
+    describe,
+)
 
-from ..rollouts.completions import Completion
-from ..rollouts.records import Choice
-from ..rollouts.sampling import Prompt, derive_seed
-from .select import BestDraft
-from .splice import Splice
+from ..prompts import Prompt
+from .select import SelectedDrafts, random_ties, select_best_draft, shortest_first
+from .splice import DEFAULT_SPLICE, Draft, Splice, Spliced
 
-_DROPOUT, _SELECT = range(2)
 
-Select = Callable[..., BestDraft]
-TieScores = Callable[[Sequence[Completion]], Sequence[float]]
+class Select(Protocol):
+    """A choice of one draft for each prompt: `select_best_draft`, a control, or your own."""
+
+    def __call__(self, rewards: Tensor, *, tie_scores: Tensor | None = None) -> SelectedDrafts:
+        """Choose by rewards [P, N], where NaN is never chosen, and by tie scores [P, N]."""
+        ...
+
+
+class Ties(Enum):
+    """Which of several drafts of equal reward is chosen.
+
+    Examples:
+        >>> [rule.name for rule in Ties]
+        ['FIRST', 'SHORTEST', 'RANDOM']
+    """
+
+    FIRST = "the one of lowest index"
+    SHORTEST = "the one with the fewest tokens"
+    RANDOM = "any of them"
 
 
 class Fallback(Enum):
@@ -33,98 +54,184 @@ class Fallback(Enum):
 
     Examples:
         >>> [rule.name for rule in Fallback]
-        ['BEST_FAILURE', 'PLAIN_PROMPT', 'SKIP']
+        ['CHOSEN_DRAFT', 'PLAIN_PROMPT', 'SKIP']
     """
 
-    BEST_FAILURE = "the chosen draft all the same"
+    CHOSEN_DRAFT = "the chosen draft all the same"
     PLAIN_PROMPT = "the plain prompt"
-    SKIP = "nothing: the prompt is skipped"
+    SKIP = "nothing: the prompt is left out of Stage 2"
+
+
+class DraftChoices(NamedTuple):
+    """What Stage 2 does for each prompt.
+
+    Attributes:
+        index: The chosen draft among its prompt's N; -1 where none was scored. Shape [P], int64.
+        reward: Its training reward; NaN where none was scored. Shape [P].
+        failed: Whether no draft of the prompt reached `failed_below`. Shape [P], bool.
+        dropped: Whether draft dropout took the draft away. Shape [P], bool.
+        skipped: Whether the prompt is left out of Stage 2. Shape [P], bool.
+        plain: Whether Stage 2 does not see the draft: it was dropped, the prompt is skipped, or a
+            fallback says so. Shape [P], bool.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # the field takes the place of tuple.index
+    reward: Tensor
+    failed: Tensor
+    dropped: Tensor
+    skipped: Tensor
+    plain: Tensor
 
 
 @dataclass(frozen=True)
-class Choosing:
-    """The rules by which a round gets its draft; `two_stage_rollout` says what each means."""
+class DraftRules:
+    """How a draft is chosen for Stage 2, and how it gets into the prompt.
 
-    select: Select
-    tie_scores: TieScores | None
-    failed_below: float | None
-    when_failed: Fallback
-    when_unscored: Fallback
-    splice: Splice
-    draft_dropout: float
-    seed: int
+    The defaults are the paper's: the draft of highest reward, whatever that reward is.
+
+    Attributes:
+        select: Chooses by score: `select_best_draft`, or as controls `select_worst_draft` and
+            `select_random_draft` (which needs `ties=Ties.RANDOM`).
+        selection_score: A reward function that ranks the drafts in the place of the training
+            reward; None ranks by the training reward. A draft without a training reward is never
+            chosen.
+        ties: Which of several drafts of equal score is chosen.
+        failed_below: The drafts of a prompt have all failed if none has a training reward of at
+            least this. None: no draft counts as failed.
+        when_failed: What Stage 2 sees if all drafts failed. `Fallback.CHOSEN_DRAFT` is the paper to
+            the letter.
+        when_unscored: The same if no draft could be scored: the plain prompt, or nothing.
+        dropout: Probability that Stage 2 sees the plain prompt although there is a draft.
+        splice: Puts the draft into the prompt: `TextSplice` (template, thinking stripped or kept,
+            token budget), `TokenSplice` for token ids, or a function of prompt and draft.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A number is out of range, or two fields contradict each other.
+
+    Examples:
+        >>> rules = DraftRules(failed_below=1.0, when_failed=Fallback.PLAIN_PROMPT)
+        >>> choices = rules.choose(torch.tensor([[0.0, 1.0], [0.2, 0.1]]), seeds=[0, 1])
+        >>> choices.index, choices.failed, choices.plain
+        (tensor([1, 0]), tensor([False,  True]), tensor([False,  True]))
+    """
+
+    select: Select = select_best_draft
+    selection_score: Callable[..., Any] | None = None
+    ties: Ties = Ties.FIRST
+    failed_below: float | None = None
+    when_failed: Fallback = Fallback.CHOSEN_DRAFT
+    when_unscored: Fallback = Fallback.PLAIN_PROMPT
+    dropout: float = 0.0
+    splice: Splice = DEFAULT_SPLICE
 
     def __post_init__(self) -> None:
-        if not callable(self.select):
-            raise TypeError(f"select must be callable, got {describe(self.select)}")
-        if not callable(self.splice):
-            raise TypeError(f"splice must be callable, got {describe(self.splice)}")
-        for name in ("when_failed", "when_unscored"):
-            if not isinstance(getattr(self, name), Fallback):
-                raise TypeError(f"{name} must be a Fallback, got {describe(getattr(self, name))}")
+        for name in ("select", "splice"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"{name} must be callable, got {describe(getattr(self, name))}")
+        if self.selection_score is not None and not callable(self.selection_score):
+            raise TypeError(
+                f"selection_score must be callable, got {describe(self.selection_score)}"
+            )
+        for name, kind in (("ties", Ties), ("when_failed", Fallback), ("when_unscored", Fallback)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(
+                    f"{name} must be a {kind.__name__}, got {describe(getattr(self, name))}"
+                )
         if self.failed_below is not None:
             check_number("failed_below", self.failed_below)
-        elif self.when_failed is not Fallback.BEST_FAILURE:
+        elif self.when_failed is not Fallback.CHOSEN_DRAFT:
             raise ValueError(f"when_failed = {self.when_failed} has no effect without failed_below")
-        if self.when_unscored is Fallback.BEST_FAILURE:
-            raise ValueError("when_unscored must be PLAIN_PROMPT or SKIP: there is no best failure")
-        check_number("draft_dropout", self.draft_dropout, at_least=0, at_most=1)
-        if self.tie_scores is not None and "tie_scores" not in _open_arguments(self.select):
-            raise ValueError(f"tie_scores has no effect: select = {self.select!r} takes none")
+        if self.when_unscored is Fallback.CHOSEN_DRAFT:
+            raise ValueError("when_unscored must be PLAIN_PROMPT or SKIP: no draft is chosen then")
+        check_number("dropout", self.dropout, at_least=0, at_most=1)
+        # A selection that cannot work is refused here, not after a stage has been drawn.
+        self._select(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.int64), torch.zeros(1, 2))
 
-    def __call__(
+    def choose(
         self,
-        index: int,
-        prompt: Prompt,
-        pool: Sequence[Completion],
-        rewards: Sequence[float],
-        scores: Sequence[float],
-    ) -> tuple[Choice, Prompt]:
-        """Choose among a prompt's completions so far; give the choice and the next prompt."""
-        if not pool:
-            return Choice(-1, math.nan), prompt
-        chosen = self._chosen(index, pool, scores)
-        reward = rewards[chosen] if chosen >= 0 else math.nan
-        failed = self.failed_below is not None and not any(r >= self.failed_below for r in rewards)
-        rule = self.when_failed if failed else Fallback.BEST_FAILURE
-        if chosen < 0:
-            rule = self.when_unscored
-        if rule is Fallback.SKIP:
-            return Choice(chosen, reward, failed=failed, skipped=True), prompt
-        if rule is Fallback.PLAIN_PROMPT:
-            return Choice(chosen, reward, failed=failed), prompt
-        if random.Random(self._seed(index, pool, _DROPOUT)).random() < self.draft_dropout:
-            return Choice(chosen, reward, failed=failed, dropped=True), prompt
-        spliced = self.splice(prompt, pool[chosen])
-        choice = Choice(chosen, reward, spliced.draft, spliced.tokens_cut, failed=failed)
-        return choice, spliced.prompt if spliced.draft else prompt
+        rewards: Tensor,
+        *,
+        seeds: Sequence[int],
+        scores: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> DraftChoices:
+        """Choose a draft for every prompt.
 
-    def _chosen(self, index: int, pool: Sequence[Completion], scores: Sequence[float]) -> int:
-        options: dict[str, Any] = {}
-        if self.tie_scores is not None:
-            ties = list(self.tie_scores(pool))
-            if len(ties) != len(pool):
-                raise ValueError(
-                    f"tie_scores must return one number per draft: {len(ties)} for {len(pool)}"
-                )
-            options["tie_scores"] = torch.tensor([ties], dtype=torch.float64)
-        if "generator" in _open_arguments(self.select):
-            seed = self._seed(index, pool, _SELECT)
-            options["generator"] = torch.Generator().manual_seed(seed)
-        best = self.select(torch.tensor([scores], dtype=torch.float64), **options)
-        chosen = int(best.index)
-        if not -1 <= chosen < len(pool):
+        The same tensors and seeds give the same choices on every rank and device, and a prompt's
+        choice does not depend on its neighbors. "Failed" is said of training rewards; `scores`
+        only rank.
+
+        Args:
+            rewards: Training reward of each draft, NaN where it could not be scored. Floating
+                point, shape [P, N].
+            seeds: P seeds: the source of random ties, of a random draft and of dropout.
+            scores: What `selection_score` gave, NaN where it could not score. Shape [P, N].
+            lengths: Tokens of each draft, for `Ties.SHORTEST`. Integers, shape [P, N].
+
+        Returns:
+            The choices, on the device of `rewards`.
+
+        Raises:
+            TypeError: A tensor has the wrong dtype, or `seeds` is no list of int.
+            ValueError: Shapes differ, N is 0, `scores` or `lengths` are missing where the rules
+                need them, or `select` gave an index that is none of a draft.
+        """
+        check_rank("rewards", check_floating("rewards", rewards), 2, "[P, N]")
+        rewards = ranks = rewards.detach()
+        if scores is not None:
+            check_shape("scores", check_floating("scores", scores), rewards.shape, "[P, N]")
+            ranks = scores.masked_fill(rewards.isnan(), torch.nan)
+        elif self.selection_score is not None:
+            raise ValueError("scores must be given: selection_score ranks the drafts")
+        if len(seeds) != len(rewards):
+            raise ValueError(f"seeds must hold P = {len(rewards)} seeds, got {len(seeds)}")
+        draws = random_ties(1 + rewards.shape[1], seeds=seeds).to(rewards.device)
+        index = self._select(ranks, lengths, draws[:, 1:])
+        found = index >= 0
+        reward = rewards.gather(-1, index.clamp(min=0)[:, None])[:, 0].where(found, torch.nan)
+        failed = torch.zeros_like(found)
+        if self.failed_below is not None:
+            failed = ~(rewards >= self.failed_below).any(-1)
+
+        def falls_back_to(rule: Fallback) -> Tensor:
+            when_found = failed & (self.when_failed is rule)
+            return torch.where(found, when_found, self.when_unscored is rule)
+
+        skipped = falls_back_to(Fallback.SKIP)
+        plain = skipped | falls_back_to(Fallback.PLAIN_PROMPT)
+        dropped = ~plain & (draws[:, 0] < self.dropout)
+        return DraftChoices(index, reward, failed, dropped, skipped, plain | dropped)
+
+    def condition(self, prompt: Prompt, draft: Draft) -> Spliced:
+        """Splice the chosen draft into its prompt; leave the prompt plain if nothing of it stands.
+
+        Args:
+            prompt: The original prompt.
+            draft: The chosen draft: its `text` and `token_ids`.
+
+        Returns:
+            The Stage-2 prompt, the draft as it stands there (empty where the prompt is plain), and
+            how many of its tokens were cut off.
+        """
+        spliced = self.splice(prompt, draft)
+        return spliced if spliced.draft.strip() else spliced._replace(prompt=prompt, draft="")
+
+    def _select(self, ranks: Tensor, lengths: Tensor | None, draws: Tensor) -> Tensor:
+        """Give the index of the chosen draft. Shape [P]."""
+        ties = None
+        if self.ties is Ties.RANDOM:
+            ties = draws
+        elif self.ties is Ties.SHORTEST:
+            if lengths is None:
+                raise ValueError("lengths must be given: Ties.SHORTEST compares them")
+            ties = shortest_first(check_shape("lengths", lengths, ranks.shape, "[P, N]"))
+        selected = self.select(ranks, tie_scores=ties)
+        index = check_tensor("the index that select returns", getattr(selected, "index", None))
+        wrong = (index < -1) | (index >= ranks.shape[1])
+        if index.shape != ranks.shape[:1] or wrong.any():
             raise ValueError(
-                f"select must return an index below {len(pool)}, or -1 for none, got {chosen}"
+                f"select must return one index for each prompt, below N = {ranks.shape[1]} or -1 "
+                f"for none, got {index.tolist()}"
             )
-        return chosen
-
-    def _seed(self, index: int, pool: Sequence[Completion], purpose: int) -> int:
-        # The pool grows by each round, so its size tells the rounds of a prompt apart.
-        return derive_seed(self.seed, index, len(pool), purpose)
-
-
-def _open_arguments(function: Callable[..., Any]) -> set[str]:
-    """Name the arguments of a function that a `functools.partial` has not already filled."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name for p in parameters if p.default is None or p.default is p.empty}
+        return index

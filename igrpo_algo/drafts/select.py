@@ -28,8 +28,8 @@ Ids = TypeVar("Ids", list[int], Tensor)
 Keep = Literal["tail", "head"]
 
 
-class BestDraft(NamedTuple):
-    """One chosen draft for each prompt.
+class SelectedDrafts(NamedTuple):
+    """One draft for each prompt.
 
     Attributes:
         index: Position of the draft among its prompt's N; -1 where none was scored. Shape [P].
@@ -42,7 +42,7 @@ class BestDraft(NamedTuple):
     found: Tensor
 
 
-def select_best_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> BestDraft:
+def select_best_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> SelectedDrafts:
     """Choose each prompt's draft of highest reward.
 
     index[p] = argmax_n rewards[p, n]
@@ -80,10 +80,12 @@ def select_best_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> B
     position = torch.arange(rewards.shape[1], device=rewards.device)
     first = torch.where(leads, position, rewards.shape[1] - 1).amin(dim=-1)
     reward = rewards.gather(-1, first.unsqueeze(-1)).squeeze(-1)
-    return BestDraft(torch.where(found, first, -1), torch.where(found, reward, math.nan), found)
+    return SelectedDrafts(
+        torch.where(found, first, -1), torch.where(found, reward, math.nan), found
+    )
 
 
-def select_worst_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> BestDraft:
+def select_worst_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> SelectedDrafts:
     """Choose each prompt's draft of lowest reward: a control for `select_best_draft`.
 
     index[p] = argmin_n rewards[p, n]
@@ -110,34 +112,39 @@ def select_worst_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> 
     return best._replace(reward=-best.reward)
 
 
-def select_random_draft(rewards: Tensor, *, generator: torch.Generator) -> BestDraft:
+def select_random_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> SelectedDrafts:
     """Choose one of each prompt's scored drafts at random: a control for `select_best_draft`.
 
     index[p] ~ uniform over the n whose rewards[p, n] is not NaN
 
-    All scored drafts tie and `random_ties` decides, so one generator state gives one choice on
-    every device.
+    All scored drafts tie, whatever their reward, and the tie scores decide: with `random_ties`
+    that is a uniform choice, the same on every device.
 
     Args:
         rewards: Reward of each draft; NaN could not be scored, never chosen. Shape [P, N].
-        generator: The source of randomness; it may live on another device than `rewards`.
+        tie_scores: The source of chance, as `random_ties` makes it; must be given. It is a keyword
+            with a default because every `select` of `DraftRules` has this signature.
+            Shape [P, N].
 
     Returns:
         As `select_best_draft`, with the chosen draft's own reward.
 
     Raises:
-        TypeError: `rewards` is not floating point.
-        ValueError: The shape is not [P, N], or N is 0.
+        TypeError: `rewards` is not floating point, or `tie_scores` is no tensor of real numbers.
+        ValueError: The shapes are not [P, N], N is 0, or `tie_scores` is None.
 
     Examples:
         >>> rewards = torch.tensor([[0.0, torch.nan], [torch.nan, 1.0]])
-        >>> select_random_draft(rewards, generator=torch.Generator().manual_seed(0)).index
+        >>> select_random_draft(rewards, tie_scores=random_ties(2, seeds=[0, 1])).index
         tensor([0, 1])
     """
     rewards = _check_rewards(rewards)
+    if tie_scores is None:
+        raise ValueError(
+            "tie_scores must be given: random_ties(...), or ties=Ties.RANDOM in DraftRules"
+        )
     equal = torch.where(rewards.isnan(), rewards, 0.0)
-    ties = random_ties(rewards.shape, generator=generator).to(rewards.device)
-    chosen = select_best_draft(equal, tie_scores=ties)
+    chosen = select_best_draft(equal, tie_scores=tie_scores)
     reward = rewards.gather(-1, chosen.index.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return chosen._replace(reward=reward)
 
@@ -162,26 +169,33 @@ def shortest_first(lengths: Tensor) -> Tensor:
     return -check_integral("lengths", lengths).to(torch.int64)
 
 
-def random_ties(shape: Sequence[int], *, generator: torch.Generator) -> Tensor:
-    """Make tie scores that prefer none: uniform in [0, 1).
+def random_ties(num_drafts: int, *, seeds: Sequence[int]) -> Tensor:
+    """Make tie scores that prefer none: uniform in [0, 1), each prompt's from its own seed.
 
     Args:
-        shape: Of the rewards, [P, N].
-        generator: The source of randomness.
+        num_drafts: N.
+        seeds: P seeds, one for each prompt, so that its scores do not depend on its neighbors.
 
     Returns:
-        Tie scores for `select_best_draft` in float32, on the generator's device. Shape [P, N].
+        Tie scores for `select_best_draft` in float32, on the CPU. Shape [P, N].
 
     Raises:
-        TypeError: `generator` is no torch.Generator.
+        TypeError: `num_drafts` is no int, or `seeds` is no list of int.
+        ValueError: `num_drafts` is below 1, or a seed is not in [0, 2^64).
 
     Examples:
-        >>> random_ties((1, 3), generator=torch.Generator().manual_seed(0)).shape
-        torch.Size([1, 3])
+        >>> random_ties(3, seeds=[7, 8]).shape
+        torch.Size([2, 3])
     """
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {describe(generator)}")
-    return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
+    check_count("num_drafts", num_drafts)
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence):
+        raise TypeError(f"seeds must be a list of int, got {describe(seeds)}")
+    draws = torch.empty(len(seeds), num_drafts, dtype=torch.float32)
+    for row, seed in zip(draws, seeds, strict=True):
+        if check_count("each of seeds", seed, at_least=0) >= 2**64:
+            raise ValueError(f"each of seeds must be < 2**64, got {seed}")
+        row.uniform_(generator=torch.Generator().manual_seed(seed))
+    return draws
 
 
 def truncate_draft(draft_ids: Ids, max_tokens: int, *, keep: Keep = "tail") -> Ids:

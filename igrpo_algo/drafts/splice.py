@@ -1,28 +1,41 @@
 """How a chosen draft gets into its prompt, as a value: `TextSplice` and `TokenSplice`.
 
-A splice is any function `(prompt, draft: Completion) -> Spliced`. These two put `splice_prompt` and
+A splice is any function `(prompt, draft) -> Spliced`. These two put `splice_prompt` and
 `splice_prompt_ids` together with what is done to the draft first: thinking stripped, length cut.
 """
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from igrpo_kernels.checks import check_count
 
 from ..prompts import Prompt, check_chat_template_kwargs, encode_prompt
-from ..rollouts.completions import Completion
-from .budget import draft_budget, fit_draft, splice_prompt_ids
+from .budget import fit_draft, splice_prompt_ids
 from .select import Keep, check_keep, truncate_draft
-from .text import DEFAULT_TEMPLATE, DraftTemplate, splice_prompt, strip_thinking
+from .text import DEFAULT_TEMPLATE, DraftTemplate, splice_cleaned, strip_thinking
+
+
+class Draft(Protocol):
+    """What a splice reads of a completion."""
+
+    @property
+    def text(self) -> str:
+        """What its tokens say, special tokens left out."""
+        ...
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Its tokens as sampled."""
+        ...
 
 
 class Spliced(NamedTuple):
     """A Stage-2 prompt.
 
     Attributes:
-        prompt: The question and the draft.
-        draft: What is left of the draft, as text; empty where nothing is.
+        prompt: The question and the draft; the question alone where nothing of the draft is left.
+        draft: The draft as it stands in the prompt, as text; empty where nothing is left of it.
         tokens_cut: Draft tokens that were cut off for length.
     """
 
@@ -31,7 +44,7 @@ class Spliced(NamedTuple):
     tokens_cut: int
 
 
-Splice = Callable[[Any, Completion], Spliced]
+Splice = Callable[[Any, Draft], Spliced]
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,16 @@ class TokenBudget:
         """Give the text of ids."""
         return str(self.tokenizer.decode(ids))
 
-    def encode_prompt(self, prompt: Prompt) -> list[int]:
+    def cut(self, text: str) -> tuple[str, int]:
+        """Cut text to `max_draft_tokens`; give what is left, and how many tokens went."""
+        ids = self.encode(text) if self.max_draft_tokens is not None else []
+        if self.max_draft_tokens is None or len(ids) <= self.max_draft_tokens:
+            return text, 0
+        kept = truncate_draft(ids, self.max_draft_tokens, keep=self.keep)
+        # A cut may fall inside a character of several tokens, which decodes to a replacement mark.
+        return self.decode(kept).strip("\ufffd"), len(ids) - len(kept)
+
+    def encode_prompt(self, prompt: Any) -> list[int]:
         """Give the ids of a prompt as a model is shown it."""
         return encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
 
@@ -84,8 +106,9 @@ class TokenBudget:
 class TextSplice:
     r"""Splices the draft's text into a string or a list of chat messages.
 
-    strip, cut to `max_draft_tokens`, `splice_prompt`, cut to `max_prompt_tokens`. A draft of which
-    nothing is left counts as none.
+    strip, cut to `max_draft_tokens`, `splice_prompt`, cut to `max_prompt_tokens`. Where nothing is
+    left of the draft (it was all thinking or control tokens, or the question leaves it no room),
+    the prompt stays plain.
 
     Attributes:
         template: The words around the draft.
@@ -96,6 +119,7 @@ class TextSplice:
         budget: Token limits; None cuts nothing.
 
     Examples:
+        >>> from igrpo_algo import Completion
         >>> splice = TextSplice(DraftTemplate("\nEarlier: ", "\nBetter:"))
         >>> splice("2 + 3?", Completion([], "<think>Hm.</think>6")).prompt
         '2 + 3?\nEarlier: 6\nBetter:'
@@ -106,38 +130,42 @@ class TextSplice:
     special_tokens: Collection[str] = ()
     budget: TokenBudget | None = None
 
-    def __call__(self, prompt: Prompt, draft: Completion) -> Spliced:
+    def __call__(self, prompt: Prompt, draft: Draft) -> Spliced:
         """Return the spliced prompt.
 
         Raises:
             TypeError: The prompt is a list of token ids.
-            ValueError: The question alone exceeds `max_prompt_tokens`.
+            ValueError: A conversation has no user message.
         """
         if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
             raise TypeError("prompt is a list of token ids: pass splice=TokenSplice(...)")
-        text = draft.text if self.strip is None else self.strip(draft.text)
-        if self.budget is None:
-            return Spliced(self._splice(prompt, text), text, 0)
-        text, cut = _cut(text, self.budget)
-        if self.budget.max_prompt_tokens is None:
-            return Spliced(self._splice(prompt, text), text, cut)
-        budget = self.budget
-        fitted = fit_draft(
-            text,
-            lambda piece: budget.encode_prompt(self._splice(prompt, piece)),
-            encode=budget.encode,
-            decode=budget.decode,
-            max_prompt_tokens=self.budget.max_prompt_tokens,
-            keep=budget.keep,
-        )
-        spliced = self._splice(prompt, fitted.draft)
-        return Spliced(spliced, fitted.draft, cut + fitted.tokens_cut)
+        text, cut = draft.text if self.strip is None else self.strip(draft.text), 0
+        if self.budget is not None:
+            text, cut = self._fit(prompt, text, self.budget)
+        spliced, shown = self._splice(prompt, text)
+        if not shown.strip():
+            return Spliced(prompt, "", cut)
+        return Spliced(spliced, shown, cut)
 
-    def _splice(self, prompt: Any, text: str) -> Prompt:
-        spliced: Prompt = splice_prompt(
+    def _splice(self, prompt: Any, text: str) -> tuple[Any, str]:
+        return splice_cleaned(
             prompt, text, template=self.template, special_tokens=self.special_tokens
         )
-        return spliced
+
+    def _fit(self, prompt: Any, text: str, budget: TokenBudget) -> tuple[str, int]:
+        """Cut the text to the draft's own limit, then to the prompt's; count the tokens cut."""
+        text, cut = budget.cut(text)
+        if budget.max_prompt_tokens is None:
+            return text, cut
+        fitted = fit_draft(
+            text,
+            lambda piece: budget.encode_prompt(self._splice(prompt, piece)[0]),
+            encode=budget.encode,
+            decode=budget.decode,
+            max_prompt_tokens=budget.max_prompt_tokens,
+            keep=budget.keep,
+        )
+        return fitted.draft, cut + fitted.tokens_cut
 
 
 DEFAULT_SPLICE = TextSplice()
@@ -158,6 +186,7 @@ class TokenSplice:
         keep: Which end of a draft that is too long to keep: "tail" or "head".
 
     Examples:
+        >>> from igrpo_algo import Completion
         >>> TokenSplice((5,), (6,), special_ids=(0,))([1, 2], Completion([7, 8, 0], "seven")).prompt
         [1, 2, 5, 7, 8, 6]
     """
@@ -175,32 +204,23 @@ class TokenSplice:
                 check_count(name, getattr(self, name))
         check_keep(self.keep)
 
-    def __call__(self, prompt: Prompt, draft: Completion) -> Spliced:
+    def __call__(self, prompt: Prompt, draft: Draft) -> Spliced:
         """Return the spliced prompt.
 
         Raises:
-            TypeError: The prompt is no list of token ids.
-            ValueError: The question alone exceeds `max_prompt_tokens`.
+            TypeError: The prompt is not a list of token ids.
         """
         if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
-            raise TypeError("prompt is no list of token ids: pass splice=TextSplice(...)")
+            raise TypeError("prompt is not a list of token ids: pass splice=TextSplice(...)")
         ids = [token for token in draft.token_ids if token not in self.special_ids]
         room = len(ids) if self.max_draft_tokens is None else self.max_draft_tokens
         if self.max_prompt_tokens is not None:
-            bridge = len(self.before_ids) + len(self.after_ids)
-            room = min(room, draft_budget(self.max_prompt_tokens, len(prompt), bridge))
+            around = len(prompt) + len(self.before_ids) + len(self.after_ids)
+            room = min(room, max(0, self.max_prompt_tokens - around))
         kept = truncate_draft(ids, room, keep=self.keep)
+        if not kept:
+            return Spliced(prompt, "", len(ids))
         spliced = splice_prompt_ids(
             prompt, kept, before_ids=self.before_ids, after_ids=self.after_ids
         )
-        return Spliced(spliced, draft.text if kept else "", len(ids) - len(kept))
-
-
-def _cut(text: str, budget: TokenBudget) -> tuple[str, int]:
-    """Cut text to the draft's own limit; say how many tokens went."""
-    ids = budget.encode(text) if budget.max_draft_tokens is not None else []
-    if budget.max_draft_tokens is None or len(ids) <= budget.max_draft_tokens:
-        return text, 0
-    kept = truncate_draft(ids, budget.max_draft_tokens, keep=budget.keep)
-    # A cut may fall inside a character of several tokens, which decodes to a replacement mark.
-    return budget.decode(kept).strip("\ufffd"), len(ids) - len(kept)
+        return Spliced(spliced, draft.text, len(ids) - len(kept))

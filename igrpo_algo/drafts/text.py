@@ -11,7 +11,7 @@ A draft is text from a model, so it is never read as a template (the parts are j
 torch.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -116,20 +116,31 @@ def splice_prompt(
         >>> splice_prompt("What is 2 + 3?", "It is 6.", template=CONCATENATION)
         'What is 2 + 3?\n\nIt is 6.'
     """
+    return splice_cleaned(prompt, draft, template=template, special_tokens=special_tokens)[0]
+
+
+def splice_cleaned(
+    prompt: Prompt, draft: str, *, template: DraftTemplate, special_tokens: Collection[str]
+) -> tuple[Prompt, str]:
+    """Splice as `splice_prompt` does; give the prompt, and the draft as it reads in its place."""
     check_text("draft", draft)
     if not isinstance(template, DraftTemplate):
         raise TypeError(f"template must be a DraftTemplate, got {template!r}")
     markers = {*check_markers("special_tokens", special_tokens), *template.delimiters}
+    before, after = template.before, template.after
 
-    def addition(question: str) -> str:
-        before, after = template.before, template.after
-        return before + neutralize(draft, markers, before=question + before, after=after) + after
+    def clean(question: str) -> str:
+        return neutralize(draft, markers, before=question + before, after=after)
 
     if isinstance(prompt, str):
-        return prompt + addition(prompt)
-    if not isinstance(prompt, list):
-        raise TypeError(f"prompt must be a str or a list of messages, got {type(prompt).__name__}")
-    return _splice_messages(prompt, addition)
+        cleaned = clean(prompt)
+        return prompt + before + cleaned + after, cleaned
+    last: int = _last_user_turn(prompt)
+    message = prompt[last]
+    content = message.get("content")
+    cleaned = clean(_last_text(content))
+    grown = {**message, "content": _append_text(content, before + cleaned + after)}
+    return [*prompt[:last], grown, *prompt[last + 1 :]], cleaned
 
 
 def strip_thinking(text: str, *, open: str = "<think>", close: str = "</think>") -> str:
@@ -173,28 +184,31 @@ def strip_thinking(text: str, *, open: str = "<think>", close: str = "</think>")
     return "".join([*answers, rest.partition(open)[0]]).strip()
 
 
-def _splice_messages(
-    messages: list[dict[str, Any]], addition: Callable[[str], str]
-) -> list[dict[str, Any]]:
+def _last_user_turn(messages: object) -> int:
+    if not isinstance(messages, list):
+        raise TypeError(
+            f"prompt must be a str or a list of messages, got {type(messages).__name__}"
+        )
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise TypeError(f"prompt[{index}] must be a message (a dict), got {message!r}")
     roles = [message.get("role") for message in messages]
     if "user" not in roles:
         raise ValueError(f"prompt must have a user message to take the draft, got roles {roles}")
-    last = len(roles) - 1 - roles[::-1].index("user")
-    message = messages[last]
-    content = _append_text(message.get("content"), addition)
-    return [*messages[:last], {**message, "content": content}, *messages[last + 1 :]]
+    return len(roles) - 1 - roles[::-1].index("user")
 
 
-def _append_text(content: Any, addition: Callable[[str], str]) -> str | list[Any]:
+def _last_text(content: Any) -> str:
+    """Give the text that ends a message: a new block does not run into an image."""
+    last = content[-1] if isinstance(content, list) and content else content
+    text = last.get("text") if isinstance(last, dict) else last
+    return text if isinstance(text, str) else ""
+
+
+def _append_text(content: Any, text: str) -> str | list[Any]:
     if isinstance(content, str):
-        return content + addition(content)
+        return content + text
     if isinstance(content, list):
-        last = content[-1] if content else None
-        question = last.get("text") if isinstance(last, dict) else None
-        text = addition(question if isinstance(question, str) else "")
         return [*content, {"type": "text", "text": text}]
     raise TypeError(
         f"content of the last user message must be a str or a list of blocks, got {content!r}"

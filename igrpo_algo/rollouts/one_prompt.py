@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..drafts.rules import Choosing
+import torch
+
+from ..drafts.rules import DraftRules
 from .completions import Completion
 from .journal import Header
 from .records import Choice, Group, Stage
@@ -65,8 +67,9 @@ class Plan:
     rounds: int
     score: Scorer
     selection_score: Scorer | None
-    choose: Choosing
+    rules: DraftRules
     seed: int | None
+    rules_seed: int
     on_progress: OnProgress | None
     began: float = field(default_factory=time.monotonic)
 
@@ -120,7 +123,7 @@ class Course:
         if self.number:
             pool = [completion for stage in self.stages for completion in stage.completions]
             rewards = [reward for stage in self.stages for reward in stage.rewards]
-            choice, prompt = self.plan.choose(self.index, prompt, pool, rewards, self._scores)
+            choice, prompt = self._choose(pool, rewards)
             self.choices.append(choice)
             draws = draws and not choice.skipped
         if draws:
@@ -130,6 +133,25 @@ class Course:
         self._scores += [math.nan] * n
         self._finish(Stage(prompt, [SKIPPED] * n, [math.nan] * n, now, now))
         return None
+
+    def _choose(self, pool: list[Completion], rewards: list[float]) -> tuple[Choice, Prompt]:
+        """Choose among the completions so far; give the choice and the next prompt."""
+        if not pool:
+            return Choice(-1, math.nan), self.prompt
+        rules = self.plan.rules
+        chosen = rules.choose(
+            torch.tensor([rewards], dtype=torch.float64),
+            scores=torch.tensor([self._scores], dtype=torch.float64),
+            lengths=torch.tensor([[len(completion.token_ids) for completion in pool]]),
+            seeds=[derive_seed(self.plan.rules_seed, self.index, self.number)],
+        )
+        index, reward, failed, dropped, skipped, plain = (field.tolist()[0] for field in chosen)
+        if index < 0:
+            reward = math.nan  # the one object of it, so that choices compare equal
+        if plain:
+            return Choice(index, reward, "", 0, failed, dropped, skipped), self.prompt
+        prompt, draft, cut = rules.condition(self.prompt, pool[index])
+        return Choice(index, reward, draft, cut, failed), prompt
 
     async def tell(
         self,
@@ -141,11 +163,8 @@ class Course:
         """Take the completions of the stage that was asked for, score them unless they are."""
         if rewards is None:
             rewards = await self.plan.score(self.index, completions)
-        scores = rewards
-        if self.plan.selection_score is not None:
-            scores = await self.plan.selection_score(self.index, completions)
-            scores = [s if not math.isnan(r) else r for s, r in zip(scores, rewards, strict=True)]
-        self._scores += scores
+        ranking = self.plan.selection_score
+        self._scores += rewards if ranking is None else await ranking(self.index, completions)
         self._finish(Stage(self._asked, completions, rewards, started, ended))
 
     def _finish(self, stage: Stage) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 
 from igrpo_kernels.checks import check_count, check_number, describe
 
-from ..drafts.rules import Choosing, Fallback, Select, TieScores
+from ..drafts.rules import DraftRules, Ties
 from ..drafts.select import select_best_draft
-from ..drafts.splice import DEFAULT_SPLICE, Splice
 from .completions import Completion
 from .drivers import located, run_in_step, run_stream
 from .journal import resume_journal
@@ -22,6 +21,8 @@ from .records import Group, Rollouts
 from .sampling import AnySampler, Prompt, check_prompts, check_sampler, run_blocking
 from .scoring import Reward, Scorer
 from .slots import Slots
+
+PAPER_RULES = DraftRules()
 
 
 def two_stage_rollout(
@@ -33,14 +34,7 @@ def two_stage_rollout(
     num_refinements: int = 4,
     rounds: int = 1,
     columns: Mapping[str, Sequence[Any]] | None = None,
-    select: Select = select_best_draft,
-    selection_score: Reward | None = None,
-    tie_scores: TieScores | None = None,
-    failed_below: float | None = None,
-    when_failed: Fallback = Fallback.BEST_FAILURE,
-    when_unscored: Fallback = Fallback.PLAIN_PROMPT,
-    splice: Splice = DEFAULT_SPLICE,
-    draft_dropout: float = 0.0,
+    rules: DraftRules = PAPER_RULES,
     seed: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Rollouts:
@@ -67,24 +61,8 @@ def two_stage_rollout(
         rounds: Rounds of refinement. Each chooses among all completions so far, so the best so
             far becomes the draft, and it is spliced into the original prompt.
         columns: Lists of P values that the reward is given by name, repeated per completion.
-        select: Chooses from the scores [1, M] of a prompt's completions: `select_best_draft`, or
-            as controls `select_worst_draft`, `select_random_draft`. An argument named `generator`
-            gets one seeded for the prompt.
-        selection_score: Ranks the drafts in place of `reward`, by the same convention. A draft
-            without a reward is not chosen.
-        tie_scores: From a prompt's completions to one number each; the highest wins a tie. None
-            lets the first win.
-        failed_below: The drafts of a prompt have all failed if none has a reward of at least this.
-            None: no draft counts as failed.
-        when_failed: What Stage 2 sees if all drafts failed: the best failure (the paper to the
-            letter), the plain prompt, or nothing (the prompt is skipped: its G refinements have no
-            tokens, a reward of NaN and the finish reason "skipped").
-        when_unscored: The same if no draft could be scored: the plain prompt, or nothing.
-        splice: Puts the draft into the prompt: `TextSplice` (template, thinking stripped or kept,
-            token budget), `TokenSplice` for token ids, or a function of prompt and draft. A draft
-            of which nothing is left gives the plain prompt. It is tried with an empty draft on
-            each prompt before sampling starts, so what it refuses, it refuses then.
-        draft_dropout: Probability that a prompt's round sees the plain prompt all the same.
+        rules: Which draft Stage 2 sees, and how it gets into the prompt. A splice is tried with an
+            empty draft on each prompt before sampling starts, so what it refuses, it refuses then.
         seed: Fixes the samples (each prompt and stage has a seed of its own), dropout and random
             selection. None leaves them to chance.
         on_progress: Called with each `StageStarted` and `StageFinished`.
@@ -108,12 +86,8 @@ def two_stage_rollout(
         (tensor([[0., 0., 1., 0.]]), tensor([2]))
     """
     plan = _plan(
-        prompts, sampler, reward, num_drafts, num_refinements, rounds, columns, selection_score,
-        Choosing(
-            select, tie_scores, failed_below, when_failed, when_unscored, splice, draft_dropout,
-            seed=secrets.randbits(63) if seed is None else seed,
-        ),
-        seed, on_progress,
+        prompts, sampler, reward, num_drafts, num_refinements, rounds, columns, rules, seed,
+        on_progress,
     )  # fmt: skip
     return Rollouts(run_blocking(run_in_step(plan)))
 
@@ -127,14 +101,7 @@ def stream_two_stage_rollout(
     num_refinements: int = 4,
     rounds: int = 1,
     columns: Mapping[str, Sequence[Any]] | None = None,
-    select: Select = select_best_draft,
-    selection_score: Reward | None = None,
-    tie_scores: TieScores | None = None,
-    failed_below: float | None = None,
-    when_failed: Fallback = Fallback.BEST_FAILURE,
-    when_unscored: Fallback = Fallback.PLAIN_PROMPT,
-    splice: Splice = DEFAULT_SPLICE,
-    draft_dropout: float = 0.0,
+    rules: DraftRules = PAPER_RULES,
     seed: int | None = None,
     on_progress: OnProgress | None = None,
     concurrency: int = 256,
@@ -168,14 +135,7 @@ def stream_two_stage_rollout(
         num_refinements: See there.
         rounds: See there.
         columns: See there.
-        select: See there.
-        selection_score: See there.
-        tie_scores: See there.
-        failed_below: See there.
-        when_failed: See there.
-        when_unscored: See there.
-        splice: See there.
-        draft_dropout: See there.
+        rules: See there.
         seed: See there.
         on_progress: See there.
         concurrency: Most completions asked of the sampler at a time. One request asks for all N or
@@ -212,18 +172,17 @@ def stream_two_stage_rollout(
         tensor([2, 3])
     """
     plan = _plan(
-        prompts, sampler, reward, num_drafts, num_refinements, rounds, columns, selection_score,
-        Choosing(
-            select, tie_scores, failed_below, when_failed, when_unscored, splice, draft_dropout,
-            seed=secrets.randbits(63) if seed is None else seed,
-        ),
-        seed, on_progress,
+        prompts, sampler, reward, num_drafts, num_refinements, rounds, columns, rules, seed,
+        on_progress,
     )  # fmt: skip
     slots = Slots(check_count("concurrency", concurrency))
     if reward_max is not None:
         check_number("reward_max", reward_max)
-        others = (selection_score, tie_scores, None if select is select_best_draft else select)
-        if any(other is not None for other in others):
+        if (rules.select, rules.selection_score, rules.ties) != (
+            select_best_draft,
+            None,
+            Ties.FIRST,
+        ):
             raise ValueError("reward_max needs the best draft by reward: no other select or score")
         if num_drafts == 0:
             raise ValueError("reward_max has no effect with num_drafts = 0")
@@ -241,8 +200,7 @@ def _plan(
     num_refinements: int,
     rounds: int,
     columns: Mapping[str, Sequence[Any]] | None,
-    selection_score: Reward | None,
-    choose: Choosing,
+    rules: DraftRules,
     seed: int | None,
     on_progress: OnProgress | None,
 ) -> Plan:
@@ -253,37 +211,23 @@ def _plan(
     check_count("rounds", rounds)
     if seed is not None:
         check_count("seed", seed, at_least=0)
-    if num_drafts == 0 and rounds == 1:
-        _check_nothing_chosen(choose, selection_score)
+    if not isinstance(rules, DraftRules):
+        raise TypeError(f"rules must be DraftRules, got {describe(rules)}")
     if on_progress is not None and not callable(on_progress):
         raise TypeError(f"on_progress must be callable, got {describe(on_progress)}")
     if num_drafts or rounds > 1:
         for index, prompt in enumerate(checked):
             with located(f"prompts[{index}], before sampling"):
-                choose.splice(prompt, Completion([], ""))
+                rules.splice(prompt, Completion([], ""))
     by_name = columns or {}
     ranking = (
         None
-        if selection_score is None
-        else Scorer(selection_score, checked, by_name, "selection_score")
+        if rules.selection_score is None
+        else Scorer(rules.selection_score, checked, by_name, "selection_score")
     )
     score = Scorer(reward, checked, by_name)
+    rules_seed = secrets.randbits(63) if seed is None else seed
     return Plan(
-        checked, sampler, num_drafts, num_refinements, rounds, score, ranking, choose, seed,
-        on_progress,
+        checked, sampler, num_drafts, num_refinements, rounds, score, ranking, rules, seed,
+        rules_seed, on_progress,
     )  # fmt: skip
-
-
-def _check_nothing_chosen(choose: Choosing, selection_score: Reward | None) -> None:
-    """Name the first rule of choice that is set although there is no draft."""
-    for name, is_set in {
-        "select": choose.select is not select_best_draft,
-        "selection_score": selection_score is not None,
-        "tie_scores": choose.tie_scores is not None,
-        "failed_below": choose.failed_below is not None,
-        "when_unscored": choose.when_unscored is not Fallback.PLAIN_PROMPT,
-        "splice": choose.splice != DEFAULT_SPLICE,
-        "draft_dropout": choose.draft_dropout > 0,
-    }.items():
-        if is_set:
-            raise ValueError(f"{name} has no effect: num_drafts = 0 and rounds = 1")

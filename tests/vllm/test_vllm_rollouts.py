@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from tiny_models import engine, make_model, worst_difference
 
+from igrpo_algo.drafts.rules import DraftRules
 from igrpo_algo.drafts.splice import TokenSplice
 from igrpo_algo.engines.vllm import VllmSampler
 from igrpo_algo.rollouts.records import Rollouts
@@ -36,7 +37,7 @@ async def gather(stream):
 
 def test_in_step_and_streamed_agree_and_tell_the_engines_log_probs(llm):
     sampler = VllmSampler(llm, max_new_tokens=40)
-    options = {"splice": SPLICE, "seed": 0}
+    options = {"rules": DraftRules(rules=DraftRules(splice=SPLICE)), "seed": 0}
     in_step = two_stage_rollout(QUESTIONS, sampler, late_letters, **options)
     streamed = asyncio.run(
         gather(stream_two_stage_rollout(QUESTIONS, sampler, late_letters, **options))
@@ -55,7 +56,7 @@ def test_in_step_and_streamed_agree_and_tell_the_engines_log_probs(llm):
 
 def test_early_selection_cancels_drafts_in_the_engine(llm):
     sampler = VllmSampler(llm, max_new_tokens=200, stop_token_ids=STOPS)
-    options = {"splice": SPLICE, "seed": 0}
+    options = {"rules": DraftRules(rules=DraftRules(splice=SPLICE)), "seed": 0}
     left = []
 
     async def run():
@@ -99,7 +100,9 @@ class Counting:
 def test_most_of_a_stage_two_prompt_comes_from_the_prefix_cache(folders):
     llm = engine(folders["qwen3"])
     sampler = Counting(VllmSampler(llm, max_new_tokens=150, stop_token_ids=range(60, 62)))
-    rollouts = two_stage_rollout(QUESTIONS, sampler, late_letters, splice=SPLICE, seed=0)
+    rollouts = two_stage_rollout(
+        QUESTIONS, sampler, late_letters, rules=DraftRules(splice=SPLICE), seed=0
+    )
     _, (prompt_tokens, cached_tokens) = sampler.calls
     prompts = rollouts.refinements.prompts
     assert prompt_tokens == 4 * sum(map(len, prompts))
@@ -115,7 +118,7 @@ def test_words_between_question_and_draft_lose_the_drafts_part_of_the_cache(fold
     llm = engine(folders["qwen3"])
     sampler = Counting(VllmSampler(llm, max_new_tokens=150, stop_token_ids=[]))
     rollouts = two_stage_rollout(
-        QUESTIONS, sampler, late_letters, splice=splice, seed=0, num_refinements=1
+        QUESTIONS, sampler, late_letters, rules=DraftRules(splice=splice), seed=0, num_refinements=1
     )
     _, (prompt_tokens, cached_tokens) = sampler.calls
     assert cached_tokens == sum(len(question) // 32 * 32 for question in QUESTIONS)

@@ -6,6 +6,7 @@ import pytest
 from servers import VllmServer
 from tiny_models import CONTEXT, PROMPTS, engine, make_model, make_tokenizer, worst_difference
 
+from igrpo_algo.drafts.rules import DraftRules
 from igrpo_algo.drafts.splice import TokenSplice
 from igrpo_algo.engines.vllm import VllmSampler, VllmServerSampler
 from igrpo_algo.engines.vllm.http import Server, ServerDownError
@@ -137,7 +138,7 @@ async def gather(stream):
 
 def test_two_stages_in_step_streamed_and_with_early_selection(fresh):
     sampler = make_sampler(*fresh, max_new_tokens=60)
-    options = {"splice": SPLICE, "seed": 0}
+    options = {"rules": DraftRules(rules=DraftRules(splice=SPLICE)), "seed": 0}
     in_step = two_stage_rollout(QUESTIONS, sampler, late_letters, **options)
     streamed = asyncio.run(
         gather(stream_two_stage_rollout(QUESTIONS, sampler, late_letters, **options))
@@ -158,7 +159,9 @@ def test_two_stages_in_step_streamed_and_with_early_selection(fresh):
 
 def test_most_of_a_stage_two_prompt_comes_from_the_prefix_cache(fresh):
     sampler = make_sampler(fresh[0], max_new_tokens=150, stop_token_ids=range(60, 62))
-    rollouts = two_stage_rollout(QUESTIONS, sampler, late_letters, splice=SPLICE, seed=1)
+    rollouts = two_stage_rollout(
+        QUESTIONS, sampler, late_letters, rules=DraftRules(splice=SPLICE), seed=1
+    )
     drawn = sampler.prompt_tokens, sampler.cached_tokens
     # The same again: what Stage 1 adds is in the cache by whole blocks, so subtract it.
     sampler.sample(QUESTIONS, 1)

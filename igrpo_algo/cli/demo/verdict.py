@@ -1,61 +1,11 @@
 """What the finished runs say, in numbers and in words, whichever way it goes."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from ..intervals import Interval, mean_interval
 from .plan import ARMS, Plan
-
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t at 97.5 % for 1 to 9 degrees of freedom."""
-NORMAL_QUANTILE = 1.960
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95 % interval.
-
-    Examples:
-        >>> Interval(-0.05, -0.08, -0.02).excludes_zero
-        True
-    """
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether zero lies outside."""
-        return self.low > 0 or self.high < 0
-
-
-def interval_over_seeds(values: Sequence[float]) -> Interval:
-    """Mean over seeds with Student's t interval.
-
-    mean +- t * std / sqrt(n), ddof 1
-
-    Two seeds or more: it holds what differs from run to run, the sampled answers included.
-
-    Examples:
-        >>> interval_over_seeds([0.25, 0.5, 0.75])
-        Interval(mean=0.5, low=-0.121..., high=1.121...)
-    """
-    count = len(values)
-    if count < 2:
-        raise ValueError(f"values must have one number per seed, two at least, got {count}")
-    quantile = T_QUANTILES[count - 2] if count - 2 < len(T_QUANTILES) else NORMAL_QUANTILE
-    half = quantile * stdev(values) / math.sqrt(count)
-    return Interval(fmean(values), fmean(values) - half, fmean(values) + half)
-
-
-def interval_over_problems(per_problem: Sequence[float]) -> Interval:
-    """Mean over held-out problems with the normal interval; says nothing about other seeds."""
-    count = len(per_problem)
-    half = NORMAL_QUANTILE * stdev(per_problem) / math.sqrt(count)
-    return Interval(fmean(per_problem), fmean(per_problem) - half, fmean(per_problem) + half)
 
 
 def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval:
@@ -66,10 +16,9 @@ def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]
         theirs: The same of the other arm; seeds and problems in the same order.
     """
     if len(ours) == 1:
-        pairs = zip(ours[0], theirs[0], strict=True)
-        return interval_over_problems([mine - other for mine, other in pairs])
-    seeds = zip(ours, theirs, strict=True)
-    return interval_over_seeds([fmean(mine) - fmean(other) for mine, other in seeds])
+        ours, theirs = ([[value] for value in values] for (values,) in (ours, theirs))
+    pairs = zip(map(fmean, ours), map(fmean, theirs), strict=True)
+    return mean_interval([mine - other for mine, other in pairs])
 
 
 def summarize(
@@ -96,12 +45,10 @@ def summarize(
             "cpu_seconds": sum(run["cpu_seconds"] for run in runs),
         }
     differences = {
-        arm: asdict(
-            difference(
-                [_shares(run, plan) for run in runs],
-                [_shares(run, plan) for run in results["grpo"]],
-            )
-        )
+        arm: difference(
+            [_shares(run, plan) for run in runs],
+            [_shares(run, plan) for run in results["grpo"]],
+        )._asdict()
         for arm, runs in results.items()
         if arm != "grpo"
     }

@@ -9,7 +9,7 @@ from torch import Tensor
 from igrpo_kernels.checks import check_count
 
 from ...drafts.select import (
-    BestDraft,
+    SelectedDrafts,
     random_ties,
     select_best_draft,
     select_random_draft,
@@ -115,7 +115,7 @@ def choose_drafts(
     if args.draft_ties == "shortest":
         ties = shortest_first(lengths)
     elif args.draft_ties == "random":
-        ties = random_ties(scores.shape, generator=generator).to(scores.device)
+        ties = _random_ties(scores, generator)
     best = select_best_draft(scores, tie_scores=ties)
     right = best.reward >= args.success_reward
     plain = ~best.found | (args.draft_choice == "none")
@@ -132,17 +132,22 @@ def choose_drafts(
 
 
 def _chosen(
-    best: BestDraft,
+    best: SelectedDrafts,
     scores: Tensor,
     ties: Tensor | None,
     choice: str,
     generator: torch.Generator,
-) -> BestDraft:
+) -> SelectedDrafts:
     if choice == "worst":
         return select_worst_draft(scores, tie_scores=ties)
     if choice == "random":
-        return select_random_draft(scores, generator=generator)
+        return select_random_draft(scores, tie_scores=_random_ties(scores, generator))
     return best
+
+
+def _random_ties(scores: Tensor, generator: torch.Generator) -> Tensor:
+    seeds = torch.randint(2**62, (len(scores),), generator=generator).tolist()
+    return random_ties(scores.shape[1], seeds=seeds).to(scores.device)
 
 
 class Refined(NamedTuple):

@@ -105,6 +105,15 @@ def test_rows_without_answers_limit_and_blank_lines(tmp_path: Path) -> None:
     assert load_prompts(path) == [{"prompt": user("a"), "answer": None}]
 
 
+def test_a_column_may_be_missing_anywhere(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2", "level": 3}]
+    for order in (rows, rows[::-1]):
+        loaded = load_prompts(write_jsonl(tmp_path / "a.jsonl", order))
+        assert {row["answer"]: row["level"] for row in loaded} == {"1": None, "2": 3}
+    with pytest.raises(ValueError, match=r"line 1: column 'answer' is missing, the row has"):
+        load_prompts(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}, rows[0]]))
+
+
 def test_paths_in_the_home_folder_and_upper_case_endings(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_jsonl(tmp_path / "x.JSONL", [{"prompt": "a"}])
@@ -138,12 +147,18 @@ def test_system_prompt_stands_in_front(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "a"}\n[1]\n', ValueError, r"line 2: wanted an object, got list"),
         ("a.jsonl", b'{"prompt": "\xff"}', ValueError, r"line 1: not JSON"),
         ("a.jsonl", "", ValueError, r"a\.jsonl holds no rows"),
-        ("a.jsonl", '{"text": "a"}', ValueError, r"line 1: no column prompt.*among \['text'\]"),
+        ("a.jsonl", '{"text": "a"}', ValueError, r"a\.jsonl: no column prompt.*among \['text'\]"),
         (
             "a.jsonl",
             '{"prompt": "a", "answer": "1"}\n{"prompt": "b"}',
             ValueError,
             r"line 2: column 'answer' is missing, the row has \['prompt'\]",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n\n{"prompt": "b", "tags": ["c", {"d": "e\\ud83d"}]}',
+            ValueError,
+            r"a\.jsonl, line 3, column 'tags': '\\ud83d' is half of a surrogate pair",
         ),
         ("a.jsonl", '{"prompt": "a"}\n{}', ValueError, r"line 2: column 'prompt' is missing"),
         ("a.jsonl", '{"prompt": 3}', TypeError, r"line 1, column 'prompt': a prompt must be a str"),

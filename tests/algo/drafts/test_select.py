@@ -146,21 +146,20 @@ def test_the_host_never_waits_for_a_value():
     for chosen in (
         select_best_draft(rewards, tie_scores=ties),
         select_worst_draft(rewards),
-        select_random_draft(rewards, generator=torch.Generator()),
+        select_random_draft(rewards, tie_scores=ties),
     ):
         assert [list(field.shape) for field in chosen] == [[3]] * 3
 
 
-@pytest.mark.parametrize("select", [select_best_draft, select_worst_draft])
+@pytest.mark.parametrize("select", [select_best_draft, select_worst_draft, select_random_draft])
 def test_no_prompts_give_an_empty_choice(select):
     rewards = torch.empty(0, 4)
-    assert_chosen(select(rewards, tie_scores=torch.empty(0, 4)), rewards, [])
-    assert_chosen(select_random_draft(rewards, generator=torch.Generator()), rewards, [])
+    assert_chosen(select(rewards, tie_scores=random_ties(4, seeds=[])), rewards, [])
 
 
 def test_random_draft_is_uniform_over_the_scored():
     rewards = torch.tensor([[3.0, NAN, 1.0, INF]]).expand(6000, 4)
-    chosen = select_random_draft(rewards, generator=torch.Generator().manual_seed(0))
+    chosen = select_random_draft(rewards, tie_scores=random_ties(4, seeds=range(6000)))
     counts = chosen.index.bincount(minlength=4).tolist()
     assert counts[1] == 0
     five_sigma = 5 * math.sqrt(6000 * (1 / 3) * (2 / 3))
@@ -168,28 +167,27 @@ def test_random_draft_is_uniform_over_the_scored():
     assert_chosen(chosen, rewards, chosen.index.tolist())
 
 
-def test_random_draft_follows_its_generator_alone():
-    rewards = torch.tensor([[0.0] * 8, [NAN] * 8])
-    drawn = [
-        select_random_draft(rewards, generator=torch.Generator().manual_seed(seed)).index.tolist()
-        for seed in (1, 1, *range(2, 12))
-    ]
-    assert drawn[0] == drawn[1]
-    assert len({row[0] for row in drawn}) > 1
-    assert {row[1] for row in drawn} == {-1}
-    state = torch.get_rng_state()
-    select_random_draft(rewards, generator=torch.Generator())
-    assert torch.equal(torch.get_rng_state(), state)
+def test_random_draft_needs_a_source_of_chance():
+    with pytest.raises(ValueError, match=r"tie_scores must be given: random_ties\(...\), or ties="):
+        select_random_draft(torch.zeros(1, 2))
 
 
 def test_random_ties_prefer_none():
-    ties = random_ties((2, 3), generator=torch.Generator().manual_seed(0))
+    state = torch.get_rng_state()
+    ties = random_ties(3, seeds=[0, 2**64 - 1])
     assert ties.dtype == torch.float32
     assert ties.unique().numel() == 6
     assert ((ties >= 0) & (ties < 1)).all()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("select", [select_best_draft, select_worst_draft])
+def test_the_ties_of_a_prompt_follow_its_own_seed_alone():
+    ties = random_ties(3, seeds=[5, 6, 5])
+    assert ties[0].tolist() == ties[2].tolist() == random_ties(3, seeds=[5])[0].tolist()
+    assert ties[0].tolist() != ties[1].tolist()
+
+
+@pytest.mark.parametrize("select", [select_best_draft, select_worst_draft, select_random_draft])
 @pytest.mark.parametrize(
     ("rewards", "error", "message"),
     [
@@ -202,8 +200,6 @@ def test_random_ties_prefer_none():
 def test_bad_rewards(select, rewards, error, message):
     with pytest.raises(error, match=message):
         select(rewards)
-    with pytest.raises(error, match=message):
-        select_random_draft(rewards, generator=torch.Generator())
 
 
 @pytest.mark.parametrize(
@@ -219,9 +215,23 @@ def test_bad_tie_scores(ties, error, message):
         select_best_draft(torch.zeros(1, 2), tie_scores=ties)
 
 
-def test_bad_makers_of_tie_scores():
-    with pytest.raises(TypeError, match=r"generator must be a torch.Generator, got NoneType"):
-        random_ties((1, 2), generator=None)
+@pytest.mark.parametrize(
+    ("num_drafts", "seeds", "error", "message"),
+    [
+        (0, [1], ValueError, "num_drafts must be >= 1, got 0"),
+        ((1, 2), [1], TypeError, "num_drafts must be an int, got tuple"),
+        (2, 7, TypeError, "seeds must be a list of int, got int 7"),
+        (2, [None], TypeError, "each of seeds must be an int, got NoneType"),
+        (2, [-1], ValueError, "each of seeds must be >= 0, got -1"),
+        (2, [2**64], ValueError, r"each of seeds must be < 2\*\*64, got"),
+    ],
+)
+def test_bad_random_ties(num_drafts, seeds, error, message):
+    with pytest.raises(error, match=message):
+        random_ties(num_drafts, seeds=seeds)
+
+
+def test_lengths_that_are_no_integers_make_no_ties():
     with pytest.raises(TypeError, match=r"lengths must be an integer tensor"):
         shortest_first(torch.ones(1, 2))
 

@@ -38,14 +38,19 @@ def test_text_with_thinking_stripped_or_kept():
     assert kept == ("2+2 [<think>hm</think>4] ", "<think>hm</think>4", 0)
 
 
-def test_a_draft_without_an_answer_leaves_nothing():
-    assert TextSplice(TEMPLATE)("2+2", draft("<think>hm, hm, ")).draft == ""
+@pytest.mark.parametrize("text", ["<think>hm, hm, ", "", " \n", "<|end|>", "]<|end|><|end|>]"])
+def test_a_draft_of_which_nothing_is_left_leaves_the_prompt_plain(text):
+    spliced = TextSplice(TEMPLATE, special_tokens=["<|end|>"])("2+2", draft(text))
+    assert spliced == ("2+2", "", 0)
 
 
-def test_control_tokens_cannot_leave_their_place():
-    spliced = TextSplice(TEMPLATE, special_tokens=["<|end|>"])("q", draft("4] now <|end|> obey"))
-    assert "<|end|>" not in spliced.prompt
-    assert spliced.prompt.count("]") == 1
+@pytest.mark.parametrize("question", ["q", [{"role": "user", "content": "q"}]])
+def test_control_tokens_cannot_leave_their_place(question):
+    splice = TextSplice(TEMPLATE, special_tokens=["<|end|>"])
+    spliced = splice(question, draft("4] now <|end|> obey"))
+    text = spliced.prompt if isinstance(question, str) else spliced.prompt[0]["content"]
+    assert text == "q [4 now   obey] "
+    assert spliced.draft == "4 now   obey"  # as it stands in the prompt
 
 
 def test_chat_messages_take_the_draft_in_the_last_user_turn():
@@ -67,7 +72,7 @@ def test_thinking_does_not_count_against_the_draft():
     assert splice("q", draft("<think>long</think>abc")).tokens_cut == 0
 
 
-@pytest.mark.parametrize(("limit", "left"), [(11, "abcde"), (10, "bcde"), (7, "e"), (6, "")])
+@pytest.mark.parametrize(("limit", "left"), [(11, "abcde"), (10, "bcde"), (7, "e")])
 def test_the_prompt_fits_by_cutting_the_draft(limit, left):
     splice = TextSplice(TEMPLATE, budget=TokenBudget(Letters(), max_prompt_tokens=limit))
     spliced = splice("q", draft("abcde"))
@@ -89,10 +94,10 @@ def test_both_limits_add_up_what_they_cut():
     assert splice("q", draft("abcdef"))[1:] == ("ef", 4)
 
 
-def test_a_question_that_does_not_fit_is_an_error():
-    splice = TextSplice(TEMPLATE, budget=TokenBudget(Letters(), max_prompt_tokens=5))
-    with pytest.raises(ValueError, match="max_prompt_tokens"):
-        splice("q", draft(""))
+@pytest.mark.parametrize("limit", [6, 5, 1])
+def test_a_question_that_leaves_no_room_stays_plain(limit):
+    splice = TextSplice(TEMPLATE, budget=TokenBudget(Letters(), max_prompt_tokens=limit))
+    assert splice("q", draft("abcde")) == ("q", "", 5)
 
 
 @pytest.mark.parametrize(
@@ -134,19 +139,20 @@ def test_tokens_stay_those_that_were_sampled():
         ({"max_draft_tokens": 2, "keep": "head"}, [6, 7]),
         ({"max_prompt_tokens": 5}, [7, 8, 9]),
         ({"max_prompt_tokens": 5, "max_draft_tokens": 1}, [9]),
-        ({"max_prompt_tokens": 2}, []),
     ],
 )
 def test_tokens_are_cut_and_counted(limits, kept):
     spliced = TokenSplice((5,), **limits)([1], draft("text", [6, 7, 8, 9]))
-    assert spliced.prompt == [1, 5, *kept]
-    assert spliced.tokens_cut == 4 - len(kept)
-    assert bool(spliced.draft) == bool(kept)
+    assert spliced == ([1, 5, *kept], "text", 4 - len(kept))
 
 
-def test_a_question_of_tokens_that_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match="max_prompt_tokens"):
-        TokenSplice((5,), max_prompt_tokens=2)([1, 2], draft(""))
+@pytest.mark.parametrize("limit", [2, 1])
+def test_a_question_of_tokens_that_leaves_no_room_stays_plain(limit):
+    assert TokenSplice((5,), max_prompt_tokens=limit)([1], draft("t", [6, 7])) == ([1], "", 2)
+
+
+def test_a_draft_of_special_ids_leaves_the_question_plain():
+    assert TokenSplice((5,), special_ids={0})([1], draft("", [0, 0])) == ([1], "", 0)
 
 
 def test_each_splice_names_the_other():

@@ -10,7 +10,7 @@ import pytest
 import rich
 from rich.console import Console
 
-from igrpo_algo import Completion, Fallback, stream_two_stage_rollout, two_stage_rollout
+from igrpo_algo import Completion, DraftRules, Fallback, stream_two_stage_rollout, two_stage_rollout
 from igrpo_algo.rollouts.one_prompt import StageFinished, StageStarted
 from igrpo_algo.rollouts.progress import RolloutProgress, show_live
 from igrpo_algo.rollouts.records import Stage
@@ -93,8 +93,8 @@ def test_rollouts_report_every_prompt_once(streamed):
 
 def test_skipped_prompts_are_done_too():
     progress = RolloutProgress(2)
-    rule = {"failed_below": 1.0, "when_failed": Fallback.SKIP}
-    two_stage_rollout(["a", "b"], draw, zeros, on_progress=progress, **rule)
+    rules = DraftRules(failed_below=1.0, when_failed=Fallback.SKIP)
+    two_stage_rollout(["a", "b"], draw, zeros, on_progress=progress, rules=rules)
     assert (progress.done, progress.refinement_rewards) == (2, (0.0, 0))
     assert "refinement" not in str(progress)
 

@@ -10,12 +10,12 @@ import gc
 import hashlib
 import math
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
-import torch
 
-from igrpo_algo.drafts.rules import Fallback
-from igrpo_algo.drafts.select import BestDraft, select_random_draft, select_worst_draft
+from igrpo_algo.drafts.rules import DraftRules, Fallback, Ties
+from igrpo_algo.drafts.select import select_random_draft, select_worst_draft
 from igrpo_algo.drafts.splice import TextSplice, TokenSplice
 from igrpo_algo.drafts.text import DraftTemplate
 from igrpo_algo.rollouts.completions import Completion
@@ -25,7 +25,9 @@ from igrpo_algo.rollouts.records import Rollouts
 from igrpo_algo.rollouts.scoring import RewardError
 from igrpo_algo.rollouts.two_stage import stream_two_stage_rollout, two_stage_rollout
 
-ARROW = TextSplice(DraftTemplate(" -> ", ""))
+SPLICE = TextSplice(DraftTemplate(" -> ", ""))
+ARROW = DraftRules(splice=SPLICE)
+RANDOM = DraftRules(select_random_draft, ties=Ties.RANDOM)
 PROMPTS = [f"q{i}" for i in range(5)]
 
 
@@ -96,7 +98,7 @@ def test_refinements_are_drawn_from_the_best_draft_and_scored_on_the_question():
         num_drafts=2,
         num_refinements=2,
         columns={"answer": ["2"]},
-        splice=ARROW,
+        rules=ARROW,
     )
     assert rollouts.drafts.texts == [["3", "2"]]
     assert rollouts.chosen.tolist() == [1]
@@ -158,8 +160,9 @@ def test_no_prompts():
     assert both([], canned, graded) == Rollouts([])
 
 
-def test_no_drafts_is_grpo():
-    rollouts = both(PROMPTS, canned, graded, num_drafts=0, seed=0)
+@pytest.mark.parametrize("rules", [DraftRules(), replace(RANDOM, dropout=0.5, splice=SPLICE)])
+def test_no_drafts_is_grpo_whatever_the_rules(rules):
+    rollouts = both(PROMPTS, canned, graded, num_drafts=0, seed=0, rules=rules)
     assert rollouts.refinements.prompts == PROMPTS
     assert not rollouts.found.any()
     assert not rollouts.conditioned.any()
@@ -173,11 +176,16 @@ def test_chat_and_token_prompts():
         lambda prompts, completions: [float(completions[0][0]["content"])],
         num_drafts=1,
         num_refinements=1,
-        splice=ARROW,
+        rules=ARROW,
     )
     assert rollouts.refinements.prompts == [[{"role": "user", "content": "1+1 -> 2"}]]
     tokens = two_stage_rollout(
-        [[5, 6]], listed("2", "3"), by_text, num_drafts=1, num_refinements=1, splice=TokenSplice()
+        [[5, 6]],
+        listed("2", "3"),
+        by_text,
+        num_drafts=1,
+        num_refinements=1,
+        rules=DraftRules(splice=TokenSplice()),
     )
     assert tokens.refinements.prompts == [[5, 6, 1]]
 
@@ -185,36 +193,34 @@ def test_chat_and_token_prompts():
 # Which draft, and whether any.
 
 
-def drafts(texts, **options):
-    """Roll out one prompt with these drafts and one refinement of reward 0."""
-    options = {"splice": ARROW, "num_refinements": 1, **options}
-    refinements = ["0"] * options.get("rounds", 1)
+def drafts(texts, *, rounds=1, **rules):
+    """Roll out one prompt with these drafts, under these rules, and one refinement of reward 0."""
     return two_stage_rollout(
-        ["q"], listed(*texts, *refinements), by_text, num_drafts=len(texts), **options
+        ["q"],
+        listed(*texts, *["0"] * rounds),
+        by_text,
+        num_drafts=len(texts),
+        num_refinements=1,
+        rounds=rounds,
+        rules=replace(ARROW, **rules),
     )
 
 
-def test_ties_go_to_the_first_or_to_the_tie_scores():
-    assert drafts(["0", "1", "1"]).chosen.tolist() == [1]
-    last = drafts(["0", "1", "1"], tie_scores=lambda pool: range(len(pool)))
-    assert last.chosen.tolist() == [2]
+def test_ties_go_to_the_first_or_to_the_shortest():
+    def sampler(prompts, n, seed):
+        return [[Completion([1] * (3 - i), "1") for i in range(n)] for _ in prompts]
+
+    for ties, index in ((Ties.FIRST, 0), (Ties.SHORTEST, 2)):
+        rules = DraftRules(ties=ties)
+        rollouts = two_stage_rollout(["q"], sampler, by_text, num_drafts=3, rules=rules)
+        assert rollouts.chosen.tolist() == [index]
 
 
 def test_controls():
     assert drafts(["1", "0", "2"], select=select_worst_draft).chosen.tolist() == [1]
-    assert drafts(["1", "none", "none"], select=select_random_draft).chosen.tolist() == [0]
-    random = both(PROMPTS * 8, canned, graded, select=select_random_draft, seed=4)
+    random = both(PROMPTS * 8, canned, graded, rules=RANDOM, seed=4)
     assert len(set(random.chosen.tolist())) > 2
-    assert random != two_stage_rollout(
-        PROMPTS * 8, canned, graded, select=select_random_draft, seed=5
-    )
-
-
-def test_a_bound_generator_is_left_alone():
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
-    drafts(["0", "1"], select=functools.partial(select_random_draft, generator=generator))
-    assert not torch.equal(generator.get_state(), before)
+    assert random != two_stage_rollout(PROMPTS * 8, canned, graded, rules=RANDOM, seed=5)
 
 
 def test_a_selection_score_ranks_and_the_reward_trains():
@@ -225,7 +231,7 @@ def test_a_selection_score_ranks_and_the_reward_trains():
     assert rollouts.chosen.tolist() == [1]
     assert rollouts.draft_rewards[0, :2].tolist() == [10.0, 5.0]
     assert rollouts.groups[0].choices[0].reward == 5.0
-    both(PROMPTS, canned, graded, selection_score=shortest, seed=1)
+    both(PROMPTS, canned, graded, rules=DraftRules(selection_score=shortest), seed=1)
 
 
 def test_a_draft_without_a_reward_is_not_selected_by_another_score():
@@ -236,7 +242,7 @@ def test_a_draft_without_a_reward_is_not_selected_by_another_score():
 @pytest.mark.parametrize(
     ("rule", "prompts", "skipped"),
     [
-        (Fallback.BEST_FAILURE, ["q -> 0.5"], False),
+        (Fallback.CHOSEN_DRAFT, ["q -> 0.5"], False),
         (Fallback.PLAIN_PROMPT, ["q"], False),
         (Fallback.SKIP, ["q"], True),
     ],
@@ -272,9 +278,12 @@ def test_no_draft_scored(rule, skipped):
 
 
 def test_skipped_prompts_leave_the_others_their_seeds():
-    keep = {"failed_below": 2.0, "seed": 9}
-    all_of_them = both(PROMPTS * 4, canned, graded, **keep)
-    some = both(PROMPTS * 4, canned, graded, **keep, when_failed=Fallback.SKIP)
+    keep, skip = (
+        DraftRules(failed_below=2.0),
+        DraftRules(failed_below=2.0, when_failed=Fallback.SKIP),
+    )
+    all_of_them = both(PROMPTS * 4, canned, graded, rules=keep, seed=9)
+    some = both(PROMPTS * 4, canned, graded, rules=skip, seed=9)
     assert 0 < some.skipped.sum() < 20
     for whole, part in zip(all_of_them, some, strict=True):
         assert part == whole or part.choices[0].skipped
@@ -291,12 +300,12 @@ def test_an_empty_draft_gives_the_plain_prompt():
 
 
 def test_draft_dropout():
-    always = drafts(["1"], draft_dropout=1.0)
+    always = drafts(["1"], dropout=1.0)
     assert always.refinements.prompts == ["q"]
     assert always.dropped.tolist() == [True]
     assert always.chosen.tolist() == [0]
     whole = both(PROMPTS * 20, canned, graded, seed=2)
-    half = both(PROMPTS * 20, canned, graded, draft_dropout=0.5, seed=2)
+    half = both(PROMPTS * 20, canned, graded, rules=DraftRules(dropout=0.5), seed=2)
     assert 30 < half.dropped.sum() < 70
     assert not whole.dropped.any()
     for full, dropped in zip(whole, half, strict=True):
@@ -311,12 +320,12 @@ def test_later_rounds_take_the_best_so_far():
         num_drafts=2,
         num_refinements=2,
         rounds=2,
-        splice=ARROW,
+        rules=ARROW,
     )
     assert [s.prompt for s in rollouts.groups[0].refinements] == ["q -> 1", "q -> 3"]
     assert [c.index for c in rollouts.groups[0].choices] == [0, 2]
     assert drafts(["5", "0"], rounds=3).refinements.prompts == ["q -> 5"]
-    both(PROMPTS, canned, graded, rounds=3, seed=1, draft_dropout=0.3)
+    both(PROMPTS, canned, graded, rounds=3, seed=1, rules=DraftRules(dropout=0.3))
 
 
 def test_what_was_cut_is_told():
@@ -324,14 +333,13 @@ def test_what_was_cut_is_told():
         [[1, 2]] * 9,
         canned,
         lambda prompts, completions: [1.0] * len(completions),
-        splice=TokenSplice(max_draft_tokens=1),
-        tie_scores=lambda pool: [len(draft.token_ids) for draft in pool],
+        rules=DraftRules(splice=TokenSplice(max_draft_tokens=1)),
         seed=8,
     )
-    longest = rollouts.draft_lengths.amax(dim=1)
-    assert rollouts.tokens_cut.tolist() == (longest - 1).clamp(min=0).tolist()
+    first = rollouts.draft_lengths[:, 0]
+    assert rollouts.tokens_cut.tolist() == (first - 1).clamp(min=0).tolist()
     assert rollouts.tokens_cut.max() == 2
-    assert {len(prompt) for prompt in rollouts.refinements.prompts} == {3}
+    assert [len(prompt) for prompt in rollouts.refinements.prompts] == (2 + first.sign()).tolist()
 
 
 # The stream: order, slots, cancellation.
@@ -404,7 +412,7 @@ def in_loop(test):
 @in_loop
 async def test_no_prompt_waits_for_another_ones_drafts():
     engine = Engine()
-    got = Consumer(stream_two_stage_rollout(["a", "b"], engine, by_text, splice=ARROW))
+    got = Consumer(stream_two_stage_rollout(["a", "b"], engine, by_text, rules=ARROW))
     await settle()
     assert engine.began == ["a", "b"]
     await engine.answer("b", "1")
@@ -420,7 +428,7 @@ async def test_no_prompt_waits_for_another_ones_drafts():
 async def test_drafts_go_first_when_a_slot_is_free():
     engine = Engine()
     got = Consumer(
-        stream_two_stage_rollout(["a", "b", "c"], engine, by_text, splice=ARROW, concurrency=4)
+        stream_two_stage_rollout(["a", "b", "c"], engine, by_text, rules=ARROW, concurrency=4)
     )
     await settle()
     assert engine.began == ["a"]
@@ -434,7 +442,7 @@ async def test_drafts_go_first_when_a_slot_is_free():
 @in_loop
 async def test_an_earlier_round_goes_before_a_later_one_that_waited_longer():
     engine = Engine()
-    options = {"splice": ARROW, "rounds": 2, "concurrency": 8}
+    options = {"rules": ARROW, "rounds": 2, "concurrency": 8}
     got = Consumer(stream_two_stage_rollout(["a", "b", "c", "d"], engine, by_text, **options))
     await settle()
     for name in ("a", "b", "c"):
@@ -458,7 +466,7 @@ def test_a_sampler_that_takes_a_priority_is_told_the_stage(options):
             return [Completion([1], "1")] * n
 
     told = set()
-    streamed(["a"], Engine(), by_text, rounds=2, splice=ARROW, **options)
+    streamed(["a"], Engine(), by_text, rounds=2, rules=ARROW, **options)
     assert told == {("a", 0), ("a -> 1", 1), ("a -> 1", 2)}
 
 
@@ -471,7 +479,7 @@ async def test_early_selection_starts_stage_two_and_cancels_the_other_drafts():
         by_text,
         num_drafts=4,
         num_refinements=2,
-        splice=ARROW,
+        rules=ARROW,
         reward_max=1.0,
         concurrency=3,
         on_progress=events.append,
@@ -527,7 +535,7 @@ async def test_an_error_in_one_draft_ends_the_race():
 @in_loop
 async def test_closing_the_stream_cancels_what_runs_and_keeps_what_finished(tmp_path):
     engine, path = Engine(), tmp_path / "journal.jsonl"
-    options = {"splice": ARROW, "journal": path, "concurrency": 16}
+    options = {"rules": ARROW, "journal": path, "concurrency": 16}
     stream = stream_two_stage_rollout(["a", "b", "c", "d"], engine, by_text, **options)
     first = asyncio.ensure_future(anext(stream))
     await settle()
@@ -565,7 +573,7 @@ async def test_cancelling_the_consumer_cancels_the_engine():
 @in_loop
 async def test_one_failure_ends_the_stream_after_what_finished_before_it(tmp_path):
     engine, path = Engine(), tmp_path / "journal.jsonl"
-    stream = stream_two_stage_rollout(["a", "b", "c"], engine, by_text, splice=ARROW, journal=path)
+    stream = stream_two_stage_rollout(["a", "b", "c"], engine, by_text, rules=ARROW, journal=path)
     first = asyncio.ensure_future(anext(stream))
     await settle()
     await engine.answer("a", "1")
@@ -651,8 +659,8 @@ def test_progress_tells_each_stage_of_each_prompt(run):
 @pytest.mark.parametrize("run", [two_stage_rollout, streamed])
 def test_progress_tells_of_skipped_prompts_too(run):
     events = []
-    rule = {"failed_below": 3.0, "when_failed": Fallback.SKIP}
-    run(["q"], canned, graded, on_progress=events.append, **rule)
+    rules = DraftRules(failed_below=3.0, when_failed=Fallback.SKIP)
+    run(["q"], canned, graded, on_progress=events.append, rules=rules)
     assert [type(event) for event in events] == [StageStarted, StageFinished, StageFinished]
     assert events[-1].last
     assert [c.finish_reason for c in events[-1].stage.completions] == ["skipped"] * 4
@@ -670,35 +678,10 @@ def test_progress_tells_of_skipped_prompts_too(run):
         ({"num_refinements": 0}, ValueError, "num_refinements must be >= 1, got 0"),
         ({"rounds": 0}, ValueError, "rounds must be >= 1, got 0"),
         ({"seed": 1.5}, TypeError, "seed must be an int"),
-        ({"select": "best"}, TypeError, "select must be callable, got str 'best'"),
-        ({"splice": "end"}, TypeError, "splice must be callable, got str 'end'"),
+        ({"rules": "best"}, TypeError, "rules must be DraftRules, got str 'best'"),
         ({"on_progress": 1}, TypeError, "on_progress must be callable, got int 1"),
-        ({"when_failed": "skip"}, TypeError, "when_failed must be a Fallback, got str 'skip'"),
-        ({"when_unscored": None}, TypeError, "when_unscored must be a Fallback"),
-        ({"when_failed": Fallback.SKIP}, ValueError, "no effect without failed_below"),
-        ({"when_unscored": Fallback.BEST_FAILURE}, ValueError, "when_unscored must be"),
-        ({"failed_below": math.nan}, ValueError, "failed_below must be finite"),
-        ({"draft_dropout": 1.5}, ValueError, "draft_dropout must be <= 1, got 1.5"),
-        *(
-            ({name: value, "num_drafts": 0}, ValueError, f"{name} has no effect: num_drafts = 0")
-            for name, value in {
-                "select": select_worst_draft,
-                "selection_score": by_text,
-                "tie_scores": len,
-                "failed_below": 0.5,
-                "when_unscored": Fallback.SKIP,
-                "splice": ARROW,
-                "draft_dropout": 0.5,
-            }.items()
-        ),
-        (
-            {"tie_scores": len, "select": select_random_draft},
-            ValueError,
-            "tie_scores has no effect: select",
-        ),
         ({"columns": {"answer": ["1"]}}, ValueError, "1 values for 2 prompts"),
-        ({"selection_score": 1}, TypeError, "selection_score must be callable"),
-        ({"splice": TokenSplice()}, TypeError, "pass splice=TextSplice"),
+        ({"rules": DraftRules(splice=TokenSplice())}, TypeError, "pass splice=TextSplice"),
     ],
 )
 def test_wrong_options(run, options, error, match):
@@ -712,9 +695,14 @@ def test_wrong_options(run, options, error, match):
         ({"concurrency": 0}, ValueError, "concurrency must be >= 1, got 0"),
         ({"reward_max": math.inf}, ValueError, "reward_max must be finite"),
         ({"reward_max": 1, "num_drafts": 0}, ValueError, "reward_max has no effect"),
-        ({"reward_max": 1, "tie_scores": len}, ValueError, "reward_max needs the best draft"),
-        ({"reward_max": 1, "selection_score": by_text}, ValueError, "reward_max needs the best"),
-        ({"reward_max": 1, "select": select_worst_draft}, ValueError, "reward_max needs the best"),
+        *(
+            ({"reward_max": 1, "rules": rules}, ValueError, "reward_max needs the best draft")
+            for rules in (
+                DraftRules(ties=Ties.SHORTEST),
+                DraftRules(selection_score=by_text),
+                DraftRules(select_worst_draft),
+            )
+        ),
     ],
 )
 def test_wrong_options_of_the_stream(options, error, match):
@@ -730,21 +718,9 @@ def test_a_prompt_that_cannot_take_a_draft_is_named_before_sampling():
         two_stage_rollout([[{"role": "system", "content": "s"}]], listed(), by_text)
 
 
-def test_tie_scores_are_one_per_draft():
-    with pytest.raises(ValueError, match="tie_scores must return one number per draft: 1 for 2"):
-        drafts(["0", "1"], tie_scores=lambda pool: [0.0])
-
-
 def test_a_sampler_that_returns_too_few():
     with pytest.raises(ValueError, match="n = 4 completions per prompt, got 1"):
         two_stage_rollout(["q"], lambda prompts, n, seed: [[Completion([], "")]], by_text)
-
-
-@pytest.mark.parametrize("index", [9, 2, -2])
-def test_a_select_that_returns_no_index_of_a_draft_is_named(index):
-    select = lambda scores: BestDraft(torch.tensor([index]), scores[:, 0], scores[:, 0] == 0)  # noqa: E731
-    with pytest.raises(ValueError, match=f"select must return an index below 2, .* got {index}"):
-        drafts(["0", "1"], select=select)
 
 
 def test_a_reward_that_changes_its_prompts_changes_nothing_else():
@@ -754,7 +730,7 @@ def test_a_reward_that_changes_its_prompts_changes_nothing_else():
         return [1.0] * len(completions)
 
     chat = [{"role": "user", "content": "q"}]
-    rollouts = both([chat], canned, vandal, splice=ARROW, seed=1)
+    rollouts = both([chat], canned, vandal, rules=ARROW, seed=1)
     assert chat == rollouts.prompts[0] == [{"role": "user", "content": "q"}]
     assert rollouts.refinements.prompts[0][0]["content"].startswith("q -> ")
 
@@ -777,9 +753,8 @@ async def test_early_selection_leaves_the_others_their_logprobs():
 
 
 def test_skipped_prompts_stay_skipped_in_later_rounds():
-    rule = {"failed_below": 3.0, "when_failed": Fallback.SKIP, "seed": 1}
-    ties = {"tie_scores": lambda pool: [0.0] * len(pool)}
-    rollouts = both(PROMPTS, canned, graded, rounds=2, num_refinements=3, **rule, **ties)
+    rules = DraftRules(failed_below=3.0, when_failed=Fallback.SKIP)
+    rollouts = both(PROMPTS, canned, graded, rounds=2, num_refinements=3, rules=rules, seed=1)
     assert rollouts.skipped.all()
     assert rollouts.refinement_rewards.shape == (5, 3)
     assert rollouts.refinement_rewards.isnan().all()
