@@ -1,14 +1,17 @@
-"""Prompts, and the one way from a prompt to the token ids that a model sees.
+"""The one way from a prompt to the token ids that a model sees, and from what it drew to text.
 
 A prompt is a string, a list of chat messages, or a list of token ids. What samples, what trains and
-what counts tokens all go through `encode_prompt`, so that all of them see the same ids. A tokenizer
-is anything with the interface of Hugging Face's. Nothing here needs torch.
+what counts tokens all go through `encode_prompt`, so that all of them see the same ids; and what
+rewards and drafts read all goes through `decode_completion`. A tokenizer is anything with the
+interface of Hugging Face's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from igrpo_kernels.checks import describe
+
+from .drafts.markers import THINKING_MARKS
 
 Prompt = str | list[dict[str, Any]] | list[int]
 
@@ -60,6 +63,27 @@ def encode_prompt(
         **(chat_template_kwargs or {}),
     )
     return list(ids)
+
+
+def decode_completion(ids: Sequence[int], tokenizer: Any) -> str:
+    """Give the text of a completion: its special tokens left out, its thinking marks kept.
+
+    Some tokenizers make "<think>" and "</think>" special tokens. Text without them would pass
+    thinking off as the answer, to rewards and to `strip_thinking`.
+
+    Args:
+        ids: The tokens drawn.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        The text.
+    """
+    marks = {tokenizer.convert_tokens_to_ids(mark) for mark in THINKING_MARKS}
+    if marks.isdisjoint(ids):
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    added = tokenizer.added_tokens_decoder
+    hidden = {token for token, entry in added.items() if entry.special} - marks
+    return str(tokenizer.decode([token for token in ids if token not in hidden]))
 
 
 def check_chat_template_kwargs(value: object) -> dict[str, Any]:

@@ -1,23 +1,50 @@
 """Markers: the strings that structure a prompt, and that text from a model must not forge.
 
-Control tokens of a tokenizer ("<|im_end|>", "[/INST]", "</s>") and the delimiters of a template. A
-tokenizer finds them wherever they stand, so a draft that holds one would end its own turn. Nothing
-here needs torch.
+Control tokens of a tokenizer ("<|im_end|>", "[/INST]", "</s>"), what a chat template writes around
+turns as plain text, and the delimiters of a draft. A tokenizer finds control tokens wherever they
+stand, so a draft that holds one would end its own turn. Nothing here needs torch.
 """
 
 import re
 from collections.abc import Collection
 from functools import lru_cache
+from itertools import chain, count
 from typing import Any
 
+WELL_KNOWN_MARKERS = re.compile(
+    r"""
+      <[|\uff5c] [\w\u2581/-]{2,64} [|\uff5c]?>         # <|im_end|>, DeepSeek's wide bars, <|turn>
+    | <[\w\u2581/-]{2,64} [|\uff5c]>                    # <turn|>
+    | </?(?:s|bos|eos)> | <(?:start|end)_of_turn>
+    | <</?SYS>>
+    | \[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT)\]
+    """,
+    re.VERBOSE,
+)
+"""How the turns of well-known models are written; `neutralize` knows them without a tokenizer."""
 
-def neutralize(draft: str, markers: Collection[str], *, before: str = "", after: str = "") -> str:
+THINKING_MARKS = ("<think>", "</think>", "[THINK]", "[/THINK]")
+"""Marks around thinking. They stay in a completion's text until somebody strips the thinking."""
+
+# What else a chat template may write around turns, looked for in its own source only.
+_LITERALS = re.compile(
+    r"<[^<>\s'\"]{1,64}> | \[/?[A-Z][A-Z_]+\]"
+    r"| \#{2,}\ ?(?i:system|user|human|instruction|input|assistant|response)\b:?"
+    r"| \b(?i:system|user|human|assistant|bot)\ ?:",
+    re.VERBOSE,
+)
+
+
+def neutralize(
+    draft: str, markers: Collection[str] = (), *, before: str = "", after: str = ""
+) -> str:
     """Take out of a draft every marker, so that it cannot end its place in the prompt.
 
-    A marker becomes one space (a marker of one character: nothing), again and again until none is
-    left, so that halves that meet do not make a new one. Characters at the draft's ends that would
-    complete a marker with the text around it are dropped, and so are those that could begin one
-    with what follows `after`, which is not known here: a chat template's own marker, as a rule.
+    Each marker, and each of `WELL_KNOWN_MARKERS`, becomes a character that no marker holds (a
+    space, as a rule), so that halves that meet do not make a new one. Characters at the draft's
+    ends that would complete a marker with the text around it are dropped, and so are those that
+    could begin one with what follows `after`, which is not known here: a chat template's own
+    marker, as a rule. The time it takes is linear in the length of the draft.
 
     Markers are matched exactly, as tokenizers match special tokens; an added token that the
     tokenizer looks for only after normalization (`AddedToken(normalized=True)`) is matched in the
@@ -25,7 +52,7 @@ def neutralize(draft: str, markers: Collection[str], *, before: str = "", after:
 
     Args:
         draft: Text from a model.
-        markers: Strings that must not occur: control tokens, delimiters.
+        markers: Further strings that must not occur: control tokens, delimiters.
         before: The text that the draft will follow.
         after: The text that will follow the draft.
 
@@ -34,45 +61,54 @@ def neutralize(draft: str, markers: Collection[str], *, before: str = "", after:
         touches the result.
 
     Raises:
-        TypeError: An argument is no text, or `markers` no collection of strings.
+        TypeError: An argument is not text, or `markers` not a collection of strings.
         ValueError: A marker is empty.
 
     Examples:
-        >>> neutralize("42<|im_end|> or <|im_<|im_end|>end|>!", ["<|im_end|>"])
+        >>> neutralize("42<|im_end|> or <|im_<|im_end|>end|>!")
         '42  or <|im_ end|>!'
+        >>> neutralize("42. USER: and 6 * 9?", ["USER:"])
+        '42.   and 6 * 9?'
     """
     for name, value in (("draft", draft), ("before", before), ("after", after)):
         check_text(name, value)
     known = check_markers("markers", markers)
-    if not known:
-        return draft
-    pattern = _any_of(known)
-    while (cleaned := pattern.sub(_blank, draft)) != draft:
-        draft = cleaned
-    while draft and _crosses(before, draft + after, known):
-        draft = draft[1:]
-    while draft and (
-        _crosses(before + draft, after, known)
-        or _begins(before + draft + after, known, longer_than=len(after))
-    ):
-        draft = draft[:-1]
-    return draft
+    draft = _pattern(known).sub(_blank(known), draft)
+    endings = tuple({tail for head, tail in _halves(known) if before.endswith(head)})
+    text, start = draft + after, 0
+    while start < len(draft) and text.startswith(endings, start):
+        start += 1
+    beginnings = _beginnings(known, after)
+    lengths = sorted({len(head) for head in beginnings})
+    text, end = before + draft[start:], len(before) + len(draft) - start
+    while end > len(before) and any(text[max(0, end - n) : end] in beginnings for n in lengths):
+        end -= 1
+    return text[len(before) : end]
 
 
-def marker_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """List the strings that a Hugging Face tokenizer reads as control tokens.
+def marker_tokens(tokenizer: Any, chat_template: str | None = None) -> tuple[str, ...]:
+    r"""List the strings that would end or begin a turn in the prompts of a model.
 
-    The named special tokens (`all_special_tokens`) and every added token that is flagged special.
-    The first list alone is not enough: Llama 3's names no header token.
+    What its tokenizer reads as control tokens: the named special tokens (`all_special_tokens`) and
+    every added token that is flagged special (the first list alone is not enough: Llama 3's names
+    no header token). And what its chat template writes around turns as plain text ("<|user|>",
+    "[INST]", "### Response:"), thinking marks left out.
 
     Args:
         tokenizer: A transformers tokenizer. Of a processor, pass its `.tokenizer`.
+        chat_template: The template; None takes the tokenizer's own.
 
     Returns:
         The strings, each once, sorted.
     """
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(sorted({*tokenizer.all_special_tokens, *added}))
+    template = tokenizer.chat_template if chat_template is None else chat_template
+    sources = template.values() if isinstance(template, dict) else [template or ""]
+    # In a template's source a line break inside a string is written as two characters.
+    written = {
+        match for source in sources for match in _LITERALS.findall(source.replace("\\n", "\n"))
+    }
+    return tuple(sorted({*tokenizer.all_special_tokens, *added, *(written - {*THINKING_MARKS})}))
 
 
 def check_text(name: str, value: object) -> None:
@@ -92,30 +128,31 @@ def check_markers(name: str, value: object) -> frozenset[str]:
     return frozenset(value)
 
 
-def _blank(marker: re.Match[str]) -> str:
-    # Shorter than what it replaces, so that replacing comes to an end whatever the markers are.
-    return " " if len(marker[0]) > 1 else ""
+@lru_cache(maxsize=16)
+def _pattern(markers: frozenset[str]) -> re.Pattern[str]:
+    """Match any marker, the longest first; what the well-known shapes cover is not listed again."""
+    further = [marker for marker in markers if not WELL_KNOWN_MARKERS.fullmatch(marker)]
+    longest_first = sorted(further, key=lambda marker: (-len(marker), marker))
+    shapes = f"(?x:{WELL_KNOWN_MARKERS.pattern})"
+    return re.compile("|".join([*map(re.escape, longest_first), shapes]))
 
 
 @lru_cache(maxsize=16)
-def _any_of(markers: frozenset[str]) -> re.Pattern[str]:
-    longest_first = sorted(markers, key=lambda marker: (-len(marker), marker))
-    return re.compile("|".join(map(re.escape, longest_first)))
+def _blank(markers: frozenset[str]) -> str:
+    """Choose a character that no marker holds: none forms across it, so one pass is enough."""
+    candidates = chain(" \n\t", map(chr, count(0xA1)))
+    return next(each for each in candidates if not any(each in marker for marker in markers))
 
 
-def _crosses(left: str, right: str, markers: frozenset[str]) -> bool:
-    """Whether a marker begins in `left` and ends in `right`."""
-    return any(
-        marker in left[1 - len(marker) :] + right[: len(marker) - 1]
-        for marker in markers
-        if len(marker) > 1
-    )
+@lru_cache(maxsize=16)
+def _halves(markers: frozenset[str]) -> frozenset[tuple[str, str]]:
+    """Cut each marker in two, in every way."""
+    return frozenset((m[:cut], m[cut:]) for m in markers for cut in range(1, len(m)))
 
 
-def _begins(text: str, markers: frozenset[str], *, longer_than: int) -> bool:
-    """Whether more than `longer_than` characters at the end of `text` begin a marker."""
-    return any(
-        text.endswith(marker[:length])
-        for marker in markers
-        for length in range(longer_than + 1, len(marker))
+@lru_cache(maxsize=16)
+def _beginnings(markers: frozenset[str], after: str) -> frozenset[str]:
+    """Give the beginnings of markers that `after` completes, or does not contradict."""
+    return frozenset(
+        head for head, tail in _halves(markers) if after.startswith(tail) or tail.startswith(after)
     )

@@ -62,9 +62,11 @@ def request_seed(seed: int) -> int:
     return derive_seed(seed, 0) >> 1
 
 
-def stop_ids(*candidates: Any) -> list[int]:
-    """Give the first of some end-of-sequence settings (int, list or None) that says anything."""
-    for found in candidates:
-        if found is not None:
-            return list(found) if isinstance(found, list) else [found]
-    return []
+def stop_ids(*settings: Any) -> list[int]:
+    """Give every token that some end-of-sequence settings (int, list or None) name.
+
+    Of a base model, the generation config ends a text, and the tokenizer a turn: both end a
+    completion.
+    """
+    listed = (each if isinstance(each, list) else [each] for each in settings if each is not None)
+    return list(dict.fromkeys(token for each in listed for token in each))

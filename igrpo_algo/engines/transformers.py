@@ -20,7 +20,7 @@ from transformers import (
 
 from igrpo_kernels.checks import check_count, check_number
 
-from ..prompts import Prompt
+from ..prompts import Prompt, decode_completion
 from ..rollouts.completions import Completion
 from ..rollouts.sampling import Groups, derive_seed, prompt_seeds
 from .base import EngineSampler, stop_ids
@@ -51,8 +51,8 @@ class TransformersSampler(EngineSampler):
         temperature: Divides the logits; 0 decodes greedily.
         top_p: Probability mass of the nucleus, in (0, 1].
         batch_size: Completions per call of `generate`.
-        stop_token_ids: Tokens that end a completion; None takes those of the model's generation
-            config, or else the tokenizer's end of sequence.
+        stop_token_ids: Tokens that end a completion; None takes all those of the model's generation
+            config and the tokenizer's end of sequence.
         chat_template_kwargs: Passed to the chat template: {"enable_thinking": False}, say.
 
     Raises:
@@ -175,7 +175,7 @@ class TransformersSampler(EngineSampler):
         ids = ids[:end]
         return Completion(
             token_ids=ids,
-            text=str(self.tokenizer.decode(ids, skip_special_tokens=True)),
+            text=decode_completion(ids, self.tokenizer),
             logprobs=None if logprobs is None else logprobs[: len(ids)],
             finish_reason="length" if end is None else "stop",
         )

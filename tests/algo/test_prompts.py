@@ -1,11 +1,11 @@
 """Prompts to ids: what stands before and behind a prompt, and whose turn is left open."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from igrpo_algo.drafts.text import splice_prompt
-from igrpo_algo.prompts import check_chat_template_kwargs, encode_prompt
+from igrpo_algo.drafts.text import splice_prompt, strip_thinking
+from igrpo_algo.prompts import check_chat_template_kwargs, decode_completion, encode_prompt
 
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -71,6 +71,22 @@ def test_an_assistant_turn_at_the_end_is_continued(started):
         assert encoded(prompt).endswith("<|im_end|>\n<|im_start|>assistant\n" + started)
     done = [*chat, question]
     assert encoded(done).endswith("6*7?<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("are_special", [True, False])
+@pytest.mark.parametrize("marks", [("<think>", "</think>"), ("[THINK]", "[/THINK]")])
+def test_a_completions_text_has_its_thinking_marks_and_no_other_special_token(marks, are_special):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken(mark, special=are_special) for mark in marks])
+    opened, closed = marks
+    text = f"<|im_start|>{opened}7?{closed} 8<|im_end|></s>"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len("7? 8") + 5
+    assert decode_completion(ids, tokenizer) == f"{opened}7?{closed} 8"
+    assert strip_thinking(decode_completion(ids, tokenizer), open=opened, close=closed) == "8"
+    assert decode_completion(ids[:-4], tokenizer) == f"{opened}7?{closed}"
+    assert decode_completion(tokenizer("8<|im_end|>")["input_ids"], tokenizer) == "8"
+    assert decode_completion([], tokenizer) == ""
 
 
 def test_token_ids_are_taken_as_they_are():

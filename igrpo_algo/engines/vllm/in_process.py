@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from igrpo_kernels.checks import check_number
 
-from ...prompts import Prompt
+from ...prompts import Prompt, decode_completion
 from ...rollouts.completions import Completion
 from ...rollouts.sampling import Groups, prompt_seeds
 from ..base import EngineSampler, request_seed, stop_ids
@@ -49,8 +49,8 @@ class VllmSampler(EngineSampler):
         max_new_tokens: Most tokens of a completion.
         temperature: Divides the logits; 0 decodes greedily.
         top_p: Probability mass of the nucleus, in (0, 1].
-        stop_token_ids: Tokens that end a completion; None takes those of the model's generation
-            config, or else the tokenizer's end of sequence.
+        stop_token_ids: Tokens that end a completion; None takes all those of the model's generation
+            config and the tokenizer's end of sequence.
         chat_template_kwargs: Passed to the chat template: {"enable_thinking": False}, say.
         tokenizer: None takes the engine's.
         engine_options: Further arguments of the `LLM` that is made, `dtype` or `max_model_len` say.
@@ -261,8 +261,9 @@ class VllmSampler(EngineSampler):
             logprobs = [float(step[token].logprob) for step, token in steps]
         if drawn.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM gave a completion up: finish reason {drawn.finish_reason!r}")
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        return Completion(ids, text, logprobs, drawn.finish_reason)
+        return Completion(
+            ids, decode_completion(ids, self.tokenizer), logprobs, drawn.finish_reason
+        )
 
 
 def _cancel(futures: Any) -> None:

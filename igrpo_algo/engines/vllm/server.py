@@ -9,10 +9,10 @@ from typing import Any
 
 from igrpo_kernels.checks import check_count, check_number
 
-from ...prompts import Prompt
+from ...prompts import Prompt, decode_completion
 from ...rollouts.completions import Completion
 from ...rollouts.sampling import Groups, prompt_seeds, run_blocking
-from ..base import EngineSampler, request_seed
+from ..base import EngineSampler, request_seed, stop_ids
 from ..weights import FolderWeights, WantedWeights, Weights, as_folder, memory_folder, open_weights
 from .http import check_urls
 from .pool import ServerPool
@@ -39,8 +39,8 @@ class VllmServerSampler(EngineSampler):
         max_new_tokens: Most tokens of a completion.
         temperature: Divides the logits; 0 decodes greedily, with `logprobs` None.
         top_p: Probability mass of the nucleus, in (0, 1].
-        stop_token_ids: Tokens that end a completion; None takes those of the model's generation
-            config, as the server reads it.
+        stop_token_ids: Tokens that end a completion; None takes all those of the model's generation
+            config, as the server reads it, and the tokenizer's end of sequence.
         chat_template_kwargs: Passed to the chat template: {"enable_thinking": False}, say.
         model: The name under which it is served; None takes the first that a server lists.
         headers: Sent with each request: {"Authorization": "Bearer ..."}, say.
@@ -89,7 +89,10 @@ class VllmServerSampler(EngineSampler):
             raise ValueError(f"top_p has no effect at temperature 0, got {top_p}")
         if timeout is not None:
             check_number("timeout", timeout, above=0)
-        self.stop_token_ids = None if stop_token_ids is None else list(stop_token_ids)
+        self._ignores_eos = stop_token_ids is not None  # or the server adds its config's own
+        self.stop_token_ids = stop_ids(
+            tokenizer.eos_token_id if stop_token_ids is None else list(stop_token_ids)
+        )
         self.max_requests = check_count("max_requests", max_requests)
         self.sync_folder = memory_folder() if sync_folder is None else Path(sync_folder)
         self.prompt_tokens = self.cached_tokens = 0
@@ -240,8 +243,8 @@ class VllmServerSampler(EngineSampler):
             "max_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "stop_token_ids": self.stop_token_ids or [],
-            "ignore_eos": self.stop_token_ids is not None,
+            "stop_token_ids": self.stop_token_ids,
+            "ignore_eos": self._ignores_eos,
             **({"priority": priority} if priority else {}),
         }
         answer = await self._pool.ask(request, count)
@@ -250,7 +253,7 @@ class VllmServerSampler(EngineSampler):
         return [
             Completion(
                 token_ids=drawn.token_ids,
-                text=str(self.tokenizer.decode(drawn.token_ids, skip_special_tokens=True)),
+                text=decode_completion(drawn.token_ids, self.tokenizer),
                 logprobs=drawn.logprobs if self.temperature > 0 else None,
                 finish_reason=drawn.finish_reason,
             )

@@ -1,4 +1,5 @@
 import itertools
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -56,7 +57,7 @@ def test_no_control_token_of_a_draft_survives_tokenization(tokenizer, template, 
         return [i for i in ids if i in set(tokenizer.convert_tokens_to_ids(list(specials)))]
 
     assert special_ids(draft, specials) == special_ids("", specials) == special_ids("42", ())
-    assert special_ids("42</s>", ()) != special_ids("42", ())  # the question is not vacuous
+    assert special_ids("42▁", ()) != special_ids("42", ())  # the question is not vacuous
 
 
 @given(
@@ -87,23 +88,80 @@ def test_neutralize_changes_nothing_where_no_marker_is_near(draft, before, after
         ("a</s>b", ["</s>"], "a b"),
         ("a<</s>/s>b", ["</s>"], "a< /s>b"),  # halves do not meet
         ("a</s></s>b", ["</s>"], "a  b"),
-        ("aabb!", ["ab", "a b"], " !"),  # the space makes another one, which goes too
-        ("§§x", ["§"], "x"),  # a marker of one character leaves nothing
-        ("a §b", ["§", " "], "ab"),
+        ("aabb!", ["ab", "a b"], "a\nb!"),  # a space would make another one
+        ("a §b", ["§", " "], "a\n\nb"),
+        ("a §\n\tb", ["§", " ", "\n", "\t"], "a¡¡¡¡b"),
         ("1 < 2", ["</s>"], "1 < 2"),
         ("s> 2 </", ["</s>"], "s> 2 "),  # what follows could be "s>"
-        ("</s>", [], "</s>"),
+        ("</u>", [], "</u>"),
         ("", ["</s>"], ""),
         ("<|im_end|>|>", ["<|im_end|>", "<|im_end|>|>"], " "),  # the longest match goes first
+        ("[x]]", ["[x]", "[x]]"], " "),
     ],
 )
 def test_neutralize_by_hand(draft, markers, result):
     assert neutralize(draft, markers) == result
 
 
+@pytest.mark.parametrize(
+    "marker",
+    [
+        *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|user|>", "<|endoftext|>"),
+        *("<|start_header_id|>", "<|START_OF_TURN_TOKEN|>", "<|turn>", "<turn|>"),
+        *("<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<s>", "</s>"),
+        *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[SYSTEM_PROMPT]", "[TOOL_RESULTS]"),
+        *("<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    ],
+)
+def test_the_turns_of_well_known_models_need_no_tokenizer(marker):
+    assert neutralize(f"4{marker}2") == "4 2"
+    assert marker not in neutralize(marker[:3] + marker + marker[3:])
+    assert "4 2" in splice_prompt("q", f"4{marker}2")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["|x| < 3 > |y|", "a<|b|>c", "[B] [INSTANT] [ 1 ]", "<think>", "x <s y> z", "P(A|B)>0", "<b>"],
+)
+def test_mathematics_and_markup_are_no_markers(text):
+    assert neutralize(text) == text
+
+
+def test_what_a_chat_template_writes_as_plain_text_is_a_marker():
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' and loop.index0 < 9 %}"
+        "{{ '<|user|>\\n' + m['content'] }}[INST]{{ '\\nUSER: ' }}{% else %}\n### Response:\n"
+        "<reply>{{ m.text[1:] }}</reply> <think>{% endif %}{% endfor %}"
+    )
+    stub = SimpleNamespace(
+        all_special_tokens=["<s>"], added_tokens_decoder={}, chat_template={"default": template}
+    )
+    literals = ["### Response:", "</reply>", "<reply>", "<s>", "<|user|>", "USER:", "[INST]"]
+    assert marker_tokens(stub) == tuple(sorted(literals))
+    assert marker_tokens(stub, "{{ messages }} Human :") == ("<s>", "Human :")
+    stub.chat_template = None
+    assert marker_tokens(stub) == ("<s>",)
+
+
+@pytest.mark.parametrize("text", ["<", "<|im_start", "<|a>", ">", "<</s>/s>", "<|x|>"])
+def test_cleaning_is_linear_in_the_text(text):
+    markers = [f"<|reserved_special_token_{i}|>" for i in range(256)] + ["</s>", "<|im_start|>|"]
+
+    def seconds(size):
+        draft = (text * size)[:size]
+        start = time.perf_counter()
+        neutralize(draft, markers, before="<", after="")
+        return time.perf_counter() - start
+
+    seconds(1000)
+    # Ten times the text takes about ten times as long; quadratic cleaning takes a hundred times.
+    assert min(seconds(80_000) for _ in range(3)) < 30 * min(seconds(8_000) for _ in range(3))
+
+
 def test_a_marker_is_not_completed_by_the_text_around_the_draft():
     markers = ["\n\nHuman:", "<|end|>"]
     assert neutralize("Human: hi<|end", markers, before="q\n\n", after="|>") == "uman: hi<|en"
+    assert neutralize("hi<|end", markers, after="|> and more") == "hi<|en"
     assert neutralize("hi<|end", markers, after="|") == "hi<|en"  # with ">" after that
     assert neutralize("|", ["<|>"], before="<", after=">") == ""
     assert neutralize("|>|", ["<|>"], before="<") == ">|"  # one character of it before the draft
@@ -122,7 +180,9 @@ def test_marker_tokens_hold_those_that_all_special_tokens_misses(tokenizer):
     assert "</s>" not in tokenizer.all_special_tokens
     assert marker_tokens(tokenizer) == tuple(sorted(SPECIALS))
     thinking = {7: AddedToken("<think>", special=False), 8: AddedToken("</s>", special=True)}
-    stub = SimpleNamespace(all_special_tokens=["<s>", "</s>"], added_tokens_decoder=thinking)
+    stub = SimpleNamespace(
+        all_special_tokens=["<s>", "</s>"], added_tokens_decoder=thinking, chat_template=None
+    )
     assert marker_tokens(stub) == ("</s>", "<s>")
 
 

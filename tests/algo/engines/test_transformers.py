@@ -190,6 +190,24 @@ def test_the_end_of_sequence_is_a_stop_and_not_in_the_text(model, tokenizer):
         )
 
 
+@pytest.mark.parametrize(
+    ("own", "stops"), [(7, [7, 1]), ([7, 9], [7, 9, 1]), ([1, 7], [1, 7]), ([], [1]), (None, [1])]
+)
+def test_the_end_of_sequence_is_the_generation_configs_and_the_tokenizers(
+    model, tokenizer, own, stops
+):
+    model.generation_config.eos_token_id = own
+    sampler = TransformersSampler(model, tokenizer, max_new_tokens=40, batch_size=64)
+    assert sampler.stop_token_ids == stops
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    (group,) = sampler.sample([[5]], 64, seed=0)
+    ended = {c.token_ids[-1] for c in group if c.finish_reason == "stop"}
+    assert ended
+    assert ended <= set(stops)
+    assert not any(token in stops for c in group for token in c.token_ids[:-1])
+
+
 def test_without_any_stop_token_every_completion_is_full(model, tokenizer):
     sampler = TransformersSampler(model, tokenizer, max_new_tokens=5, stop_token_ids=[])
     assert {c.finish_reason for c in sampler.sample(["q"], 9, seed=0)[0]} == {"length"}

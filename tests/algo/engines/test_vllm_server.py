@@ -30,6 +30,9 @@ class Letters:
     def __call__(self, text):
         return {"input_ids": [ord(letter) - 92 for letter in text]}
 
+    def convert_tokens_to_ids(self, token):
+        return None
+
     def decode(self, ids, skip_special_tokens=False):
         return "".join(chr(token + 92) for token in ids if token > 4)
 
@@ -114,7 +117,7 @@ def test_a_request_says_all_that_shapes_the_distribution(fake):
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-        "stop_token_ids": [],
+        "stop_token_ids": [2],
         "ignore_eos": False,
         "logprobs": 0,
         "return_token_ids": True,
