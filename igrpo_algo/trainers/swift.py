@@ -112,7 +112,7 @@ class _IGRPOTrainer(GRPOTrainer):
             if index >= 0 and draft in layout.drafts:
                 mine.append((prompt, _as_draft(drawn[draft - layout.drafts.start], self.tokenizer)))
         chosen = dict(gather_object(mine))
-        rules = fit_to_tokenizer(self.rules, self.tokenizer, self.template.max_length)
+        rules = fit_to_tokenizer(self.rules, _AsTokenizer(self), self.template.max_length)
         for sample, prompt in zip(samples, layout.row_prompts, strict=True):
             if prompt in chosen:
                 question = [m for m in sample.messages if m["role"] != "assistant" or m["content"]]
@@ -129,6 +129,24 @@ class _IGRPOTrainer(GRPOTrainer):
             metrics["igrpo/uplift"].append(stage_uplift(drafts, refinements).item())
             metrics["igrpo/refinement_zero_std"].append(zero_variance_rate(refinements).item())
         return samples
+
+
+class _AsTokenizer:
+    """The tokenizer, with ms-swift's own template in the place of the tokenizer's."""
+
+    def __init__(self, trainer: _IGRPOTrainer) -> None:
+        self._template = trainer.template
+        self._tokenizer = trainer.tokenizer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tokenizer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> list[int]:
+        with self._template.generate_context():
+            return list(self._template.encode({"messages": deepcopy(messages)})["input_ids"])
 
 
 def _as_draft(sample: Any, tokenizer: Any) -> tuple[str, list[int]]:

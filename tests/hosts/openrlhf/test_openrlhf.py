@@ -30,7 +30,7 @@ from igrpo_algo.engines.transformers import TransformersSampler
 from igrpo_algo.trainers.openrlhf import PolicyLoss, make_agent_executor
 
 ROOT = Path(openrlhf.__path__[0])
-SHORT = TextSplice(DraftTemplate("[", "]", ("[", "]")))
+SHORT = TextSplice(DraftTemplate("[", "]"))
 
 
 def borrow(file: str, *names: str, **namespace: Any) -> SimpleNamespace:
