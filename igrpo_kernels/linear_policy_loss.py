@@ -105,7 +105,7 @@ def linear_policy_loss(
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs), a scalar whose gradient flows to hidden, weight and
-        bias; and the metrics of `policy_loss`.
+        bias; the metrics of `policy_loss`; and log-probs and entropy of the rows computed.
 
     Raises:
         TypeError: A dtype is wrong, hidden, weight and bias differ in it, or `shard` is no
@@ -149,7 +149,9 @@ def linear_policy_loss(
         score = partial(score, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
         score = partial(score, shard=shard)
         logprobs, entropy = score(return_entropy=True) if wants_entropy else (score(), None)
-        return policy_loss(logprobs, advantages, mask, entropy=entropy, **terms)
+        out = policy_loss(logprobs, advantages, mask, entropy=entropy, **terms)
+        entropy = None if entropy is None else entropy.detach()
+        return out._replace(logprobs=logprobs.detach(), entropy=entropy)
 
     if surrogate.scope == "batch" or torch.compiler.is_compiling():
         return in_two_passes()
@@ -186,7 +188,8 @@ def linear_policy_loss(
     computed = rows if all_metrics else pass_.rows
     with torch.no_grad():
         metrics = losses.metrics(computed, logprobs[computed], take(entropy, computed))
-    return PolicyLoss(loss, metrics)
+    entropy = None if entropy is None else entropy.view(targets.shape)
+    return PolicyLoss(loss, metrics, logprobs.view(targets.shape), entropy)
 
 
 def _row_losses(

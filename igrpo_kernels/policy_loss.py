@@ -24,10 +24,15 @@ class PolicyLoss(NamedTuple):
         metrics: Detached 0-d tensors, means over the counted tokens: `logprob` and `ratio`; where
             the surrogate clips `clip_fraction_low` and `clip_fraction_high`; where given `kl`,
             `entropy` and `importance_weight`.
+        logprobs: From hidden states: the detached log-prob of each target, 0 on rows that were not
+            computed. Shape of `targets`.
+        entropy: From hidden states: likewise, where it was computed.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    logprobs: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 def _at_least_float32(name: str, values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from igrpo_algo import (
     two_stage_rollout,
 )
 from igrpo_algo.rollouts import two_stage as rollout
-from igrpo_algo.rollouts.one_prompt import Plan
+from igrpo_algo.rollouts.setup import Setup
 from igrpo_algo.rollouts.slots import Slots
 
 from .clock import run_virtual
@@ -43,10 +43,10 @@ def stream(
     sampler: Any, prompts: Prompts, reward: Reward, concurrency: int, **options: Any
 ) -> Rollouts:
     async def collect() -> Rollouts:
-        groups = stream_two_stage_rollout(
+        rollouts = stream_two_stage_rollout(
             prompts, sampler, reward, concurrency=concurrency, **SPLIT, **options
         )
-        return Rollouts.of([group async for group in groups])
+        return Rollouts.of([rollout async for rollout in rollouts])
 
     return rollout.run_blocking(collect())
 
@@ -80,7 +80,7 @@ def simulated_time() -> Iterator[None]:
     """Let the library run in a loop whose time is simulated."""
     with (
         patch.object(rollout, "run_blocking", run_virtual),
-        patch.object(Plan, "clock", lambda plan: asyncio.get_running_loop().time()),
+        patch.object(Setup, "clock", lambda setup: asyncio.get_running_loop().time()),
     ):
         yield
 

@@ -3,31 +3,33 @@
 import asyncio
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..drafts.markers import marker_tokens
 from ..drafts.rules import DraftRules, Ties
 from ..drafts.select import select_random_draft
 from ..drafts.splice import TextSplice, TokenBudget
+from ..files import sole_writer
 from ..rollouts.progress import RolloutProgress, show_live
-from ..rollouts.records import Group, Stage
-from ..rollouts.sampling import Sampler, derive_seed
+from ..rollouts.records import Rollout, Rollouts, Stage
+from ..rollouts.sampling import Sampler
 from ..rollouts.scoring import Reward, Scorer
 from ..rollouts.two_stage import two_stage_rollout
+from ..seeds import derive_seed
 from . import options
 from .data import Row
 from .errors import run_errors, usage_errors
 from .eval_report import print_report, report
-from .metrics_file import MetricsFile, write_json
-from .run_record import RECORD, check_record, save_record
+from .metrics_file import MetricsFile, Record, write_json
+from .run_folder import SETTINGS, check_settings, save_settings
 
 if TYPE_CHECKING:
+    from ..engines.base import EngineSampler
     from ..engines.transformers import TransformersSampler
 
 PAPER_TOP_P = 0.95
@@ -104,6 +106,7 @@ def evaluate(
     answer_column: options.AnswerColumn = None,
     system_prompt: options.SystemPrompt = None,
     limit: options.Limit = None,
+    chat_template_kwargs: options.ChatTemplateKwargs = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Score a model on a prompt set: pass@1, pass@k and their 95 % confidence intervals.
@@ -113,43 +116,50 @@ def evaluate(
     goes on where a stopped one was. A draft is shown as in training: without its thinking and
     special tokens, and cut at its head where the prompt would not fit the model's context.
     """
-    with usage_errors("eval"):
-        drafts, refinements = _parse_split(draft_then_refine)
-        ks = tuple(sorted({1, samples} if k is None else set(_parse_counts("--k", k, ","))))
-        protocol = Protocol(
-            samples, drafts, refinements, draft_choice, batch_size, success_reward, ks, seed
-        )
-        rewards = options.load_rewards(reward)
-        reading: dict[str, Any] = {
-            "split": split,
-            "config": dataset_config,
-            "question_column": question_column,
-            "answer_column": answer_column,
-            "system_prompt": system_prompt,
-            "limit": limit,
-        }
-        if top_p is None:
-            top_p = PAPER_TOP_P if temperature > 0 else 1.0
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-        record = {
-            "model": model, "dataset": dataset, "reward": reward, **asdict(protocol), **reading,
-            **sampling,
-        }  # fmt: skip
-        samples_file = MetricsFile(output_dir / "samples.jsonl")
-        if (output_dir / RECORD).exists():
-            check_record(output_dir, record)
-        tokenizer = options.load_tokenizer(model, trust_remote_code=trust_remote_code)
-        rows = options.load_rows(dataset, tokenizer, list(rewards.values()), **reading)
-        sampler = load_sampler(model, tokenizer, trust_remote_code=trust_remote_code, **sampling)
-        splice = make_splice(tokenizer, sampler.max_prompt_tokens)
-    save_record(output_dir, record)
-    with run_errors("eval"):
-        answer_all(rows, sampler, rewards, protocol, splice, samples_file)
-    results = report(
-        samples_file.read(), list(rewards), protocol.ks, protocol.success_reward, splice.strip
-    )
-    write_json(output_dir / "summary.json", {"settings": record, **results})
-    print_report(results, output_dir)
+    with ExitStack() as held:
+        with usage_errors("eval"):
+            drafts, refinements = _parse_split(draft_then_refine)
+            ks = tuple(sorted({1, samples} if k is None else set(_parse_counts("--k", k, ","))))
+            protocol = Protocol(
+                samples, drafts, refinements, draft_choice, batch_size, success_reward, ks, seed
+            )
+            rewards = options.load_rewards(reward)
+            reading: dict[str, Any] = {
+                "split": split,
+                "config": dataset_config,
+                "question_column": question_column,
+                "answer_column": answer_column,
+                "system_prompt": system_prompt,
+                "limit": limit,
+            }
+            if top_p is None:
+                top_p = PAPER_TOP_P if temperature > 0 else 1.0
+            sampling: dict[str, Any] = {
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "chat_template_kwargs": options.parse_kwargs(chat_template_kwargs),
+            }
+            settings = {
+                "model": model, "dataset": dataset, "reward": reward, **asdict(protocol),
+                **reading, **sampling,
+            }  # fmt: skip
+            held.enter_context(sole_writer(output_dir))
+            if (output_dir / SETTINGS).exists():
+                check_settings(output_dir, settings)
+            tokenizer = options.load_tokenizer(model, trust_remote_code=trust_remote_code)
+            rows = options.load_rows(dataset, tokenizer, list(rewards.values()), **reading)
+            sampler = load_sampler(
+                model, tokenizer, trust_remote_code=trust_remote_code, **sampling
+            )
+            answers = MetricsFile(output_dir / "samples.jsonl")
+            save_settings(output_dir, settings)
+        with run_errors("eval"):
+            rules = draft_rules(draft_choice, sampler)
+            answer_all(rows, sampler, rewards, protocol, rules, answers)
+        results = report(answers.read(), list(rewards), ks, success_reward)
+        write_json(output_dir / "summary.json", {"settings": settings, **results})
+        print_report(results, output_dir)
 
 
 def load_sampler(
@@ -168,10 +178,17 @@ def load_sampler(
     return TransformersSampler(loaded.to(device or "cpu"), tokenizer, **options)
 
 
-def make_splice(tokenizer: Any, max_prompt_tokens: int) -> TextSplice:
+def draft_rules(choice: DraftChoice, sampler: "EngineSampler") -> DraftRules:
     """Show drafts as the trainer does; they are cut to fit the context, the question never is."""
-    budget = TokenBudget(tokenizer, max_prompt_tokens=max_prompt_tokens)
-    return TextSplice(special_tokens=marker_tokens(tokenizer), budget=budget)
+    budget = TokenBudget(
+        sampler.tokenizer,
+        max_prompt_tokens=sampler.max_prompt_tokens,
+        chat_template_kwargs=sampler.chat_template_kwargs,
+    )
+    splice = TextSplice(special_tokens=sampler.control_tokens, budget=budget)
+    if choice is DraftChoice.BEST:
+        return DraftRules(splice=splice)
+    return DraftRules(select_random_draft, ties=Ties.RANDOM, splice=splice)
 
 
 def answer_all(
@@ -179,7 +196,7 @@ def answer_all(
     sampler: Sampler,
     rewards: Mapping[str, Reward],
     protocol: Protocol,
-    splice: TextSplice,
+    rules: DraftRules,
     file: MetricsFile,
 ) -> None:
     """Answer the prompts that the file does not hold yet, batch by batch, with a live line."""
@@ -194,7 +211,7 @@ def answer_all(
     with show_live(*lines.values()) if left else nullcontext():
         for first in range(start, len(rows), size):
             batch = rows[first : first + size]
-            file.append(*answer_batch(batch, first, sampler, rewards, protocol, splice, lines))
+            file.append(*answer_batch(batch, first, sampler, rewards, protocol, rules, lines))
 
 
 def answer_batch(
@@ -203,9 +220,9 @@ def answer_batch(
     sampler: Sampler,
     rewards: Mapping[str, Reward],
     protocol: Protocol,
-    splice: TextSplice,
+    rules: DraftRules,
     lines: Mapping[str, RolloutProgress] | None = None,
-) -> Iterator[Row]:
+) -> Iterator[Record]:
     """Answer one batch of prompts in each way that the protocol names; one record per prompt."""
     lines = lines or {}
     prompts = [row["prompt"] for row in rows]
@@ -223,11 +240,8 @@ def answer_batch(
         seed=derive_seed(seed, 0),
         on_progress=lines.get("single-shot"),
     )
-    refined: Sequence[Group | None] = [None] * len(rows)
+    refined: Sequence[Rollout | None] | Rollouts = [None] * len(rows)
     if protocol.drafts:
-        rules = DraftRules(splice=splice)
-        if protocol.draft_choice is DraftChoice.RANDOM:
-            rules = replace(rules, select=select_random_draft, ties=Ties.RANDOM)
         refined = two_stage_rollout(
             prompts,
             sampler,
@@ -238,7 +252,7 @@ def answer_batch(
             rules=rules,
             seed=derive_seed(seed, 1),
             on_progress=lines.get("refined"),
-        ).groups
+        )
     scorers = {name: Scorer(each, prompts, columns, name) for name, each in rewards.items()}
     for index, (row, direct, group) in enumerate(zip(rows, single, refined, strict=True)):
         record = {"index": first + index, "prompt": row["prompt"], "answer": row.get("answer")}
@@ -251,7 +265,7 @@ def answer_batch(
         yield record
 
 
-def _answers(index: int, stage: Stage, scorers: Mapping[str, Scorer]) -> list[Row]:
+def _answers(index: int, stage: Stage, scorers: Mapping[str, Scorer]) -> list[Record]:
     """Give each completion of a stage with its score by every reward; the first is known."""
     first, *others = scorers
     scores = {first: stage.rewards} | {

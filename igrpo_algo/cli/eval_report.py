@@ -1,7 +1,7 @@
 """From the records of `igrpo eval` to its numbers and its table."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..drafts.text import strip_thinking
 from ..metrics import pass_at_k, stage_uplift
-from .data import Row
 from .intervals import bounded_mean_interval, mean_interval
+from .metrics_file import Record
 
 STAGES = {"single": "single-shot", "drafts": "drafts", "refinements": "refined"}
 CONFIDENCE = 0.95
@@ -21,11 +21,10 @@ MANY_PROMPTS = 30
 
 
 def report(
-    records: Sequence[Row],
+    records: Sequence[Record],
     rewards: Sequence[str],
     ks: Sequence[int],
     success_reward: float,
-    strip: Callable[[str], str] | None = strip_thinking,
 ) -> dict[str, Any]:
     """Compute all results of an evaluation.
 
@@ -41,7 +40,6 @@ def report(
         rewards: Names of the rewards; the first says what is right.
         ks: The k of pass@k; those above a stage's number of answers are left out there.
         success_reward: Score from which an answer is right.
-        strip: What was kept of a draft before it was shown; None kept all.
 
     Returns:
         Results that JSON can say: per stage `pass@k` with mean, low and high, mean rewards, tokens,
@@ -60,11 +58,11 @@ def report(
     if "refinements" in scores:
         right = {name: _success(each, success_reward) for name, each in scores.items()}
         results["uplift"] = float(stage_uplift(right["drafts"], right["refinements"]))
-        results["copied"] = _copied(records, strip)
+        results["copied"] = _copied(records)
     return results
 
 
-def _scores(records: Sequence[Row], stage: str, reward: str) -> Tensor:
+def _scores(records: Sequence[Record], stage: str, reward: str) -> Tensor:
     """Collect the scores of a stage, NaN where there is none. Shape [P, n]."""
     return torch.tensor(
         [
@@ -90,10 +88,10 @@ def _interval(scores: Tensor, k: int, threshold: float) -> dict[str, float]:
     return {"mean": mean, "low": max(low, 0.0), "high": min(high, 1.0)}
 
 
-def _copied(records: Sequence[Row], strip: Callable[[str], str] | None) -> float:
+def _copied(records: Sequence[Record]) -> float:
     """Share of refinements that repeat the draft they were shown, among prompts with one."""
     copies = [
-        (answer["text"] if strip is None else strip(answer["text"])).strip() == row["shown"].strip()
+        strip_thinking(answer["text"]).strip() == row["shown"].strip()
         for row in records
         if row["shown"]
         for answer in row["refinements"]
@@ -102,7 +100,7 @@ def _copied(records: Sequence[Row], strip: Callable[[str], str] | None) -> float
 
 
 def _stage_report(
-    records: Sequence[Row], stage: str, rewards: Sequence[str]
+    records: Sequence[Record], stage: str, rewards: Sequence[str]
 ) -> dict[str, float | int]:
     answers = [answer for row in records for answer in row[stage]]
     means = {name: float(_scores(records, stage, name).nanmean()) for name in rewards}

@@ -1,4 +1,4 @@
-"""Files that a killed run leaves whole: metrics as lines of JSON, summaries by rename."""
+"""JSON that a killed run leaves whole: metrics as lines, summaries as one document."""
 
 import json
 import math
@@ -7,31 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from ..files import write_whole
 
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there: readers find the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.tmp")
-    with fresh.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+Record = dict[str, Any]
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write one JSON document atomically; numbers that are not finite become null."""
-    write_atomically(path, json.dumps(_finite(value), indent=2).encode() + b"\n")
+    """Write one JSON document, whole or not at all; numbers that are not finite become null."""
+    write_whole(path, json.dumps(_finite(value), indent=2).encode() + b"\n")
 
 
 class MetricsFile:
     """A jsonl file that grows by whole lines.
 
-    Each `append` writes the file anew beside its place and moves it there: a write in place can be
-    torn by a kill, even that of one line. A torn last line, as other writers leave it, is cut off
-    when the file is opened. Numbers that are not finite are written as null.
+    Each `append` writes the file anew and renames it (`write_whole`): a kill can tear even one line
+    that is written in place. A torn last line, as other writers leave it, is cut off when the file
+    is opened. Numbers that are not finite are written as null.
 
     Args:
         path: The file; it and its folder are made at the first `append`.
@@ -57,7 +48,7 @@ class MetricsFile:
                 os.truncate(path, end)
             self.read()
 
-    def read(self) -> list[Row]:
+    def read(self) -> list[Record]:
         """Return all rows."""
         if not self.path.exists():
             return []
@@ -69,16 +60,16 @@ class MetricsFile:
     def append(self, *rows: Mapping[str, Any]) -> None:
         """Add rows in one piece: after a kill all of them are there, or none."""
         earlier = self.path.read_bytes() if self.path.exists() else b""
-        write_atomically(self.path, earlier + _lines(rows))
+        write_whole(self.path, earlier + _lines(rows))
 
-    def truncate(self, keep: Callable[[Row], bool]) -> None:
-        """Drop the rows that `keep` denies."""
+    def truncate(self, keep: Callable[[Record], bool]) -> None:
+        """Drop the rows for which `keep` is false."""
         rows = self.read()
         kept = [row for row in rows if keep(row)]
         if len(kept) < len(rows):
-            write_atomically(self.path, _lines(kept))
+            write_whole(self.path, _lines(kept))
 
-    def _parse(self, line: bytes, number: int) -> Row:
+    def _parse(self, line: bytes, number: int) -> Record:
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -93,7 +84,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _finite(value: Any) -> Any:
-    """Replace what JSON can't say: NaN and infinities by None, unknown objects by their text."""
+    """Replace what JSON has no word for: NaN and infinities by None, objects by their text."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,5 +1,6 @@
 """Options that `train` and `eval` share, and what they lead to."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..math_judge import shared_judge
+from ..prompts import check_chat_template_kwargs
 from ..rewards import exact_match_reward, load_reward, math_reward
 from ..rollouts.scoring import Reward
 from .data import PAPER_SYSTEM_PROMPT, Row, load_prompts
@@ -29,6 +31,10 @@ SystemPrompt = Annotated[
     str | None, typer.Option(help="System message for each prompt; 'paper' takes the paper's.")
 ]
 Limit = Annotated[int | None, typer.Option(help="Use this many rows only.")]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(help='JSON for the chat template, such as {"enable_thinking": false}.'),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
@@ -38,6 +44,17 @@ TAKEN = frozenset(
     {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 )
 """What rewards are given by name besides the columns of the data set."""
+
+
+def parse_kwargs(text: str | None) -> dict[str, Any] | None:
+    """Read --chat-template-kwargs, if it is given."""
+    if text is None:
+        return None
+    try:
+        kwargs = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--chat-template-kwargs wants JSON, got {text!r}: {error}") from None
+    return check_chat_template_kwargs(kwargs)
 
 
 def load_rewards(names: str) -> dict[str, Reward]:

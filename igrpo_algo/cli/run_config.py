@@ -11,6 +11,8 @@ import torch
 
 from igrpo_kernels.checks import check_number
 
+from ..prompts import check_chat_template_kwargs
+
 if TYPE_CHECKING:
     from ..trainers.trl.config import IGRPOConfig
 
@@ -90,6 +92,7 @@ def build_config(
         _check_type(name, value, fields[name].default)
     for name in RANGES.keys() & settings.keys():
         check_number(name, settings[name], **RANGES[name])
+    check_chat_template_kwargs(settings.get("chat_template_kwargs"))
     if "output_dir" in settings:
         raise ValueError("output_dir is given by --output-dir, not by --config or --set")
     machine = {} if torch.accelerator.is_available() else WITHOUT_ACCELERATOR

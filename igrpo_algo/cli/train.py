@@ -1,24 +1,27 @@
 """`igrpo train`: train a model with iGRPO on a prompt set, through `IGRPOTrainer`."""
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..files import sole_writer
 from ..rollouts.scoring import Reward
 from . import options
 from .data import Row
 from .errors import usage_errors
-from .metrics_file import MetricsFile, write_json
+from .metrics_file import MetricsFile, Record, write_json
 from .run_config import Settings, build_config, parse_assignments, read_config_file
-from .run_record import check_record, save_record
+from .run_folder import Checkpoint, check_settings, last_checkpoint, save_settings
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ..trainers.trl.config import IGRPOConfig
     from ..trainers.trl.trainer import IGRPOTrainer
 
@@ -31,7 +34,7 @@ FREE_ON_RESUME = frozenset({
 
 @dataclass(frozen=True)
 class Job:
-    """A training run whose arguments were found sound; no model is loaded yet."""
+    """A training run whose arguments are sound; no model is loaded yet."""
 
     model: str
     tokenizer: Any
@@ -40,8 +43,8 @@ class Job:
     eval_rows: list[Row] | None
     config: "IGRPOConfig"
     peft: Any
-    record: Settings
-    checkpoint: Path | None
+    settings: Settings
+    resume: bool
 
 
 def train(
@@ -90,6 +93,7 @@ def train(
     system_prompt: options.SystemPrompt = None,
     limit: options.Limit = None,
     peft_r: Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank.")] = None,
+    chat_template_kwargs: options.ChatTemplateKwargs = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Train a model with iGRPO.
@@ -101,7 +105,7 @@ def train(
     max_steps, num_train_epochs, save_steps, save_total_limit, logging_steps, report_to, run_name
     and disable_tqdm.
     """
-    flags = {
+    flags: Settings = {
         "num_drafts": num_drafts,
         "num_refinements": num_refinements,
         "learning_rate": learning_rate,
@@ -120,10 +124,11 @@ def train(
     }
     with usage_errors("train"):
         settings = read_config_file(config) if config else {}
+        flags["chat_template_kwargs"] = options.parse_kwargs(chat_template_kwargs)
         settings |= {name: value for name, value in flags.items() if value is not None}
         settings |= parse_assignments(assignments or [])
         rewards = options.load_rewards(reward)
-        settings |= _weights(reward_weights, list(rewards))
+        settings |= _reward_weights(reward_weights, list(rewards))
         arguments = build_config(
             output_dir, paper=paper, evaluates=eval_dataset is not None, settings=settings
         )
@@ -131,7 +136,6 @@ def train(
             "model": model, "dataset": dataset, "split": split, "eval_dataset": eval_dataset,
             "reward": reward, "paper": paper, "peft_r": peft_r, **reading, **settings,
         }  # fmt: skip
-        checkpoint = _checkpoint_to_resume(output_dir, record, resume=resume)
         peft = _lora(peft_r)
         tokenizer = options.load_tokenizer(model, trust_remote_code=arguments.trust_remote_code)
         functions = list(rewards.values())
@@ -142,32 +146,36 @@ def train(
                 eval_dataset, tokenizer, functions, split=eval_split, **reading
             )
         _check_batch(arguments, rows)
-    job = Job(model, tokenizer, rewards, rows, eval_rows, arguments, peft, record, checkpoint)
+    job = Job(model, tokenizer, rewards, rows, eval_rows, arguments, peft, record, resume)
     run(job, output_dir)
 
 
 def run(job: Job, output_dir: Path) -> None:
-    """Train a job to its end and leave its files in the output folder."""
-    metrics = MetricsFile(output_dir / "metrics.jsonl")
-    with usage_errors("train"):
-        trainer = build_trainer(job, metrics)
-    step = _step(job.checkpoint) if job.checkpoint else -1
-    if trainer.is_world_process_zero():
-        metrics.truncate(lambda row: row["step"] <= step)
-        save_record(output_dir, job.record)
-    began = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(job.checkpoint) if job.checkpoint else None)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        summary = summarize(metrics.read(), trainer.state.global_step, time.monotonic() - began)
-        write_json(output_dir / "summary.json", summary)
-        print_summary(summary, output_dir)
+    """Train a job to its end and leave its files in the output folder, which no other run holds."""
+    is_first = job.config.process_index == 0
+    with ExitStack() as held:
+        with usage_errors("train"):
+            if is_first:
+                held.enter_context(sole_writer(output_dir))
+            checkpoint = _checkpoint_to_resume(output_dir, job.settings, resume=job.resume)
+            metrics = MetricsFile(output_dir / "metrics.jsonl")
+            trainer = build_trainer(job, metrics)
+        step, path = checkpoint or (-1, None)
+        if is_first:
+            metrics.truncate(lambda row: row["step"] <= step)
+            save_settings(output_dir, job.settings)
+        began = time.monotonic()
+        trainer.train(resume_from_checkpoint=path and str(path))
+        trainer.save_model()
+        if is_first:
+            seconds = time.monotonic() - began
+            summary = summarize(metrics.read(), trainer.state.global_step, seconds)
+            write_json(output_dir / "summary.json", summary)
+            print_summary(summary, output_dir)
 
 
 def build_trainer(job: Job, metrics: MetricsFile) -> "IGRPOTrainer":
     """Load the model and put the trainer together."""
-    from datasets import Dataset
-
     from ..trainers.trl.trainer import IGRPOTrainer
     from .recorder import Recorder
 
@@ -175,47 +183,37 @@ def build_trainer(job: Job, metrics: MetricsFile) -> "IGRPOTrainer":
         job.model,
         list(job.rewards.values()),
         job.config,
-        train_dataset=Dataset.from_list(job.rows, on_mixed_types="use_json"),
-        eval_dataset=job.eval_rows and Dataset.from_list(job.eval_rows, on_mixed_types="use_json"),
+        train_dataset=as_dataset(job.rows),
+        eval_dataset=as_dataset(job.eval_rows) if job.eval_rows else None,
         processing_class=job.tokenizer,
         peft_config=job.peft,
         callbacks=[Recorder(metrics)],
     )
 
 
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """Return the last checkpoint that was written to its end, or None.
+def as_dataset(rows: list[Row]) -> "Dataset":
+    """Hand rows to the trainer; cells of one column may be of several types."""
+    from datasets import Dataset
 
-    The trainer writes `trainer_state.json` last: a folder without it, or with half of it, was
-    left by a run that died while saving.
-    """
-    whole = {}
-    for path in output_dir.glob("checkpoint-*"):
-        try:
-            whole[_step(path)] = path
-        except (OSError, ValueError, KeyError):
-            continue
-    return whole[max(whole)] if whole else None
+    return Dataset.from_list(rows, on_mixed_types="use_json")
 
 
-def _step(checkpoint: Path) -> int:
-    return json.loads((checkpoint / "trainer_state.json").read_bytes())["global_step"]
-
-
-def _checkpoint_to_resume(output_dir: Path, record: Settings, *, resume: bool) -> Path | None:
+def _checkpoint_to_resume(
+    output_dir: Path, settings: Settings, *, resume: bool
+) -> Checkpoint | None:
     checkpoint = last_checkpoint(output_dir)
     if checkpoint is None:
         return None
     if not resume:
         raise ValueError(
-            f"{output_dir} holds {checkpoint.name} of an earlier run: add --resume to go on, "
+            f"{output_dir} holds {checkpoint.path.name} of an earlier run: add --resume to go on, "
             "or choose another --output-dir"
         )
-    check_record(output_dir, record, free=FREE_ON_RESUME)
+    check_settings(output_dir, settings, free=FREE_ON_RESUME)
     return checkpoint
 
 
-def _weights(text: str | None, names: Sequence[str]) -> Settings:
+def _reward_weights(text: str | None, names: Sequence[str]) -> Settings:
     if text is None:
         return {}
     try:
@@ -251,15 +249,15 @@ def _check_batch(config: "IGRPOConfig", rows: Sequence[Row]) -> None:
         )
 
 
-def summarize(rows: Sequence[Row], steps: int, seconds: float) -> Settings:
+def summarize(rows: Sequence[Record], steps: int, seconds: float) -> Record:
     """Say how the run began and ended: its first and last training rows."""
     training = [row for row in rows if "reward" in row]
     first, last = (training[0], training[-1]) if training else ({}, {})
     return {"steps": steps, "seconds": round(seconds, 1), "first": first, "last": last}
 
 
-def print_summary(summary: Settings, output_dir: Path) -> None:
-    """Print the first and last values of what matters most, side by side."""
+def print_summary(summary: Record, output_dir: Path) -> None:
+    """Print how the metrics that matter most began and ended, side by side."""
     from rich.console import Console
     from rich.table import Table
 

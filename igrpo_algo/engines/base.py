@@ -7,7 +7,8 @@ from igrpo_kernels.checks import check_count
 
 from ..drafts.markers import marker_tokens
 from ..prompts import Prompt, check_chat_template_kwargs, encode_prompt
-from ..rollouts.sampling import check_prompts, derive_seed
+from ..rollouts.sampling import check_prompts
+from ..seeds import derive_seed
 
 
 class EngineSampler:

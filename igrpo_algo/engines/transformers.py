@@ -22,7 +22,8 @@ from igrpo_kernels.checks import check_count, check_number
 
 from ..prompts import Prompt, decode_completion
 from ..rollouts.completions import Completion
-from ..rollouts.sampling import Groups, derive_seed, prompt_seeds
+from ..rollouts.sampling import Groups
+from ..seeds import derive_seed, prompt_seeds
 from .base import EngineSampler, stop_ids
 from .weights import WantedWeights, Weights, open_weights
 

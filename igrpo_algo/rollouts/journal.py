@@ -1,6 +1,6 @@
-"""A file of finished groups that a dying run cannot lose: a header, then a line for each group.
+"""A file of finished prompts that a dying run cannot lose: a header, then a line for each prompt.
 
-Every line is JSON, written whole, flushed and synced before its group is handed on. What a crash
+Every line is JSON, written whole, flushed and synced before its rollout is handed on. What a crash
 can leave behind is a last line without an end, and that one is dropped on loading.
 """
 
@@ -8,12 +8,17 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from .records import Group
-from .sampling import Prompt
+from ..files import sole_writer
+from ..prompts import Prompt
+from .from_json import from_json, parse, to_json
+from .records import Rollout
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -56,28 +61,43 @@ class Header:
         return cls(len(prompts), num_drafts, num_refinements, rounds, seed, hashed)
 
 
-def load_journal(path: str | os.PathLike[str]) -> list[Group]:
-    """Read the groups of a journal, in the order in which they finished.
+def load_journal(path: str | os.PathLike[str]) -> list[Rollout]:
+    """Read the rollouts of a journal, in the order in which they finished.
 
     A last line that is torn (no line end) is ignored.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The first line is no header, a later whole line holds no group, or one of a
-            prompt that the rollout does not have or that another line has already.
+        ValueError: The first line is not a header; a later whole line is not a rollout, or one of
+            a prompt that there is not, or that another line has already. The message names the
+            line and the field.
     """
-    return _read(path)[1]
+    *lines, _torn = Path(path).read_bytes().split(b"\n")
+    header = _read_header(path, lines)
+    finished: dict[int, Rollout] = {}
+    for number, line in enumerate(lines[1:], 2):
+        where = f"journal: line {number} of {os.fspath(path)}"
+        rollout = _read(Rollout, line, where)
+        if header is None or rollout.index not in range(header.num_prompts):
+            count = 0 if header is None else header.num_prompts
+            raise ValueError(f"{where} has index {rollout.index}, but there are {count} prompts")
+        if rollout.index in finished:
+            raise ValueError(f"{where} repeats index {rollout.index}")
+        finished[rollout.index] = rollout
+    return list(finished.values())
 
 
-def resume_journal(path: str | os.PathLike[str], header: Header) -> list[Group]:
-    """Read the groups of a journal that this rollout may go on with; none if there is no file.
+def check_journal(path: str | os.PathLike[str], header: Header) -> None:
+    """Check that a rollout may go on with a journal, if there is one.
 
     Raises:
-        ValueError: The journal is broken, or its header is another one.
+        ValueError: The journal begins with another header, or with none.
     """
     if not Path(path).exists():
-        return []
-    written, groups = _read(path)
+        return
+    with open(path, "rb") as file:
+        first = file.readline()
+    written = _read_header(path, [first[:-1]] if first.endswith(b"\n") else [])
     for name in [field.name for field in fields(header)] if written is not None else []:
         had, has = getattr(written, name), getattr(header, name)
         if had != has:
@@ -85,61 +105,62 @@ def resume_journal(path: str | os.PathLike[str], header: Header) -> list[Group]:
                 f"journal belongs to another rollout: {os.fspath(path)} has {name} = {had!r}, "
                 f"this one {has!r}"
             )
-    return groups
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[Header | None, list[Group]]:
-    *lines, _torn = Path(path).read_bytes().split(b"\n")
-    if not lines:
-        return None, []
+def _read_header(path: str | os.PathLike[str], lines: list[bytes]) -> Header | None:
+    return _read(Header, lines[0], f"journal: line 1 of {os.fspath(path)}") if lines else None
+
+
+def _read(kind: type[Record], line: bytes, where: str) -> Record:
     try:
-        header = Header(**json.loads(lines[0]))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"journal: line 1 of {os.fspath(path)} is no header: {error!r}") from error
-    groups: dict[int, Group] = {}
-    for number, line in enumerate(lines[1:], 2):
-        where = f"journal: line {number} of {os.fspath(path)}"
-        try:
-            group = Group.from_json(json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{where} holds no group: {error!r}") from error
-        if group.index not in range(header.num_prompts):
-            raise ValueError(
-                f"{where} has index {group.index}, but there are {header.num_prompts} prompts"
-            )
-        if group.index in groups:
-            raise ValueError(f"{where} repeats index {group.index}")
-        groups[group.index] = group
-    return header, list(groups.values())
+        return cast(Record, from_json(kind, parse(line), kind.__name__.lower()))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 class Journal:
-    """A journal open for writing; a context manager. A torn last line is cut off on opening.
+    """A journal open for writing, by one process at a time; a context manager.
+
+    On entering, a torn last line is cut off, and what the journal holds is read.
 
     Args:
         path: The file; made if it is not there.
         header: Its first line, written if there is none.
+
+    Attributes:
+        finished: The rollouts that it held on entering.
+
+    Raises:
+        BlockingIOError: Another run is writing it.
+        ValueError: As in `load_journal` and `check_journal`.
     """
 
     def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
-        self._file = open(path, "a+b")  # noqa: SIM115 - closed on exit
-        self._file.seek(0)
-        end = self._file.read().rfind(b"\n") + 1
-        self._file.truncate(end)
-        if not end:
-            self._write(asdict(header))
+        self.path, self.header = Path(path), header
+        self.finished: list[Rollout] = []
 
     def __enter__(self) -> "Journal":
+        with ExitStack() as stack:
+            stack.enter_context(sole_writer(self.path))
+            self._file = stack.enter_context(open(self.path, "a+b"))
+            self._file.seek(0)
+            end = self._file.read().rfind(b"\n") + 1
+            self._file.truncate(end)
+            if not end:
+                self._write(asdict(self.header))
+            check_journal(self.path, self.header)
+            self.finished = load_journal(self.path)
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._open.close()
 
-    def append(self, group: Group) -> None:
-        """Write a group, and return when it is on disk."""
-        self._write(group.to_json())
+    def append(self, rollout: Rollout) -> None:
+        """Write a rollout, and return when it is on disk."""
+        self._write(to_json(rollout))
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())

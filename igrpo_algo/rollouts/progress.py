@@ -1,20 +1,53 @@
-"""A live line for long rollouts: prompts done, stages, tokens per second, rewards, cache hits."""
+"""What a rollout reports, and a live line of it: prompts done, tokens per second, rewards."""
 
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from igrpo_kernels.checks import check_count, describe
 
-from .one_prompt import StageFinished, StageStarted
+from .records import Stage
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 DRAFTING, WAITING, REFINING = "drafting", "waiting", "refining"
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """Sampling of a prompt's stage began.
+
+    Attributes:
+        index: Position of the prompt.
+        number: 0 for drafts, 1 and up for the rounds of refinement.
+        time: Seconds since the rollout began.
+    """
+
+    index: int
+    number: int
+    time: float
+
+
+@dataclass(frozen=True)
+class StageFinished:
+    """A prompt's stage was sampled and scored, or passed over (its completions have no tokens).
+
+    Attributes:
+        index: Position of the prompt.
+        number: 0 for drafts, 1 and up for the rounds of refinement.
+        stage: The stage, with completions, rewards and times.
+        last: Whether the prompt is done with it.
+    """
+
+    index: int
+    number: int
+    stage: Stage
+    last: bool
 
 
 class RolloutProgress:

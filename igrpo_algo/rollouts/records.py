@@ -1,23 +1,20 @@
-"""The result of a two-stage rollout: one `Group` per prompt, `Rollouts` for many; and their file.
+"""What happened in a two-stage rollout: a `Rollout` for each prompt, `Rollouts` for many.
 
-Everything that happened to a prompt is a plain value in its `Group`; `Rollouts` lays P groups out
-prompt-major, as tensors [P, N] and [P, G]. Files hold safetensors: nothing unpickles.
+Everything that happened to a prompt is a plain value in its `Rollout`; `Rollouts` lays P of them
+out prompt-major, as tensors [P, N] and [P, G].
 """
 
-import json
-import math
 import os
-import secrets
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, overload
+from dataclasses import dataclass, field, replace
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from .completions import Completion, pack_completions
-from .sampling import Prompt, Samples
+from ..prompts import Prompt
+from .completions import Completion
+from .sampling import Samples
 
 
 @dataclass(frozen=True)
@@ -29,19 +26,32 @@ class Stage:
         completions: N drafts or G refinements; those of a skipped prompt have no tokens and the
             finish reason "skipped", so that rows stay aligned.
         rewards: One per completion; NaN where it could not be scored, was cancelled or skipped.
+        prompt_ids: The prompt as the sampler's `encode` rendered it, and as it was sampled from;
+            None where the sampler has no `encode`.
         started: When sampling began, in seconds since the rollout did; not compared.
         ended: When sampling ended; not compared.
+
+    Raises:
+        ValueError: There is not one reward per completion.
     """
 
     prompt: Prompt
     completions: list[Completion]
     rewards: list[float]
+    prompt_ids: list[int] | None = None
     started: float = field(default=0.0, compare=False)
     ended: float = field(default=0.0, compare=False)
 
+    def __post_init__(self) -> None:
+        if len(self.rewards) != len(self.completions):
+            raise ValueError(
+                f"rewards must hold one number per completion: {len(self.rewards)} rewards for "
+                f"{len(self.completions)} completions"
+            )
+
 
 @dataclass(frozen=True)
-class Choice:
+class DraftChoice:
     """Which draft a refinement round was given, and why.
 
     Attributes:
@@ -65,44 +75,40 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Group:
+class Rollout:
     """All that happened to one prompt.
 
     Attributes:
-        index: Position of the prompt among those of the rollout.
+        index: Position of the prompt among those of the rollouts.
         drafts: Stage 1.
         choices: The draft of each refinement round.
         refinements: Stage 2, one per round.
+
+    Raises:
+        ValueError: There is not one choice per round.
     """
 
     index: int
     drafts: Stage
-    choices: list[Choice]
+    choices: list[DraftChoice]
     refinements: list[Stage]
 
-    def to_json(self) -> dict[str, Any]:
-        """Give the group as what JSON can say; NaN becomes null."""
-        record = asdict(self)
-        for stage in (record["drafts"], *record["refinements"]):
-            stage["rewards"] = [None if math.isnan(r) else r for r in stage["rewards"]]
-        for choice in record["choices"]:
-            choice["reward"] = None if math.isnan(choice["reward"]) else choice["reward"]
-        return record
+    def __post_init__(self) -> None:
+        if len(self.choices) != len(self.refinements):
+            raise ValueError(
+                f"choices must hold one per round of refinement: {len(self.choices)} choices for "
+                f"{len(self.refinements)} rounds"
+            )
 
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> "Group":
-        """Read back what `to_json` gave."""
-        choices = [
-            Choice(**{**choice, "reward": _from_null(choice["reward"])})
-            for choice in record["choices"]
-        ]
-        refinements = [_stage_from_json(stage) for stage in record["refinements"]]
-        return cls(record["index"], _stage_from_json(record["drafts"]), choices, refinements)
+    @property
+    def stages(self) -> list[Stage]:
+        """Both stages, in order: the drafts, then each round of refinement."""
+        return [self.drafts, *self.refinements]
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The groups of P prompts, prompt-major.
+    """What happened to P prompts, prompt-major.
 
     Tensors are made anew at each access, on the CPU; keep the ones you use in a loop. What is said
     of refinements is said of the last round; `until_round` shows an earlier one.
@@ -113,10 +119,10 @@ class Rollouts:
     nothing, but `SequenceMean` counts them unless it is given a `denominator`.
 
     Attributes:
-        groups: One per prompt, each with the same numbers of drafts and rounds.
+        rollouts: One per prompt, each with the same numbers of drafts and rounds.
 
     Raises:
-        ValueError: The groups differ in the number of drafts, of rounds or of refinements.
+        ValueError: They differ in the number of drafts, of rounds or of refinements.
 
     Examples:
         >>> from igrpo_algo import Completion, two_stage_rollout
@@ -129,91 +135,91 @@ class Rollouts:
         (tensor([[0., 1., 2.]]), tensor([[0., 1.]]))
     """
 
-    groups: list[Group]
+    rollouts: list[Rollout]
 
     def __post_init__(self) -> None:
         for what, sizes in {
-            "drafts": {len(group.drafts.completions) for group in self.groups},
-            "rounds": {len(group.refinements) for group in self.groups},
+            "drafts": {len(rollout.drafts.completions) for rollout in self.rollouts},
+            "rounds": {len(rollout.refinements) for rollout in self.rollouts},
             "refinements": {
-                len(stage.completions) for group in self.groups for stage in group.refinements
+                len(stage.completions) for rollout in self.rollouts for stage in rollout.refinements
             },
         }.items():
             if len(sizes) > 1:
-                raise ValueError(f"groups must have equally many {what}, got {sorted(sizes)}")
+                raise ValueError(f"rollouts must have equally many {what}, got {sorted(sizes)}")
 
     @classmethod
-    def of(cls, groups: Iterable[Group]) -> "Rollouts":
-        """Collect groups in whatever order a stream gave them, and sort them by prompt."""
-        return cls(sorted(groups, key=lambda group: group.index))
+    def of(cls, rollouts: Iterable[Rollout]) -> "Rollouts":
+        """Collect rollouts in whatever order a stream gave them, and sort them by prompt."""
+        return cls(sorted(rollouts, key=lambda rollout: rollout.index))
 
     @classmethod
     def concat(cls, parts: Iterable["Rollouts"]) -> "Rollouts":
-        """Join rollouts in the order given; each group keeps its `index`."""
-        return cls([group for part in parts for group in part.groups])
+        """Join rollouts in the order given; each prompt keeps its `index`."""
+        return cls([rollout for part in parts for rollout in part])
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return len(self.rollouts)
 
-    def __iter__(self) -> Iterator[Group]:
-        return iter(self.groups)
+    def __iter__(self) -> Iterator[Rollout]:
+        return iter(self.rollouts)
 
     @overload
-    def __getitem__(self, which: int) -> Group: ...
+    def __getitem__(self, which: int) -> Rollout: ...
 
     @overload
     def __getitem__(self, which: slice) -> "Rollouts": ...
 
-    def __getitem__(self, which: int | slice) -> "Group | Rollouts":
-        return Rollouts(self.groups[which]) if isinstance(which, slice) else self.groups[which]
+    def __getitem__(self, which: int | slice) -> "Rollout | Rollouts":
+        return Rollouts(self.rollouts[which]) if isinstance(which, slice) else self.rollouts[which]
 
     def until_round(self, number: int) -> "Rollouts":
         """Show the rollouts as they stood after refinement round `number`, counted from 1."""
-        rounds = len(self.groups[0].refinements) if self.groups else number
+        rounds = len(self.rollouts[0].refinements) if self.rollouts else number
         if not 1 <= number <= rounds:
             raise ValueError(f"number must be a round from 1 to {rounds}, got {number}")
         return Rollouts(
             [
                 replace(g, choices=g.choices[:number], refinements=g.refinements[:number])
-                for g in self.groups
+                for g in self.rollouts
             ]
         )
 
     @property
     def prompts(self) -> list[Prompt]:
         """The P original prompts."""
-        return [group.drafts.prompt for group in self.groups]
+        return [rollout.drafts.prompt for rollout in self.rollouts]
 
     @property
     def drafts(self) -> Samples:
         """Stage 1: prompts, completions, and their padded and packed tensors."""
-        return _samples([group.drafts for group in self.groups])
+        return _samples([rollout.drafts for rollout in self.rollouts])
 
     @property
     def refinements(self) -> Samples:
         """Stage 2: spliced prompts, completions, and their tensors; no tokens where skipped."""
-        return _samples([group.refinements[-1] for group in self.groups])
+        return _samples([rollout.refinements[-1] for rollout in self.rollouts])
 
     @property
     def draft_rewards(self) -> Tensor:
         """Reward of each draft, NaN where unscored. Shape [P, N], float32."""
-        return _table([group.drafts.rewards for group in self.groups], torch.float32)
+        return _table([rollout.drafts.rewards for rollout in self.rollouts], torch.float32)
 
     @property
     def refinement_rewards(self) -> Tensor:
         """Reward of each refinement, NaN where unscored or skipped. Shape [P, G], float32."""
-        rows = [group.refinements[-1].rewards for group in self.groups]
+        rows = [rollout.refinements[-1].rewards for rollout in self.rollouts]
         return _table(rows, torch.float32)
 
     @property
     def draft_lengths(self) -> Tensor:
         """Tokens of each draft. Shape [P, N], int64."""
-        return _table(_lengths(group.drafts for group in self.groups), torch.int64)
+        return _table(_lengths(rollout.drafts for rollout in self.rollouts), torch.int64)
 
     @property
     def refinement_lengths(self) -> Tensor:
         """Tokens of each refinement, 0 where skipped. Shape [P, G], int64."""
-        return _table(_lengths(group.refinements[-1] for group in self.groups), torch.int64)
+        return _table(_lengths(rollout.refinements[-1] for rollout in self.rollouts), torch.int64)
 
     @property
     def chosen(self) -> Tensor:
@@ -254,8 +260,8 @@ class Rollouts:
     def cancelled(self) -> Tensor:
         """Drafts that early selection cancelled. Shape [P], int64."""
         counts = [
-            sum(draft.finish_reason == "cancelled" for draft in group.drafts.completions)
-            for group in self.groups
+            sum(draft.finish_reason == "cancelled" for draft in rollout.drafts.completions)
+            for rollout in self.rollouts
         ]
         return torch.tensor(counts, dtype=torch.int64)
 
@@ -263,113 +269,48 @@ class Rollouts:
     def times(self) -> Tensor:
         """Start and end of each stage in seconds. Shape [P, 1 + rounds, 2], float64."""
         rows = [
-            [(stage.started, stage.ended) for stage in (group.drafts, *group.refinements)]
-            for group in self.groups
+            [(stage.started, stage.ended) for stage in rollout.stages] for rollout in self.rollouts
         ]
         return torch.tensor(rows, dtype=torch.float64) if rows else torch.zeros(0, 0, 2).double()
 
     @property
-    def _choices(self) -> list[Choice]:
-        return [group.choices[-1] for group in self.groups]
+    def _choices(self) -> list[DraftChoice]:
+        return [rollout.choices[-1] for rollout in self.rollouts]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file: the whole of it or nothing (a temporary file is renamed).
-
-        Token ids and log-probs are tensors, all else is JSON inside a tensor of bytes.
+        """Write one safetensors file: the whole of it or nothing. Nothing in it unpickles.
 
         Raises:
             TypeError: A prompt holds what JSON cannot say (an image, say).
         """
-        from safetensors.torch import save
+        from .rollouts_file import save_rollouts  # which needs the classes of this file
 
-        records = [group.to_json() for group in self.groups]
-        for record in records:
-            for completion in _completion_records(record):
-                known = completion.pop("logprobs") is not None
-                completion.update(token_ids=len(completion["token_ids"]), logprobs=known)
-        packed = pack_completions(_all_completions(self.groups))
-        logprobs = [x for c in _all_completions(self.groups) for x in c.logprobs or []]
-        tensors = {
-            "token_ids": packed.ids,
-            "logprobs": torch.tensor(logprobs, dtype=torch.float64),
-            "json": torch.frombuffer(bytearray(json.dumps(records).encode()), dtype=torch.uint8),
-        }
-        write_whole(Path(path), save(tensors, metadata={"format": _FORMAT}))
+        save_rollouts(self.rollouts, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Rollouts":
         """Read what `save` wrote.
 
         Raises:
-            ValueError: The file is none of ours, or broken.
+            FileNotFoundError: There is no such file.
+            ValueError: The file holds something else; the message names the file and the field.
         """
-        from safetensors import SafetensorError, safe_open
+        from .rollouts_file import load_rollouts
 
-        try:
-            with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("format") != _FORMAT:
-                    raise ValueError(f"path: {os.fspath(path)} holds no rollouts")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"path: {os.fspath(path)} is no safetensors file: {error}") from error
-        ids, logprobs = iter(tensors["token_ids"].tolist()), iter(tensors["logprobs"].tolist())
-        records = json.loads(bytes(tensors["json"].numpy()))
-        for record in records:
-            for completion in _completion_records(record):
-                count, known = completion["token_ids"], completion["logprobs"]
-                completion["token_ids"] = [next(ids) for _ in range(count)]
-                completion["logprobs"] = [next(logprobs) for _ in range(count)] if known else None
-        return cls([Group.from_json(record) for record in records])
-
-
-_FORMAT = "igrpo rollouts 1"
+        return load_rollouts(path)
 
 
 def _samples(stages: list[Stage]) -> Samples:
-    return Samples([stage.prompt for stage in stages], [stage.completions for stage in stages])
+    return Samples(
+        [stage.prompt for stage in stages],
+        [stage.completions for stage in stages],
+        [stage.prompt_ids for stage in stages],
+    )
 
 
 def _lengths(stages: Iterable[Stage]) -> list[list[int]]:
     return [[len(completion.token_ids) for completion in stage.completions] for stage in stages]
 
 
-def _table(rows: list[Any], dtype: torch.dtype) -> Tensor:
+def _table(rows: list[list[float]] | list[list[int]], dtype: torch.dtype) -> Tensor:
     return torch.tensor(rows, dtype=dtype).reshape(len(rows), len(rows[0]) if rows else 0)
-
-
-def _from_null(number: float | None) -> float:
-    return math.nan if number is None else number  # one object: groups compare equal
-
-
-def _stage_from_json(record: dict[str, Any]) -> Stage:
-    completions = [Completion(**completion) for completion in record["completions"]]
-    rewards = [_from_null(reward) for reward in record["rewards"]]
-    return Stage(**{**record, "completions": completions, "rewards": rewards})
-
-
-def _all_completions(groups: Iterable[Group]) -> list[Completion]:
-    return [
-        completion
-        for group in groups
-        for stage in (group.drafts, *group.refinements)
-        for completion in stage.completions
-    ]
-
-
-def _completion_records(record: dict[str, Any]) -> list[dict[str, Any]]:
-    stages = (record["drafts"], *record["refinements"])
-    return [completion for stage in stages for completion in stage["completions"]]
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file: the whole of it or nothing (a temporary file is renamed)."""
-    name = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with name.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        name.unlink(missing_ok=True)
-        raise

@@ -12,12 +12,15 @@ generator of the same completions as (position, completion), each as soon as it 
 rollout then lends the place of a finished completion to the next prompt.
 
 `sample` and the function may be coroutine functions too. Seeds are one int per prompt, or None.
+
+An object may have `encode(prompt)`, which gives the token ids that its model sees for a prompt. It
+is then asked with those ids in the place of prompts, and records keep them: what was sampled from
+is what is trained on. It may have `control_tokens`, the strings that a draft must not hold.
 A `sample_one` or `stream_one` that also takes `priority` is told the stage, 0 for drafts: lower
 goes first.
 """
 
 import asyncio
-import hashlib
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +34,7 @@ from torch import Tensor
 from igrpo_kernels.checks import check_count, describe
 
 from ..prompts import Prompt
+from ..seeds import prompt_seeds
 from .completions import Completion, Packed, Padded, pack_completions, pad_completions
 
 Groups = list[list[Completion]]
@@ -70,15 +74,19 @@ class Samples:
     Attributes:
         prompts: The P prompts.
         completions: Their completions: P lists, of n each where nothing was skipped.
+        prompt_ids: The prompts as the sampler's `encode` rendered them, and as they were sampled
+            from; None for each prompt where the sampler has no `encode`.
 
     Examples:
-        >>> samples = Samples(["1 + 1?"], [[Completion([7, 1], "2"), Completion([8], "3")]])
+        >>> drawn = [[Completion([7, 1], "2"), Completion([8], "3")]]
+        >>> samples = Samples(["1 + 1?"], drawn, [[4, 5, 4]])
         >>> samples.texts, samples.packed().cu_seqlens
         ([['2', '3']], tensor([0, 2, 3], dtype=torch.int32))
     """
 
     prompts: list[Prompt]
     completions: Groups
+    prompt_ids: list[list[int] | None]
 
     @property
     def texts(self) -> list[list[str]]:
@@ -143,9 +151,18 @@ def sample_group(
     check_sampler(sampler)
     check_count("n", n)
     seeds = prompt_seeds(seed, len(checked))
-    if not checked:
-        return Samples([], [])
-    return Samples(checked, run_blocking(sample_batch(sampler, checked, n, seeds)))
+    prompt_ids = [encode(sampler, prompt) for prompt in checked]
+    asked = [
+        prompt if ids is None else ids for prompt, ids in zip(checked, prompt_ids, strict=True)
+    ]
+    drawn = run_blocking(sample_batch(sampler, asked, n, seeds)) if asked else []
+    return Samples(checked, drawn, prompt_ids)
+
+
+def encode(sampler: AnySampler, prompt: Prompt) -> list[int] | None:
+    """Render a prompt with the sampler's `encode`; None if it has none."""
+    render = getattr(sampler, "encode", None)
+    return None if render is None else render(prompt)
 
 
 async def sample_batch(
@@ -296,34 +313,6 @@ def check_groups(groups: object, count: int, n: int) -> Groups:
                     f"for prompt {index}"
                 )
     return [list(group) for group in groups]
-
-
-def derive_seed(seed: int, *path: int) -> int:
-    """Make an independent seed in [0, 2**63) out of a seed and where it is used.
-
-    Examples:
-        >>> derive_seed(0, 1) == derive_seed(0, 1) != derive_seed(0, 2)
-        True
-    """
-    name = "/".join(str(part) for part in (seed, *path)).encode()
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
-
-
-def prompt_seeds(seed: int | Sequence[int] | None, count: int) -> list[int] | None:
-    """Give each of `count` prompts its own seed; None stays None."""
-    if seed is None:
-        return None
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return [derive_seed(seed, index) for index in range(count)]
-    if (
-        isinstance(seed, str)
-        or not isinstance(seed, Sequence)
-        or not all(isinstance(each, int) for each in seed)
-    ):
-        raise TypeError(f"seed must be an int or a list of them, got {describe(seed)}")
-    if len(seed) != count:
-        raise ValueError(f"seed must hold one int per prompt: {len(seed)} for {count} prompts")
-    return list(seed)
 
 
 def run_blocking(coroutine: Coroutine[Any, Any, Result]) -> Result:

@@ -16,8 +16,8 @@ from typing import Any
 
 from igrpo_kernels.checks import describe
 
+from ..prompts import Prompt
 from .completions import Completion
-from .sampling import Prompt
 
 Reward = Callable[..., Any]
 
@@ -30,9 +30,8 @@ class RewardError(RuntimeError):
 class Scorer:
     """A reward function with the columns that belong to the prompts.
 
-    The function always sees copies of the original prompt, whatever the completions were drawn
-    from, so that it may change them; it is called once per prompt and stage, so that an error names
-    its prompt.
+    The function always sees copies of the original prompts, whatever the completions were drawn
+    from, so that it may change them.
 
     Attributes:
         reward: The reward function.
@@ -65,38 +64,65 @@ class Scorer:
                 )
 
     async def __call__(self, index: int, completions: Sequence[Completion]) -> list[float]:
-        """Score completions of one prompt; NaN where there is no score.
+        """Score completions of one prompt. See `score`."""
+        return (await self.score({index: completions}))[index]
+
+    async def score(self, drawn: Mapping[int, Sequence[Completion]]) -> dict[int, list[float]]:
+        """Score completions of many prompts, by index, in one call; NaN where there is no score.
+
+        If the call fails, the prompts are scored one by one, to find the one at fault.
 
         Raises:
             RewardError: The function raised.
-            TypeError: The function returned no list, or a value is no number.
+            ConnectionError: What the function asked (an engine, a judge) is out of reach; no
+                prompt is at fault.
+            TypeError: The function returned no list, or a value is not a number.
             ValueError: The function returned another number of values, or an infinite one.
         """
-        if not completions:
-            return []
-        n, prompt = len(completions), self.prompts[index]
-        columns = {name: [values[index]] * n for name, values in self.columns.items()}
-        copies = [deepcopy(prompt) for _ in range(n)]
-        answers = [_as_in_trl(prompt, completion.text) for completion in completions]
+        asked = {index: completions for index, completions in drawn.items() if completions}
+        scores: dict[int, list[float]] = {index: [] for index in drawn}
         try:
-            values = self.reward(prompts=copies, completions=answers, **columns)
+            return scores | await self._ask(asked)
+        except ConnectionError:
+            raise
+        except Exception:
+            if len(asked) > 1:
+                for index, completions in asked.items():
+                    await self._ask({index: completions})
+            raise
+
+    async def _ask(self, drawn: Mapping[int, Sequence[Completion]]) -> dict[int, list[float]]:
+        if not drawn:
+            return {}
+        owners = [index for index, completions in drawn.items() for _ in completions]
+        prompts = [deepcopy(self.prompts[index]) for index in owners]
+        flat = [completion for completions in drawn.values() for completion in completions]
+        answers = [_as_in_trl(p, c.text) for p, c in zip(prompts, flat, strict=True)]
+        columns = {name: [rows[index] for index in owners] for name, rows in self.columns.items()}
+        where = self._where(*drawn)
+        try:
+            values = self.reward(prompts=prompts, completions=answers, **columns)
             if inspect.isawaitable(values):
                 values = await values
             if isinstance(values, Iterable) and not isinstance(values, str):
                 values = list(values)
+        except ConnectionError:
+            raise
         except Exception as error:
-            raise RewardError(f"{self.name} failed on {self._where(index)}: {error!r}") from error
+            raise RewardError(f"{self.name} failed on {where}: {error!r}") from error
         if not isinstance(values, list):
             raise TypeError(
-                f"{self.name} must return a list of numbers, got {describe(values)} "
-                f"on {self._where(index)}"
+                f"{self.name} must return a list of numbers, got {describe(values)} on {where}"
             )
-        if len(values) != n:
+        if len(values) != len(flat):
             raise ValueError(
                 f"{self.name} must return one value per completion: {len(values)} values for "
-                f"{n} completions of {self._where(index)}"
+                f"{len(flat)} completions of {where}"
             )
-        return [self._number(index, value) for value in values]
+        scores: dict[int, list[float]] = {index: [] for index in drawn}
+        for index, value in zip(owners, values, strict=True):
+            scores[index].append(self._number(index, value))
+        return scores
 
     def _number(self, index: int, value: Any) -> float:
         if value is None:
@@ -115,9 +141,11 @@ class Scorer:
             )
         return math.nan if math.isnan(number) else number
 
-    def _where(self, index: int) -> str:
-        text = str(self.prompts[index])
-        return f"prompt {index} ({text[:60]!r}{'...' if len(text) > 60 else ''})"
+    def _where(self, *indices: int) -> str:
+        if len(indices) > 1:
+            return f"{len(indices)} prompts together, and on none of them alone"
+        text = str(self.prompts[indices[0]])
+        return f"prompt {indices[0]} ({text[:60]!r}{'...' if len(text) > 60 else ''})"
 
 
 def _as_in_trl(prompt: Prompt, text: str) -> str | list[dict[str, str]]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from igrpo_kernels.checks import describe
 
-from .records import Group, Rollouts, write_whole
+from ..files import write_whole
+from .records import Rollout, Rollouts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +45,7 @@ def plot_rollout_timeline(
     first stage is blank, and so is a stage that drew nothing.
 
     Args:
-        rollouts: What `two_stage_rollout` returned, or `Rollouts.of` the groups of a stream.
+        rollouts: What `two_stage_rollout` returned, or `Rollouts.of` a stream.
         path: Where to write the picture, the whole of it or nothing; its ending is the format
             (png, svg, pdf). None writes no file.
         title: What stands above it.
@@ -70,13 +71,13 @@ def plot_rollout_timeline(
 
     if not isinstance(rollouts, Rollouts):
         raise TypeError(f"rollouts must be Rollouts, got {describe(rollouts)}")
-    rows = [spans for group in rollouts if (spans := list(stage_spans(group)))]
+    rows = [spans for rollout in rollouts if (spans := list(stage_spans(rollout)))]
     if not rows:
         raise ValueError("rollouts must hold a stage that drew something, got none")
     rows.sort(key=lambda spans: (spans[0].started, spans[-1].ended))
     figure = Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    rounds = max(len(group.refinements) for group in rollouts)
+    rounds = max(len(rollout.refinements) for rollout in rollouts)
     later = [_kind(number) for number in range(2, rounds + 1)]
     colors = COLORS | {kind: LATER_ROUNDS[i % len(LATER_ROUNDS)] for i, kind in enumerate(later)}
     for kind, color in colors.items():
@@ -85,14 +86,14 @@ def plot_rollout_timeline(
     if path is not None:
         picture = BytesIO()
         figure.savefig(picture, format=Path(path).suffix.removeprefix(".") or "png")
-        write_whole(Path(path), picture.getvalue())
+        write_whole(path, picture.getvalue())
     return figure
 
 
-def stage_spans(group: Group) -> Iterator[Span]:
+def stage_spans(rollout: Rollout) -> Iterator[Span]:
     """Yield a prompt's spans in order of time; a stage that drew nothing has none."""
     before = None
-    for number, stage in enumerate((group.drafts, *group.refinements)):
+    for number, stage in enumerate(rollout.stages):
         if all(completion.finish_reason == "skipped" for completion in stage.completions):
             continue
         if before is not None and stage.started > before:

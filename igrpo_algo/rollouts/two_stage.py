@@ -5,22 +5,22 @@ the same reward on the original q. iGRPO: Hatamizadeh et al. 2026, arXiv:2602.09
 """
 
 import os
-import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
-from igrpo_kernels.checks import check_count, check_number, describe
+from igrpo_kernels.checks import check_count, check_number
 
 from ..drafts.rules import DraftRules, Ties
 from ..drafts.select import select_best_draft
-from .completions import Completion
-from .drivers import located, run_in_step, run_stream
-from .journal import resume_journal
-from .one_prompt import OnProgress, Plan
-from .records import Group, Rollouts
-from .sampling import AnySampler, Prompt, check_prompts, check_sampler, run_blocking
-from .scoring import Reward, Scorer
+from ..prompts import Prompt
+from .in_step import run_in_step
+from .journal import check_journal
+from .records import Rollout, Rollouts
+from .sampling import AnySampler, run_blocking
+from .scoring import Reward
+from .setup import OnProgress, Setup
 from .slots import Slots
+from .streamed import run_stream
 
 PAPER_RULES = DraftRules()
 
@@ -77,6 +77,7 @@ def two_stage_rollout(
         RewardError: The reward raised; the message names the prompt.
 
     Examples:
+        >>> from igrpo_algo import Completion
         >>> def sampler(prompts, n, seed):
         ...     return [[Completion([i], str(i)) for i in range(n)] for _ in prompts]
         >>> def reward(prompts, completions, answer):
@@ -85,11 +86,11 @@ def two_stage_rollout(
         >>> rollouts.draft_rewards, rollouts.chosen
         (tensor([[0., 0., 1., 0.]]), tensor([2]))
     """
-    plan = _plan(
-        prompts, sampler, reward, num_drafts, num_refinements, rounds, columns, rules, seed,
-        on_progress,
+    setup = Setup(
+        prompts, sampler, reward, num_drafts=num_drafts, num_refinements=num_refinements,
+        rounds=rounds, columns=columns, rules=rules, seed=seed, on_progress=on_progress,
     )  # fmt: skip
-    return Rollouts(run_blocking(run_in_step(plan)))
+    return Rollouts(run_blocking(run_in_step(setup)))
 
 
 def stream_two_stage_rollout(
@@ -107,7 +108,7 @@ def stream_two_stage_rollout(
     concurrency: int = 256,
     reward_max: float | None = None,
     journal: str | os.PathLike[str] | None = None,
-) -> AsyncGenerator[Group, None]:
+) -> AsyncGenerator[Rollout, None]:
     """Yield each prompt's group as soon as it is done; no prompt waits for another's stage.
 
     Each prompt goes drafts, score, choose, splice, refine on its own. Whenever slots are free, a
@@ -159,6 +160,7 @@ def stream_two_stage_rollout(
 
     Examples:
         >>> import asyncio
+        >>> from igrpo_algo import Completion
         >>> async def sampler(prompts, n, seed):
         ...     return [[Completion([i], str(i)) for i in range(n)] for _ in prompts]
         >>> def reward(prompts, completions, answer):
@@ -171,9 +173,9 @@ def stream_two_stage_rollout(
         >>> asyncio.run(collect()).chosen
         tensor([2, 3])
     """
-    plan = _plan(
-        prompts, sampler, reward, num_drafts, num_refinements, rounds, columns, rules, seed,
-        on_progress,
+    setup = Setup(
+        prompts, sampler, reward, num_drafts=num_drafts, num_refinements=num_refinements,
+        rounds=rounds, columns=columns, rules=rules, seed=seed, on_progress=on_progress,
     )  # fmt: skip
     slots = Slots(check_count("concurrency", concurrency))
     if reward_max is not None:
@@ -186,48 +188,6 @@ def stream_two_stage_rollout(
             raise ValueError("reward_max needs the best draft by reward: no other select or score")
         if num_drafts == 0:
             raise ValueError("reward_max has no effect with num_drafts = 0")
-    finished: list[Group] = []
     if journal is not None:
-        finished = resume_journal(journal, plan.header)
-    return run_stream(plan, slots, reward_max, journal, finished)
-
-
-def _plan(
-    prompts: Sequence[Prompt],
-    sampler: AnySampler,
-    reward: Reward,
-    num_drafts: int,
-    num_refinements: int,
-    rounds: int,
-    columns: Mapping[str, Sequence[Any]] | None,
-    rules: DraftRules,
-    seed: int | None,
-    on_progress: OnProgress | None,
-) -> Plan:
-    checked = check_prompts(prompts)
-    check_sampler(sampler)
-    check_count("num_drafts", num_drafts, at_least=0)
-    check_count("num_refinements", num_refinements)
-    check_count("rounds", rounds)
-    if seed is not None:
-        check_count("seed", seed, at_least=0)
-    if not isinstance(rules, DraftRules):
-        raise TypeError(f"rules must be DraftRules, got {describe(rules)}")
-    if on_progress is not None and not callable(on_progress):
-        raise TypeError(f"on_progress must be callable, got {describe(on_progress)}")
-    if num_drafts or rounds > 1:
-        for index, prompt in enumerate(checked):
-            with located(f"prompts[{index}], before sampling"):
-                rules.splice(prompt, Completion([], ""))
-    by_name = columns or {}
-    ranking = (
-        None
-        if rules.selection_score is None
-        else Scorer(rules.selection_score, checked, by_name, "selection_score")
-    )
-    score = Scorer(reward, checked, by_name)
-    rules_seed = secrets.randbits(63) if seed is None else seed
-    return Plan(
-        checked, sampler, num_drafts, num_refinements, rounds, score, ranking, rules, seed,
-        rules_seed, on_progress,
-    )  # fmt: skip
+        check_journal(journal, setup.header)
+    return run_stream(setup, slots, reward_max, journal)

@@ -4,6 +4,8 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,14 +14,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ...files import sole_writer, write_whole
 from ..errors import usage_errors
-from ..metrics_file import write_atomically, write_json
-from .plan import ARMS, DEFAULT_ARMS, Plan, Run, save_plan
+from ..metrics_file import write_json
+from ..run_folder import SETTINGS, check_settings, save_settings
+from .runs import ARMS, DEFAULT_ARMS, DemoConfig, Run
 from .verdict import summarize, write_verdict
 from .workers import Workers, default_workers, prepare_weights
 
 MADE_HERE = (
-    *("runs", "plan.json", "warm.safetensors"),
+    *("runs", SETTINGS, "warm.safetensors"),
     *("metrics.jsonl", "summary.json", "verdict.txt", "curves.png"),
 )
 POLL_SECONDS = 1.0
@@ -39,7 +43,7 @@ def demo(
         typer.Option(help="One more arm: drafts trained too, or a random draft. Repeatable."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per arm.")] = 4,
-    steps: Annotated[int, typer.Option(min=2, help="Updates per run.")] = Plan.steps,
+    steps: Annotated[int, typer.Option(min=2, help="Updates per run.")] = DemoConfig.steps,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time; by default one per core, at most 8.")
     ] = None,
@@ -53,29 +57,39 @@ def demo(
     A demo that was stopped goes on where it was; a finished one is only drawn again.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    plan = Plan(steps=steps, warm_up=warm_up)
+    config = DemoConfig(steps=steps, warm_up=warm_up)
     arms = [*DEFAULT_ARMS, *dict.fromkeys(extra.value for extra in arm or ())]
     runs = [Run(name, seed) for seed in range(seeds) for name in arms]
-    if fresh:
-        clear(output_dir)
-    with usage_errors("demo"):
-        save_plan(plan, output_dir)
+    with ExitStack() as held:
+        with usage_errors("demo"):
+            held.enter_context(sole_writer(output_dir))
+            if fresh:
+                clear(output_dir)
+            if (output_dir / SETTINGS).exists():
+                check_settings(output_dir, asdict(config))
+            save_settings(output_dir, asdict(config))
+        finish(config, runs, output_dir, console, workers or default_workers())
+
+
+def finish(
+    config: DemoConfig, runs: Sequence[Run], output_dir: Path, console: Console, workers: int
+) -> None:
+    """Train the runs that have no result yet, and report on all."""
     open_runs = [run for run in runs if run.result(output_dir) is None]
     if not open_runs:
         console.print(f"All {len(runs)} runs in {output_dir} are finished; --fresh starts again.")
     else:
-        console.print(
-            f"{len(open_runs)} of {len(runs)} runs to go, {plan.steps} steps each, in {output_dir}"
-        )
+        to_go = f"{len(open_runs)} of {len(runs)} runs to go"
+        console.print(f"{to_go}, {config.steps} steps each, in {output_dir}")
         try:
-            train(plan, open_runs, output_dir, console, workers or default_workers())
+            train(config, open_runs, output_dir, console, workers)
         except KeyboardInterrupt:
             console.print("Stopped. The same command goes on from the last checkpoints.")
             raise typer.Exit(130) from None
         except RuntimeError as error:
             console.print(str(error))
             raise typer.Exit(1) from error
-    report(plan, runs, output_dir, console)
+    report(config, runs, output_dir, console)
 
 
 def clear(output_dir: Path) -> None:
@@ -89,12 +103,12 @@ def clear(output_dir: Path) -> None:
 
 
 def train(
-    plan: Plan, runs: Sequence[Run], output_dir: Path, console: Console, workers: int
+    config: DemoConfig, runs: Sequence[Run], output_dir: Path, console: Console, workers: int
 ) -> None:
     """Train the runs in worker processes and show how far they are."""
     began = time.monotonic()
-    prepare_weights(plan, output_dir, say=console.print)
-    with Workers(output_dir, runs, workers) as pool, RunProgress(plan, runs, console) as progress:
+    prepare_weights(config, output_dir, say=console.print)
+    with Workers(output_dir, runs, workers) as pool, RunProgress(config, runs, console) as progress:
         while pool.running():
             time.sleep(POLL_SECONDS)
             progress.show(read_metrics(runs, output_dir))
@@ -105,8 +119,8 @@ def train(
 class RunProgress:
     """A bar per run; where nobody watches a terminal, a line per held-out evaluation."""
 
-    def __init__(self, plan: Plan, runs: Sequence[Run], console: Console) -> None:
-        self.plan, self.console = plan, console
+    def __init__(self, config: DemoConfig, runs: Sequence[Run], console: Console) -> None:
+        self.config, self.console = config, console
         self.accuracies: dict[Run, int] = {}
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -119,7 +133,7 @@ class RunProgress:
         )
         self.tasks = {
             run: self.progress.add_task(
-                describe(run), total=plan.steps, accuracy="", start=False, visible=True
+                describe(run), total=config.steps, accuracy="", start=False, visible=True
             )
             for run in runs
         }
@@ -145,7 +159,7 @@ class RunProgress:
                 self.accuracies[run] = len(evaluations)
                 step = evaluations[-1]["step"]
                 self.console.print(
-                    f"{describe(run)}: step {step} of {self.plan.steps}, held-out {accuracy}"
+                    f"{describe(run)}: step {step} of {self.config.steps}, held-out {accuracy}"
                 )
 
 
@@ -159,9 +173,9 @@ def read_metrics(runs: Sequence[Run], output_dir: Path) -> list[dict[str, Any]]:
     return [row for run in runs for row in run.metrics(output_dir).read()]
 
 
-def report(plan: Plan, runs: Sequence[Run], output_dir: Path, console: Console) -> None:
+def report(config: DemoConfig, runs: Sequence[Run], output_dir: Path, console: Console) -> None:
     """Write metrics.jsonl, summary.json, verdict.txt and curves.png; print the verdict."""
-    from ..plots import build_figure, save_figure
+    from .plots import build_figure, save_figure
 
     rows = read_metrics(runs, output_dir)
     results: dict[str, list[dict[str, Any]]] = {}
@@ -169,12 +183,12 @@ def report(plan: Plan, runs: Sequence[Run], output_dir: Path, console: Console) 
         result = run.result(output_dir)
         assert result is not None
         results.setdefault(run.arm, []).append(result)
-    summary = summarize(plan, results, rows)
+    summary = summarize(config, results, rows)
     verdict = write_verdict(summary)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(output_dir / "metrics.jsonl", lines.encode())
+    write_whole(output_dir / "metrics.jsonl", lines.encode())
     write_json(output_dir / "summary.json", {**summary, "verdict": verdict})
-    write_atomically(output_dir / "verdict.txt", f"{verdict}\n".encode())
+    write_whole(output_dir / "verdict.txt", f"{verdict}\n".encode())
     labels = {arm: ARMS[arm].label for arm in results}
     save_figure(build_figure(rows, labels, title(summary)), output_dir / "curves.png")
     console.print(f"\n{verdict}\n")

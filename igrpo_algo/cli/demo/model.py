@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ..metrics_file import write_atomically
+from ...files import write_whole
 from . import chain
 
 PAD, UNKNOWN, TURN_START, TURN_END = "<|pad|>", "<|unknown|>", "<|im_start|>", "<|im_end|>"
@@ -83,7 +83,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> Qwen3Fo
 def save_weights(model: Qwen3ForCausalLM, path: Path) -> None:
     """Write the weights in bf16, which halves the file."""
     weights = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
-    write_atomically(path, save(weights))
+    write_whole(path, save(weights))
 
 
 def load_model(path: Path, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:

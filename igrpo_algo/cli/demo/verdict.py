@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from ..intervals import Interval, mean_interval
-from .plan import ARMS, Plan
+from .runs import ARMS, DemoConfig
 
 
 def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval:
@@ -22,14 +22,14 @@ def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]
 
 
 def summarize(
-    plan: Plan,
+    config: DemoConfig,
     results: Mapping[str, Sequence[Mapping[str, Any]]],
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Collect the numbers behind the verdict.
 
     Args:
-        plan: The settings of all runs.
+        config: The settings of all runs.
         results: The finished runs of each arm, ordered by seed.
         rows: The metrics of these runs.
     """
@@ -37,43 +37,45 @@ def summarize(
     for arm, runs in results.items():
         arms[arm] = {
             "label": ARMS[arm].label,
-            "completions": plan.steps * plan.prompts_per_step * ARMS[arm].completions,
+            "completions": config.steps * config.prompts_per_step * ARMS[arm].completions,
             "accuracy": _spread([run["accuracy"] for run in runs]),
             "refined_accuracy": _spread([run["refined_accuracy"] for run in runs]),
-            "late_zero_variance": late_mean(plan, rows, arm, "zero_variance"),
-            "late_copied_drafts": late_mean(plan, rows, arm, "copied_drafts"),
+            "late_zero_variance": late_mean(config, rows, arm, "zero_variance"),
+            "late_copied_drafts": late_mean(config, rows, arm, "copied_drafts"),
             "cpu_seconds": sum(run["cpu_seconds"] for run in runs),
         }
     differences = {
         arm: difference(
-            [_shares(run, plan) for run in runs],
-            [_shares(run, plan) for run in results["grpo"]],
+            [_shares(run, config) for run in runs],
+            [_shares(run, config) for run in results["grpo"]],
         )._asdict()
         for arm, runs in results.items()
         if arm != "grpo"
     }
     return {
         "seeds": [run["seed"] for run in next(iter(results.values()))],
-        "held_out": plan.held_out,
-        "answers_per_problem": plan.final_samples,
+        "held_out": config.held_out,
+        "answers_per_problem": config.final_samples,
         "base_accuracy": next(row["accuracy"] for row in rows if row["step"] == 0),
         "arms": arms,
         "difference_to_grpo": differences,
     }
 
 
-def late_mean(plan: Plan, rows: Sequence[Mapping[str, Any]], arm: str, metric: str) -> float | None:
+def late_mean(
+    config: DemoConfig, rows: Sequence[Mapping[str, Any]], arm: str, metric: str
+) -> float | None:
     """Mean of a training metric over the last fifth of the steps, or None where it has no rows."""
     late = [
         row[metric]
         for row in rows
-        if row["arm"] == arm and row["step"] > 0.8 * plan.steps and row.get(metric) is not None
+        if row["arm"] == arm and row["step"] > 0.8 * config.steps and row.get(metric) is not None
     ]
     return fmean(late) if late else None
 
 
-def _shares(run: Mapping[str, Any], plan: Plan) -> list[float]:
-    return [right / plan.final_samples for right in run["right"]]
+def _shares(run: Mapping[str, Any], config: DemoConfig) -> list[float]:
+    return [right / config.final_samples for right in run["right"]]
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

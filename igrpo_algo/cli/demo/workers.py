@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
-from ..metrics_file import write_atomically
-from .plan import Plan, Run, share_runs
+from ...files import write_whole
+from .runs import DemoConfig, Run, share_runs
 
 SHIPPED_WEIGHTS = Path(__file__).with_name("warm.safetensors")
 MAX_WORKERS = 8
@@ -21,16 +21,16 @@ def default_workers() -> int:
     return min(cores, MAX_WORKERS)
 
 
-def prepare_weights(plan: Plan, output_dir: Path, *, say: Callable[[str], None]) -> None:
+def prepare_weights(config: DemoConfig, output_dir: Path, *, say: Callable[[str], None]) -> None:
     """Put the warmed weights into a folder that lacks them: the shipped ones, or new ones."""
     weights = output_dir / "warm.safetensors"
     if weights.exists():
         return
-    if plan.warm_up:
+    if config.warm_up:
         say("Warming the model up on a teacher's answers ...")
         subprocess.run(_python("igrpo_algo.cli.demo.warmup", str(weights)), check=True)
     else:
-        write_atomically(weights, SHIPPED_WEIGHTS.read_bytes())
+        write_whole(weights, SHIPPED_WEIGHTS.read_bytes())
 
 
 class Workers:
@@ -55,7 +55,7 @@ class Workers:
             log = (folder / f"worker-{index}.log").open("wb")
             self.logs.append(log)
             command = _python(
-                "igrpo_algo.cli.demo.arms", str(self.output_dir), *(run.name for run in share)
+                "igrpo_algo.cli.demo.training", str(self.output_dir), *(run.name for run in share)
             )
             self.processes.append(
                 subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment())

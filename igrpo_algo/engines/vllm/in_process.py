@@ -11,7 +11,8 @@ from igrpo_kernels.checks import check_number
 
 from ...prompts import Prompt, decode_completion
 from ...rollouts.completions import Completion
-from ...rollouts.sampling import Groups, prompt_seeds
+from ...rollouts.sampling import Groups
+from ...seeds import prompt_seeds
 from ..base import EngineSampler, request_seed, stop_ids
 from ..weights import WantedWeights, Weights, as_folder, memory_folder, open_weights
 from .engine import is_in_process, loop_of, make_engine, wanted_by

@@ -11,7 +11,8 @@ from igrpo_kernels.checks import check_count, check_number
 
 from ...prompts import Prompt, decode_completion
 from ...rollouts.completions import Completion
-from ...rollouts.sampling import Groups, prompt_seeds, run_blocking
+from ...rollouts.sampling import Groups, run_blocking
+from ...seeds import prompt_seeds
 from ..base import EngineSampler, request_seed, stop_ids
 from ..weights import FolderWeights, WantedWeights, Weights, as_folder, memory_folder, open_weights
 from .http import check_urls

@@ -14,7 +14,6 @@ CHOICES = {
     "draft_ties": ("lowest_index", "random", "shortest"),
     "all_drafts_failed": ("condition", "plain_prompt", "skip"),
     "draft_keep": ("tail", "head"),
-    "fused_head": ("auto", "igrpo", "trl"),
 }
 
 
@@ -63,9 +62,10 @@ class IGRPOConfig(GRPOConfig):
         draft_loss_coef: Beyond the paper: weight of the drafts' own loss, with advantages over
             their own group and log-probs under the original prompt. 0 trains on Stage 2 alone.
         eval_with_draft: Evaluate draft-then-refine instead of single-shot.
-        use_trl_loss: Take TRL's `_compute_loss` in place of `igrpo_kernels.policy_loss`.
-        fused_head: Whose op takes log-probs from hidden states, inside TRL's forward: "igrpo",
-            "trl", or "auto" for ours where it was measured to be faster (`trl_head.choose_head`).
+        use_trl_loss: Take TRL's `_compute_loss` in place of `igrpo_kernels.linear_policy_loss`.
+        skip_zero_advantages: Leave completions of zero advantage out of forward and backward, where
+            neither KL, entropy nor a mixture of experts needs them. The metric `entropy` is then
+            that of the others.
 
     Raises:
         ValueError: A value out of range, or options that exclude each other.
@@ -131,8 +131,8 @@ class IGRPOConfig(GRPOConfig):
     use_trl_loss: bool = field(
         default=False, metadata={"help": "Take TRL's loss in place of igrpo_kernels'."}
     )
-    fused_head: str = field(
-        default="auto", metadata={"help": "Op behind the log-probs: auto, igrpo or trl."}
+    skip_zero_advantages: bool = field(
+        default=True, metadata={"help": "Leave completions of zero advantage out of the forward."}
     )
 
     @classmethod

@@ -23,7 +23,8 @@ from ...advantages.of_groups import sum_rewards
 from ...drafts.markers import marker_tokens
 from ...drafts.splice import TextSplice, TokenBudget
 from ...drafts.text import strip_thinking
-from ...rollouts.sampling import derive_seed, run_blocking
+from ...rollouts.sampling import run_blocking
+from ...seeds import derive_seed
 from .config import IGRPOConfig
 from .drafts import (
     DraftChoice,
@@ -32,7 +33,7 @@ from .drafts import (
     choose_drafts,
     splice_or_leave,
 )
-from .loss import join_stages
+from .loss_rows import join_stages
 from .metrics import count_rows, stage_metrics
 from .policy_loss import PolicyLossTrainer
 

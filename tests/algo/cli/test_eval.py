@@ -1,20 +1,23 @@
-"""`igrpo eval` end to end on a tiny model, its numbers by hand, and a stopped run that goes on."""
+"""`igrpo eval` end to end on a tiny model, and a stopped run that goes on."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
 import igrpo_algo.cli.eval as eval_command
 from igrpo_algo.cli.app import app
-from igrpo_algo.cli.eval_report import print_report, report
 from igrpo_algo.cli.options import load_tokenizer
-from igrpo_algo.drafts.splice import TextSplice
+from igrpo_algo.drafts.rules import DraftRules
+from igrpo_algo.engines.base import EngineSampler
 from igrpo_algo.rollouts.completions import Completion
 
+RANDOM = eval_command.DraftChoice.RANDOM
 REWARD = "def vowels(completions, **columns):\n    return [x(c) for c in completions]\n\n\n" + (
     "def x(c):\n    return float(sum(map(c[-1]['content'].count, 'aeiou')) > 0)\n"
 )
@@ -124,6 +127,40 @@ def test_best_draft_is_refined_on_request(tiny_model: str, problems: str) -> Non
         assert row["chosen"] == scores.index(max(scores))
 
 
+def test_a_second_writer_is_refused_and_a_dead_one_is_not_waited_for(
+    tiny_model: str, problems: str
+) -> None:
+    hold = "import os; from igrpo_algo.files import sole_writer\n" + (
+        "with sole_writer('out'): print('held', flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=-1, stdout=-1) as writer:
+        assert writer.stdout.readline() == b"held\n"
+        refused = igrpo_eval(tiny_model, problems)
+        assert refused.exit_code == 2
+        assert "igrpo eval: out is being written by another run" in refused.stderr
+        assert not Path("out").exists()
+        writer.kill()
+    assert igrpo_eval(tiny_model, problems, "--limit", "1").exit_code == 0
+
+
+def test_the_chat_template_gets_the_keywords(
+    tiny_model: str, problems: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model, "model")
+    Path("model/chat_template.jinja").write_text("{{ messages[0].content }}{{ effort }}")
+    used: list[Any] = []
+    monkeypatch.setattr(eval_command, "answer_all", lambda *arguments: used.extend(arguments))
+    monkeypatch.setattr(eval_command, "report", lambda *_: {"prompts": 0})
+    done = igrpo_eval("model", problems, "--chat-template-kwargs", '{"effort": " low"}')
+    assert done.exit_code == 0, done.output
+    sampler, rules = used[1], used[4]
+    prompt = [{"role": "user", "content": "q"}]
+    assert sampler.tokenizer.decode(sampler.encode(prompt)) == "q low"
+    assert rules.splice.budget.encode_prompt(prompt) == sampler.encode(prompt)
+    settings = json.loads(Path("out/run.json").read_text())
+    assert settings["chat_template_kwargs"] == {"effort": " low"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -164,137 +201,42 @@ def test_each_batch_has_its_own_seeds() -> None:
     def reward(completions: Any, **columns: Any) -> list[float]:
         return [0.0 for _ in completions]
 
-    protocol = eval_command.Protocol(1, 1, 1, eval_command.DraftChoice.RANDOM, 2, 1.0, (1,), 0)
-    sampler = Sampler()
+    protocol = eval_command.Protocol(1, 1, 1, RANDOM, 2, 1.0, (1,), 0)
+    sampler, rules = Sampler(), DraftRules()
     rows = [{"prompt": "same"}] * 2
     for first in (0, 2):
-        list(
-            eval_command.answer_batch(
-                rows, first, sampler, {"zero": reward}, protocol, TextSplice()
-            )
-        )
+        list(eval_command.answer_batch(rows, first, sampler, {"zero": reward}, protocol, rules))
     assert len(sampler.seeds) == len(set(sampler.seeds)) == 12
 
 
-def answers(*scores: float | None, text: str = "a", cut: bool = False) -> list[dict[str, Any]]:
-    reason = "length" if cut else "stop"
-    return [
-        {"text": text, "tokens": 2, "finish_reason": reason, "scores": {"math": score}}
-        for score in scores
-    ]
+class Rambling(EngineSampler):
+    """Says the same at length, and asks for a turn of its own."""
 
+    max_prompt_tokens = 600
 
-def test_report_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [
-        {
-            "single": answers(1.0, 1.0, 0.0, 0.0),
-            "drafts": answers(0.0, 0.5),
-            "chosen": 1,
-            "shown": "a",
-            "refinements": answers(1.0, 1.0, text="<think>Again?</think>a"),
-        },
-        {
-            "single": answers(0.0, 0.0, 0.0, 0.5, cut=True),
-            "drafts": answers(1.0, 0.0),
-            "chosen": 0,
-            "shown": "a",
-            "refinements": answers(1.0, 0.0, text="b"),
-        },
-        {
-            "single": answers(None, None, None, None),
-            "drafts": answers(None, None),
-            "chosen": -1,
-            "shown": "",
-            "refinements": answers(None, None, text="b"),
-        },
-    ]
-    results = report(rows, ["math"], [1, 2, 4], 1.0)
-    single = results["single"]
-    # pass@1 of the prompts: 1/2 and 0. Wilson's bounds for a mean of 1/4 over two prompts:
-    # (1/4 + z^2 / 4 -+ z sqrt(3/32 + z^2 / 16)) / (1 + z^2 / 2).
-    assert single["pass@1"]["mean"] == pytest.approx(0.25, abs=1e-12)
-    z = 1.959963984540054
-    margin = z * (3 / 32 + z**2 / 16) ** 0.5
-    for side, bound in ((-1, "low"), (1, "high")):
-        wanted = (0.25 + z**2 / 4 + side * margin) / (1 + z**2 / 2)
-        assert single["pass@1"][bound] == pytest.approx(wanted, rel=1e-9)
-    # pass@2 of the first prompt: 1 - C(2, 2) / C(4, 2) = 5/6.
-    assert single["pass@2"]["mean"] == pytest.approx(5 / 12, abs=1e-12)
-    assert single["reward/math"] == pytest.approx(2.5 / 8, abs=1e-12)
-    assert (single["answers"], single["unscored"]) == (12, 4)
-    assert single["cut_short"] == pytest.approx(1 / 3, abs=1e-12)
-    assert results["refinements"]["pass@1"]["mean"] == pytest.approx(0.75, abs=1e-12)
-    # Right answers: drafts 0 and 1/2, refinements 1 and 1/2.
-    assert results["uplift"] == pytest.approx(0.5, abs=1e-12)
-    assert results["copied"] == pytest.approx(1 / 2, abs=1e-12)
-    print_report(results, Path("out"))
-    assert "+0.500" in capsys.readouterr().out
-
-
-def test_report_of_single_answers_takes_wilson_s_interval() -> None:
-    rows = [{"single": answers(1.0)} for _ in range(4)]
-    interval = report(rows, ["math"], [1], 1.0)["single"]["pass@1"]
-    z2 = torch.tensor(1.959964**2)
-    torch.testing.assert_close(interval["low"], float(4 / (4 + z2)), rtol=1e-5, atol=0)
-    assert interval["high"] == 1.0
-
-
-@pytest.mark.parametrize("prompts", [2, 29, 30, 40])
-@pytest.mark.parametrize("score", [0.0, 1.0])
-def test_no_interval_is_without_width(prompts: int, score: float) -> None:
-    rows = [{"single": answers(score, score)} for _ in range(prompts)]
-    interval = report(rows, ["math"], [1, 2], 1.0)["single"]["pass@1"]
-    assert interval["mean"] == score
-    assert interval["high"] - interval["low"] > 0.05
-
-
-def test_many_prompts_take_student_s_interval() -> None:
-    rows = [{"single": answers(float(i % 2), 0.0)} for i in range(32)]
-    interval = report(rows, ["math"], [1], 1.0)["single"]["pass@1"]
-    # 16 prompts with 1/2, 16 with 0: the deviation is sqrt(32 / 16 / 31).
-    # t of 31 degrees of freedom is 2.039513.
-    margin = 2.039513 * (32 / 16 / 31 / 32) ** 0.5
-    assert interval["low"] == pytest.approx(0.25 - margin, abs=1e-6)
-
-
-def test_copies_are_of_what_was_shown() -> None:
-    row = {
-        "single": answers(0.0),
-        "drafts": answers(0.0, text="<think>Two.</think>\n\nIt is 2."),
-        "chosen": 0,
-        "shown": "It is 2.",
-        "refinements": answers(0.0, text="<think>Fine.</think>It is 2.\n")
-        + answers(0.0, text="It is 3."),
-    }
-    assert report([row], ["math"], [1], 1.0)["copied"] == 0.5
-    assert report([row], ["math"], [1], 1.0, None)["copied"] == 0.0
+    def sample(self, prompts: Any, n: int, *, seed: Any) -> Any:
+        self.prompts = prompts
+        text = "<think>Hm.</think>head " + "x" * 200 + "<|im_end|><|im_start|>tail"
+        return [[Completion([1], text)] * n for _ in prompts]
 
 
 def test_drafts_are_shown_as_in_training(tiny_model: str) -> None:
-    class Sampler:
-        def __init__(self) -> None:
-            self.prompts: list[Any] = []
-
-        def sample(self, prompts: Any, n: int, *, seed: Any) -> Any:
-            self.prompts += prompts
-            text = "<think>Hm.</think>head " + "x" * 200 + "<|im_end|><|im_start|>tail"
-            return [[Completion([1], text)] * n for _ in prompts]
-
     def reward(completions: Any, **columns: Any) -> list[float]:
         return [0.0 for _ in completions]
 
     tokenizer = load_tokenizer(tiny_model, trust_remote_code=False)
-    splice = eval_command.make_splice(tokenizer, max_prompt_tokens=600)
-    protocol = eval_command.Protocol(1, 1, 1, eval_command.DraftChoice.RANDOM, 2, 1.0, (1,), 0)
-    sampler = Sampler()
+    tokenizer.chat_template += "{{ effort }}"
+    sampler = Rambling(tokenizer, 1, {"effort": "much " * 20})
+    rules = eval_command.draft_rules(RANDOM, sampler)
+    protocol = eval_command.Protocol(1, 1, 1, RANDOM, 2, 1.0, (1,), 0)
     rows = [{"prompt": [{"role": "user", "content": "q"}]}]
-    (record,) = eval_command.answer_batch(rows, 0, sampler, {"zero": reward}, protocol, splice)
+    (record,) = eval_command.answer_batch(rows, 0, sampler, {"zero": reward}, protocol, rules)
     spliced = sampler.prompts[-1][0]["content"]
     assert spliced.startswith("q\n\nHere is an earlier attempt")
     assert "tail\n</earlier_attempt>" in spliced
     for absent in ("<|im_end|>", "<|im_start|>", "Hm.", "head"):
         assert absent not in spliced
-    assert len(splice.budget.encode_prompt(sampler.prompts[-1])) <= 600
+    assert len(sampler.encode(sampler.prompts[-1])) <= 600
     assert record["shown"].endswith("tail")
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from igrpo_algo.cli.metrics_file import MetricsFile, write_atomically, write_json
+from igrpo_algo.cli.metrics_file import MetricsFile, write_json
+from igrpo_algo.files import write_whole
 
 
 def test_rows_come_back_and_nonfinite_numbers_are_null(tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_files_are_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("os.fsync", die)
     with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, b"half")
+        write_whole(path, b"half")
     with pytest.raises(KeyboardInterrupt):
         metrics.append({"step": 2})
     assert json.loads(path.read_text()) == {"mean": None, "n": 3}

@@ -15,7 +15,9 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from igrpo_algo.cli.app import app
-from igrpo_algo.cli.train import FREE_ON_RESUME, last_checkpoint
+from igrpo_algo.cli.run_folder import last_checkpoint
+from igrpo_algo.cli.train import FREE_ON_RESUME, as_dataset
+from igrpo_algo.files import sole_writer
 from igrpo_algo.trainers.trl.config import IGRPOConfig
 
 # Warnings that TRL and its dependencies give about themselves.
@@ -98,13 +100,13 @@ def test_killed_run_resumes_to_the_same_end(tiny_model: str, problems: str) -> N
         process.wait()
     killed_at = last_checkpoint(Path("out"))
     assert killed_at is not None
-    step = int(killed_at.name.partition("-")[2])
+    step = killed_at.step
     assert step < 38
     with open("out/metrics.jsonl", "ab") as file:  # a step after the checkpoint, and a torn line
         file.write(b'{"step": %d, "reward": 9}\n{"step": 39, "rew' % (step + 1))
     # A checkpoint that was being written when the run died is passed over.
     torn = Path("out") / f"checkpoint-{step + 100}"
-    shutil.copytree(killed_at, torn)
+    shutil.copytree(killed_at.path, torn)
     (torn / "trainer_state.json").write_text('{"global_st')
 
     end = step + 2
@@ -168,6 +170,9 @@ def test_resume_without_a_checkpoint_starts_afresh_and_adapters_evaluate(
         (["--config", "torn.json"], "torn.json: not JSON"),
         (["--config", "torn.yaml"], "torn.yaml: not YAML"),
         (["--config", "config.toml"], "config.toml: a config is .json, .yaml or .yml"),
+        (["--chat-template-kwargs", "no"], "--chat-template-kwargs wants JSON, got 'no'"),
+        (["--chat-template-kwargs", "[1]"], "chat_template_kwargs must be a mapping, got"),
+        (["--set", 'chat_template_kwargs={"tokenize": 1}'], "must not set tokenize"),
         (["--peft-r", "0"], "--peft-r must be >= 1, got 0"),
         (["--model", "./nothing"], "model ./nothing is not a folder with a config.json"),
         (["--dataset", "missing.jsonl"], "missing.jsonl does not exist"),
@@ -208,7 +213,7 @@ def test_settings_come_from_preset_file_options_and_set(
         *("train", "--model", tiny_model, "--dataset", problems, "--reward", "math", "--paper"),
         *("--config", "config.yaml", "--learning-rate", "0.2", "--num-drafts", "8"),
         *("--set", "num_drafts=2", "--set", "beta=0.3", "--set", "save_steps=7"),
-        *("--system-prompt", "paper"),
+        *("--system-prompt", "paper", "--chat-template-kwargs", '{"enable_thinking": false}'),
         *("--set", "per_device_train_batch_size=2", "--set", "gradient_accumulation_steps=2"),
     )
     assert done.exit_code == 0, done.output
@@ -216,10 +221,28 @@ def test_settings_come_from_preset_file_options_and_set(
     config = job.config
     assert (config.temperature, config.learning_rate, config.num_drafts) == (0.1, 0.2, 2)
     assert (config.beta, config.seed, config.save_steps) == (0.3, 1, 7)
+    assert config.chat_template_kwargs == {"enable_thinking": False}
     assert config.lr_scheduler_type == "cosine_with_min_lr"
     assert config.max_completion_length == 4096
     assert [message["role"] for message in job.rows[0]["prompt"]] == ["system", "user"]
     assert [row["answer"] for row in job.rows] == ["3", "5", "7", "9", "11", "13"]
+
+
+def test_a_second_writer_is_refused(tiny_model: str, problems: str) -> None:
+    with sole_writer("out"):
+        refused = igrpo(*arguments(tiny_model, problems))
+    assert refused.exit_code == 2
+    assert "igrpo train: out is being written by another run" in refused.stderr
+    assert not Path("out").exists()
+
+
+def test_columns_with_cells_of_several_types_reach_the_reward() -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": "a"}], "answer": None, "level": "hard"},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "b"}]}], "answer": "1",
+         "level": 2},
+    ]  # fmt: skip
+    assert list(as_dataset(rows)) == rows
 
 
 def test_help_states_defaults_and_what_may_change_on_resume() -> None:

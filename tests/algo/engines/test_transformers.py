@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from igrpo_algo.drafts.rules import DraftRules
 from igrpo_algo.drafts.splice import TextSplice, TokenBudget
 from igrpo_algo.drafts.text import DraftTemplate
 from igrpo_algo.engines.transformers import TransformersSampler
@@ -260,13 +261,9 @@ def test_prompts_are_encoded_as_the_model_expects(model, tokenizer):
 
 def test_two_stages_in_step_and_streamed_agree_and_cut_the_draft_not_the_question(model, tokenizer):
     sampler = TransformersSampler(model, tokenizer, max_new_tokens=32, stop_token_ids=[])
-    options = {
-        "splice": TextSplice(
-            DraftTemplate(" [", "]"),
-            budget=TokenBudget(tokenizer, max_prompt_tokens=sampler.max_prompt_tokens),
-        ),
-        "seed": 0,
-    }
+    budget = TokenBudget(tokenizer, max_prompt_tokens=sampler.max_prompt_tokens)
+    splice = TextSplice(DraftTemplate(" [", "]"), budget=budget)
+    options = {"rules": DraftRules(splice=splice), "seed": 0}
 
     def reward(prompts, completions):
         return [float(len(completion)) for completion in completions]

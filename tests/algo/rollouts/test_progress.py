@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import rich
+from canned_rollouts import PROMPTS, canned, graded, streamed
 from rich.console import Console
 
 from igrpo_algo import Completion, DraftRules, Fallback, stream_two_stage_rollout, two_stage_rollout
-from igrpo_algo.rollouts.one_prompt import StageFinished, StageStarted
-from igrpo_algo.rollouts.progress import RolloutProgress, show_live
+from igrpo_algo.rollouts.progress import RolloutProgress, StageFinished, StageStarted, show_live
 from igrpo_algo.rollouts.records import Stage
 
 
@@ -153,3 +153,31 @@ def test_the_line_is_as_wide_as_the_terminal_is_now(
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("x" * 60)
     assert line.rstrip().endswith("0/0 done · 0 tok/s")
+
+
+@pytest.mark.parametrize("run", [two_stage_rollout, streamed])
+def test_progress_tells_each_stage_of_each_prompt(run):
+    events = []
+    rollouts = run(PROMPTS, canned, graded, seed=1, rounds=2, on_progress=events.append)
+    for group in rollouts:
+        mine = [event for event in events if event.index == group.index]
+        assert [event.number for event in mine] == [0, 0, 1, 1, 2, 2]
+        assert [event.last for event in mine[1::2]] == [False, False, True]
+        assert [event.stage for event in mine[1::2]] == [group.drafts, *group.refinements]
+        assert [event.time for event in mine[::2]] == [
+            stage.started for stage in (group.drafts, *group.refinements)
+        ]
+    times = rollouts.times.flatten(1)
+    assert (times.diff(dim=1) >= 0).all()
+    assert (times >= 0).all()
+
+
+@pytest.mark.parametrize("run", [two_stage_rollout, streamed])
+def test_progress_tells_of_skipped_prompts_too(run):
+    events = []
+    rules = DraftRules(failed_below=3.0, when_failed=Fallback.SKIP)
+    run(["q"], canned, graded, on_progress=events.append, rules=rules)
+    assert [type(event) for event in events] == [StageStarted, StageFinished, StageFinished]
+    assert events[-1].last
+    assert [c.finish_reason for c in events[-1].stage.completions] == ["skipped"] * 4
+    assert not any(c.token_ids for c in events[-1].stage.completions)

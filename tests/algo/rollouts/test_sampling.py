@@ -10,12 +10,11 @@ from igrpo_algo.rollouts.completions import Completion, pack_completions, pad_co
 from igrpo_algo.rollouts.sampling import (
     Samples,
     check_prompts,
-    derive_seed,
-    prompt_seeds,
     run_blocking,
     sample_group,
     sample_one,
 )
+from igrpo_algo.seeds import derive_seed, prompt_seeds
 
 
 def draw(prompt, n, seed):
@@ -60,13 +59,28 @@ FORMS = [plain, plain_async, Batch(), AsyncBatch(), One(), Both()]
 @pytest.mark.parametrize("seed", [None, 3, [7, 8]])
 def test_each_form_of_sampler_draws_the_same(sampler, seed):
     samples = sample_group(["a", "b"], sampler, 2, seed=seed)
-    assert samples == Samples(["a", "b"], plain(["a", "b"], 2, prompt_seeds(seed, 2)))
+    drawn = plain(["a", "b"], 2, prompt_seeds(seed, 2))
+    assert samples == Samples(["a", "b"], drawn, [None, None])
 
 
 @pytest.mark.parametrize("sampler", FORMS)
 @pytest.mark.parametrize("seed", [None, 9])
 def test_each_form_draws_one_prompt_without_blocking(sampler, seed):
     assert asyncio.run(sample_one(sampler, "a", 3, seed)) == draw("a", 3, seed)
+
+
+class Encoding(Batch):
+    """One token a character; asked with ids, it draws text that shows them."""
+
+    def encode(self, prompt):
+        return [ord(letter) for letter in prompt]
+
+
+def test_a_sampler_that_encodes_is_asked_with_ids_and_they_are_kept():
+    samples = sample_group(["ab", "c"], Encoding(), 1, seed=[7, 8])
+    assert samples.prompts == ["ab", "c"]
+    assert samples.prompt_ids == [[97, 98], [99]]
+    assert samples.texts == [["[97, 98]/0/7"], ["[99]/0/8"]]
 
 
 def test_a_blocking_sampler_runs_off_the_loop_and_only_there():
@@ -105,7 +119,7 @@ def test_no_prompts_give_no_samples_and_no_call():
         raise AssertionError("called")
 
     samples = sample_group([], sampler, 4)
-    assert samples == Samples([], [])
+    assert samples == Samples([], [], [])
     assert samples.padded().ids.shape == (0, 0)
     assert samples.packed().cu_seqlens.tolist() == [0]
     assert samples.owner.shape == (0,)
@@ -229,7 +243,7 @@ def test_missing_log_probs_are_not_made_up():
 
 
 def test_samples_are_prompt_major():
-    samples = Samples(["p", "q"], [COMPLETIONS[:2], COMPLETIONS[2:]])
+    samples = Samples(["p", "q"], [COMPLETIONS[:2], COMPLETIONS[2:]], [[1], [2]])
     assert samples.flat == COMPLETIONS
     assert samples.owner.tolist() == [0, 0, 1]
     assert samples.texts == [["a", ""], ["b"]]

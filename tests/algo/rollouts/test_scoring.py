@@ -140,3 +140,73 @@ def test_a_reward_that_raises_while_it_yields_names_its_prompt():
 
     with pytest.raises(RewardError, match=r"reward failed on prompt 1 \('b'\): KeyError"):
         score(reward)
+
+
+DRAWN = {0: [Completion([1], "w")], 2: TWO, 3: []}
+LETTERS = ("a", "b", "c", "d")
+
+
+def score_many(reward, **columns):
+    return asyncio.run(Scorer(reward, LETTERS, columns).score(DRAWN))
+
+
+def test_many_prompts_are_scored_in_one_call():
+    calls = []
+
+    def reward(**arguments):
+        calls.append(arguments)
+        return [1.0, None, 3.0]
+
+    assert score_many(reward, answer=[1, 2, 3, 4]) == {0: [1.0], 2: [math.nan, 3.0], 3: []}
+    assert calls == [
+        {"prompts": ["a", "c", "c"], "completions": ["w", "x", "y"], "answer": [1, 3, 3]}
+    ]
+
+
+def raises(prompts, completions):
+    if "c" in prompts:
+        raise KeyError("answer")
+    return [1.0] * len(prompts)
+
+
+def too_few(prompts, completions):
+    return [1.0] * (len(prompts) - ("c" in prompts))
+
+
+def too_high(prompts, completions):
+    return [math.inf if prompt == "c" else 1.0 for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "match"),
+    [
+        (raises, RewardError, r"reward failed on prompt 2 \('c'\): KeyError\('answer'\)"),
+        (too_few, ValueError, r"1 values for 2 completions of prompt 2 \('c'\)"),
+        (too_high, ValueError, r"got inf on prompt 2 \('c'\)"),
+    ],
+)
+def test_the_prompt_at_fault_is_found_among_many(reward, error, match):
+    with pytest.raises(error, match=match):
+        score_many(reward)
+
+
+def test_a_reward_that_fails_only_on_many_prompts_says_so():
+    def reward(prompts, completions):
+        if len(set(prompts)) > 1:
+            raise MemoryError("too many")
+        return [1.0] * len(prompts)
+
+    with pytest.raises(RewardError, match="on 2 prompts together, and on none of them alone: Mem"):
+        score_many(reward)
+
+
+def test_an_engine_out_of_reach_is_not_blamed_on_the_reward():
+    calls = []
+
+    def reward(prompts, completions):
+        calls.append(prompts)
+        raise ConnectionRefusedError("the judge's server is down")
+
+    with pytest.raises(ConnectionRefusedError, match="server is down"):
+        score_many(reward)
+    assert len(calls) == 1

@@ -65,7 +65,7 @@ def test_a_finished_completion_lends_its_slot_to_the_next_prompt():
         assert list(engine.open) == ["a", "b"], "b waits although two slots are free"
         await engine.end("b", 0, 1)
         await engine.end("a", 0)
-        assert [group.index for group in (await task).groups] == [0, 1]
+        assert [group.index for group in await task] == [0, 1]
         assert engine.closed == ["b", "a"]
 
     asyncio.run(main())

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from igrpo_algo import Completion, Rollouts
-from igrpo_algo.rollouts.records import Choice, Group, Stage
+from igrpo_algo.rollouts.records import DraftChoice, Rollout, Stage
 from igrpo_algo.rollouts.timeline import COLORS, plot_rollout_timeline, stage_spans
 
 DRAWN, SKIPPED = [Completion([1], "a")], [Completion([], "", [], "skipped")]
@@ -14,10 +14,10 @@ DRAWN, SKIPPED = [Completion([1], "a")], [Completion([], "", [], "skipped")]
 def group(index, *times, skipped=()):
     """Make a group of one draft and one refinement per round, from (start, end) of each stage."""
     stages = [
-        Stage("q", SKIPPED if number in skipped else DRAWN, [0.0], start, end)
+        Stage("q", SKIPPED if number in skipped else DRAWN, [0.0], None, start, end)
         for number, (start, end) in enumerate(times)
     ]
-    return Group(index, stages[0], [Choice(0, 0.0)] * (len(stages) - 1), stages[1:])
+    return Rollout(index, stages[0], [DraftChoice(0, 0.0)] * (len(stages) - 1), stages[1:])
 
 
 BARRIER = Rollouts([group(0, (0, 1), (4, 5)), group(1, (0, 4), (4, 6)), group(2, (0, 2), (4, 9))])
@@ -71,8 +71,11 @@ def test_later_rounds_have_names_and_colors_of_their_own():
 def test_what_drew_nothing_is_blank():
     skipped = group(0, (0, 1), (4, 4), skipped=(1,))
     assert [span.kind for span in stage_spans(skipped)] == ["drafts"]
-    no_drafts = Group(
-        0, Stage("q", [], [], 3, 3), [Choice(-1, 0.0)], [Stage("q", DRAWN, [0], 5, 6)]
+    no_drafts = Rollout(
+        0,
+        Stage("q", [], [], None, 3, 3),
+        [DraftChoice(-1, 0.0)],
+        [Stage("q", DRAWN, [0], None, 5, 6)],
     )
     assert list(stage_spans(no_drafts)) == [("refinements", 5, 6)]
 
@@ -100,4 +103,4 @@ def test_nothing_to_draw_and_no_rollouts_are_refused():
     with pytest.raises(ValueError, match="must hold a stage that drew something"):
         plot_rollout_timeline(Rollouts([]))
     with pytest.raises(TypeError, match="rollouts must be Rollouts, got list"):
-        plot_rollout_timeline(BARRIER.groups)
+        plot_rollout_timeline(BARRIER.rollouts)

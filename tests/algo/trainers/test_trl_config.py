@@ -106,7 +106,6 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_drafts": 1, "draft_loss_coef": 1.0}, ValueError, "needs num_drafts >= 2"),
     ({"use_trl_loss": True, "draft_loss_coef": 1.0}, ValueError, "needs use_trl_loss=False"),
     ({"use_adaptive_entropy": True}, ValueError, "needs use_trl_loss=True"),
-    ({"fused_head": "liger"}, ValueError, "fused_head must be one of auto, igrpo, trl"),
     ({"draft_choice": "none", "eval_with_draft": True}, ValueError, "eval_with_draft needs"),
     ({"draft_choice": "none", "draft_dropout": 0.1}, ValueError, "draft_dropout needs"),
     ({"draft_choice": "none", "all_drafts_failed": "skip"}, ValueError, "all_drafts_failed needs"),

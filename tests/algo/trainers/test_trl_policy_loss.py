@@ -1,6 +1,7 @@
 """Our loss inside the run against TRL's own, and both stages against two losses by hand."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,45 @@ def loss_and_gradients(trainer: Any, compute: Any, inputs: dict[str, Any]) -> li
     return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 
 
-def compare_with_trl(trainer: Any) -> list[int]:
-    """Train with our loss; at each micro-batch demand that TRL's has its value and gradient."""
+def newly_logged(trainer: Any, compute: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """Return what a loss returned and what it logged, which is taken back."""
+    metrics = trainer._metrics["train"]
+    before = {name: len(values) for name, values in metrics.items()}
+    result = compute()
+    found = {
+        name: values.pop()
+        for name, values in list(metrics.items())
+        if len(values) > before.get(name, 0)
+    }
+    return result, found
+
+
+def compare_with_trl(trainer: Any) -> list[dict[str, float]]:
+    """Train with our loss; at each micro-batch demand TRL's value, gradient and metrics."""
     ours, compared, largest = trainer._compute_loss, [], []
 
+    def theirs(*args: Any) -> Tensor:
+        return GRPOTrainer._compute_loss(trainer, *args)
+
     def both(model: Any, inputs: dict[str, Any]) -> Tensor:
-        mine = loss_and_gradients(trainer, ours, inputs)
-        theirs = loss_and_gradients(
-            trainer, lambda *args: GRPOTrainer._compute_loss(trainer, *args), inputs
+        (mine, my_metrics), (other, other_metrics) = (
+            newly_logged(trainer, partial(loss_and_gradients, trainer, compute, inputs))
+            for compute in (ours, theirs)
         )
-        largest.append(max(float(gradient.abs().max()) for gradient in theirs[1:]))
+        largest.append(max(float(gradient.abs().max()) for gradient in other[1:]))
         # The sums run in another order: float32 rounding of gradients of order 0.1.
-        for mine_each, theirs_each in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(mine_each, theirs_each, rtol=1e-5, atol=2e-7)
-        compared.append(len(inputs["advantages"]))
+        for mine_each, other_each in zip(mine, other, strict=True):
+            torch.testing.assert_close(mine_each, other_each, rtol=1e-5, atol=2e-7)
+        assert my_metrics.keys() == other_metrics.keys() | {"ratio"}
+        del my_metrics["ratio"]
+        assert my_metrics == pytest.approx(other_metrics, rel=1e-4, abs=1e-7, nan_ok=True)
+        compared.append(other_metrics)
         return ours(model, inputs)
 
     trainer._compute_loss = both
     trainer.train()
     assert max(largest) > 1e-4
+    assert all(len(each) == len(compared[0]) or "entropy_coef" in each for each in compared)
     return compared
 
 
@@ -84,6 +105,15 @@ LOSSES: list[dict[str, Any]] = [
     {"loss_type": "dapo", "off_policy_mask_threshold": 0.001},
 ]
 
+SIDES = ("low_mean", "high_mean", "region_mean", "low_min", "high_max")
+CLIPS = {f"clip_ratio/{name}" for name in SIDES}
+METRICS = {
+    **dict.fromkeys(("grpo", "bnpo", "dr_grpo", "dapo", "luspo"), {"entropy"} | CLIPS),
+    "cispo": {"entropy", "cispo_clip_ratio"},
+    "vespo": {"entropy", "vespo/phi_seq_mean"},
+    "sapo": {"entropy"},
+}
+
 
 @pytest.mark.parametrize(
     "options", LOSSES, ids=lambda options: "-".join(map(str, options.values()))
@@ -92,7 +122,17 @@ def test_equals_trl_in_loss_and_gradient(
     make_trainer: MakeTrainer, options: dict[str, Any]
 ) -> None:
     compared = compare_with_trl(make_trainer(**off_policy(**options)))
-    assert compared == [4] * 4
+    assert len(compared) == 4
+    assert {name for each in compared for name in each} >= METRICS[options["loss_type"]]
+    if "entropy_coef" in options:
+        assert {"policy_loss", "entropy_coef"} <= {name for each in compared for name in each}
+
+
+def test_what_is_clipped_is_logged_as_by_trl(make_trainer: MakeTrainer) -> None:
+    options = off_policy(loss_type="dapo", epsilon=0.01, max_steps=4)
+    compared = compare_with_trl(make_trainer(**options))
+    for name in ("low_mean", "high_mean", "region_mean", "high_max"):
+        assert any(each[f"clip_ratio/{name}"] > 0 for each in compared)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +148,7 @@ def test_equals_trl_with_a_kl_to_a_reference(
     make_trainer: MakeTrainer, saved_model: str, options: dict[str, Any]
 ) -> None:
     trainer = make_trainer(model=saved_model, beta=0.05, **off_policy(**options))
-    assert compare_with_trl(trainer) == [4] * 4
+    assert len(compare_with_trl(trainer)) == 4
     steps = [log["kl"] for log in trainer.state.log_history if "kl" in log]
     assert steps[-1] > 1e-4
 
@@ -136,7 +176,7 @@ def test_reference_log_probs_are_those_under_the_spliced_prompt(
 def test_trl_loss_on_request(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(use_trl_loss=True, loss_type="dapo", max_steps=1)
     trainer.train()
-    assert "clip_ratio/region_mean" in trainer.state.log_history[0]  # a metric of TRL's loss alone
+    assert "ratio" not in trainer.state.log_history[0]  # a metric of our loss alone
 
 
 def test_a_surrogate_and_an_aggregate_take_the_place_of_the_loss_type(
@@ -246,32 +286,12 @@ def test_drafts_are_not_trained_by_default(make_trainer: MakeTrainer) -> None:
     assert "is_draft" not in batch
 
 
-def test_metrics_of_the_loss_are_token_means(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(**off_policy(loss_type="dapo", epsilon=0.01))
-    ours, seen = trainer._compute_loss, []
-
-    def both(model: Any, inputs: dict[str, Any]) -> Tensor:
-        loss = ours(model, inputs)
-        metrics = trainer._metrics["train"]
-        mine = {name: metrics[name][-1] for name in ("entropy", "clip_ratio/low_mean")}
-        GRPOTrainer._compute_loss(trainer, model, inputs)
-        seen.append((mine, {name: metrics[name].pop() for name in mine}))
-        return loss
-
-    trainer._compute_loss = both
-    trainer.train()
-    assert len(seen) == 4
-    assert any(theirs["clip_ratio/low_mean"] > 0 for _, theirs in seen)
-    for mine, theirs in seen:
-        assert mine == pytest.approx(theirs, rel=1e-5)
-
-
 def test_given_values_keep_their_own_denominator(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(surrogate=Clip(0.1, 0.3), aggregate=FixedLength(10, denominator=3))
     assert trainer.surrogate == Clip(0.1, 0.3)
     trainer.model.eval()
-    aggregate = trainer._aggregate_over(torch.ones(8, 2), 8, torch.tensor(40))
-    assert aggregate == FixedLength(10, denominator=3)
+    weights = trainer._weights_of(torch.ones(8, 2), 8, torch.tensor(40))
+    assert float(weights) == pytest.approx(1 / (10 * 3))
 
 
 def test_token_mean_counts_one_accumulation_window_trl_5890(make_trainer: MakeTrainer) -> None:
@@ -285,11 +305,9 @@ def test_token_mean_counts_one_accumulation_window_trl_5890(make_trainer: MakeTr
     mask, generated = torch.ones(4, 5), torch.tensor(40)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 2
-    aggregate = trainer._aggregate_over(mask, 4, generated)
-    assert float(aggregate.denominator) == pytest.approx(40 * 2 / 8)
+    assert float(trainer._weights_of(mask, 4, generated)) == pytest.approx(8 / (40 * 2))
     trainer.model.eval()
-    aggregate = trainer._aggregate_over(mask, 4, generated)
-    assert float(aggregate.denominator) == pytest.approx(40)
+    assert float(trainer._weights_of(mask, 4, generated)) == pytest.approx(1 / 40)
 
 
 @pytest.mark.parametrize(
@@ -336,5 +354,74 @@ def test_the_balancing_loss_of_experts_is_added(make_trainer: MakeTrainer) -> No
         }
     )
     trainer = make_trainer(model=Qwen3MoeForCausalLM(config), **off_policy(max_steps=1))
-    assert compare_with_trl(trainer) == [4] * 2
-    assert trainer.aux_loss_enabled
+    compared = compare_with_trl(trainer)
+    assert len(compared) == 2
+    assert all(each["aux_loss"] > 0 for each in compared)
+
+
+def rows_run(trainer: Any) -> list[int]:
+    """Count the rows that each forward of the loss runs."""
+    counts, forward = [], trainer.model.forward
+
+    def counted(*args: Any, **options: Any) -> Any:
+        if "head" in options and torch.is_grad_enabled():
+            counts.append(len(options["input_ids"]))
+        return forward(*args, **options)
+
+    trainer.model.forward = counted
+    return counts
+
+
+# Rewards of two groups: the first of equal ones, whose advantages are zero.
+EQUAL_AND_UNEQUAL = ["1", "1", "1", "1", "0", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo"])
+def test_completions_of_zero_advantage_are_not_computed(
+    make_trainer: MakeTrainer, loss_type: str
+) -> None:
+    found = {}
+    for skip in (False, True):
+        trainer = make_trainer(
+            reward_funcs=digit_reward, loss_type=loss_type, skip_zero_advantages=skip
+        )
+        trainer._generate_single_turn = ScriptedSampler([["0"] * 8, EQUAL_AND_UNEQUAL])
+        trainer.model.train()
+        rows = [trainer.train_dataset[q] for q in (0, 1) for _ in range(4)]
+        batch = trainer._generate_and_score_completions(rows)
+        trainer.current_gradient_accumulation_steps = 1
+        counts = rows_run(trainer)
+        found[skip] = loss_and_gradients(trainer, trainer._compute_loss, batch)
+        assert counts == [4 if skip else 8]
+        assert trainer._metrics["train"]["clip_ratio/low_mean"] == [0.0]
+    assert max(float(gradient.abs().max()) for gradient in found[False][1:]) > 1e-3
+    for mine, other in zip(found[True], found[False], strict=True):
+        # Other batch sizes: float32 rounding of gradients of order 0.1.
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-7)
+
+
+def test_where_nothing_teaches_one_row_is_run_for_a_gradient_of_zero(
+    make_trainer: MakeTrainer,
+) -> None:
+    trainer = make_trainer(reward_funcs=digit_reward)
+    trainer._generate_single_turn = ScriptedSampler([["0"] * 8, ["1"] * 8])
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[0]] * 8)
+    trainer.current_gradient_accumulation_steps = 1
+    counts = rows_run(trainer)
+    loss, *gradients = loss_and_gradients(trainer, trainer._compute_loss, batch)
+    assert counts == [1]
+    assert float(loss) == 0.0
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("beyond", [{"beta": 0.1}, {"entropy_coef": 0.1}])
+def test_what_needs_all_completions_gets_them(
+    make_trainer: MakeTrainer, saved_model: str, beyond: dict[str, float]
+) -> None:
+    trainer = make_trainer(
+        model=saved_model, reward_funcs=lambda completions, **_: [1.0] * len(completions), **beyond
+    )
+    counts = rows_run(trainer)
+    trainer.train()
+    assert counts == [8, 8]

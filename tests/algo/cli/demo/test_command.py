@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,12 @@ import typer
 from typer.testing import CliRunner
 
 from igrpo_algo.cli.demo import command, workers
-from igrpo_algo.cli.demo.plan import ARMS, Plan, Run, load_plan, save_plan, share_runs
+from igrpo_algo.cli.demo.runs import ARMS, DemoConfig, Run, share_runs
 from igrpo_algo.cli.metrics_file import MetricsFile, write_json
+from igrpo_algo.cli.run_folder import save_settings
+from igrpo_algo.files import sole_writer
 
-TINY = Plan(steps=10, prompts_per_step=4, evaluations=2, held_out=20, final_samples=1)
+TINY = DemoConfig(steps=10, prompts_per_step=4, evaluations=2, held_out=20, final_samples=1)
 RUNS = [Run("grpo", 0), Run("igrpo", 0)]
 
 app = typer.Typer()
@@ -45,7 +47,7 @@ def finish(run: Run, output_dir: Path, accuracy: float) -> None:
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    save_plan(Plan(), tmp_path)
+    save_settings(tmp_path, asdict(DemoConfig()))
     for run, accuracy in zip(RUNS, (0.9, 0.6), strict=True):
         finish(run, tmp_path, accuracy)
     return tmp_path
@@ -60,7 +62,7 @@ def test_arms_spend_the_same_number_of_completions() -> None:
     [(100, 10, list(range(10, 101, 10))), (10, 4, [2, 5, 8, 10]), (2, 10, [1, 2])],
 )
 def test_evaluations_are_spread_and_end_with_the_last_step(steps, evaluations, expected) -> None:
-    assert Plan(steps=steps, evaluations=evaluations).evaluation_steps == expected
+    assert DemoConfig(steps=steps, evaluations=evaluations).evaluation_steps == expected
 
 
 @pytest.mark.parametrize("name", ["grpo-0", "both-stages-12", "random-draft-3"])
@@ -80,15 +82,6 @@ def test_every_run_goes_to_one_worker(seeds: int, count: int) -> None:
     assert sorted((run for share in shares for run in share), key=runs.index) == runs
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert all(shares)
-
-
-def test_a_plan_is_kept_and_another_one_refused(tmp_path: Path) -> None:
-    save_plan(TINY, tmp_path)
-    save_plan(TINY, tmp_path)
-    assert load_plan(tmp_path) == TINY
-    with pytest.raises(ValueError, match=r"other settings than \{'steps': 11\}"):
-        save_plan(replace(TINY, steps=11), tmp_path)
-    assert load_plan(tmp_path) == TINY
 
 
 def test_a_finished_demo_trains_nothing_and_draws_again(finished: Path, monkeypatch) -> None:
@@ -130,7 +123,7 @@ def test_a_failed_worker_ends_the_demo_with_its_message(finished: Path, monkeypa
 def test_only_runs_without_a_result_are_trained(finished: Path, monkeypatch) -> None:
     trained: list[list[str]] = []
 
-    def train(plan, runs, output_dir, console, workers) -> None:
+    def train(config, runs, output_dir, console, workers) -> None:
         trained.append([run.name for run in runs])
         for run in runs:
             finish(run, output_dir, 0.7)
@@ -144,7 +137,16 @@ def test_only_runs_without_a_result_are_trained(finished: Path, monkeypatch) -> 
 def test_other_settings_are_refused_in_one_line(finished: Path, capsys) -> None:
     done = invoke("--output-dir", str(finished), "--steps", "7")
     assert done.exit_code == 2
-    assert "other settings than {'steps': 7}" in done.stderr
+    assert "other settings (steps was 100, is 7)" in done.stderr
+
+
+def test_a_second_writer_is_refused(finished: Path) -> None:
+    before = sorted(finished.iterdir())
+    with sole_writer(finished):
+        done = invoke("--output-dir", str(finished), "--fresh")
+    assert done.exit_code == 2
+    assert "is being written by another run" in done.stderr
+    assert sorted(finished.iterdir()) == before
 
 
 def test_fresh_removes_what_the_demo_made_and_nothing_else(finished: Path) -> None:
@@ -210,28 +212,28 @@ def test_progress_without_a_terminal_is_a_line_per_evaluation(capsys) -> None:
 def test_a_run_whose_demo_has_ended_ends_too(tmp_path: Path, monkeypatch) -> None:
     from transformers import TrainerState
 
-    from igrpo_algo.cli.demo.arms import Recorder
+    from igrpo_algo.cli.demo.training import DemoCallback
 
     evaluated: list[int] = []
     metrics = RUNS[0].metrics(tmp_path)
-    recorder = Recorder(TINY, RUNS[0], metrics, lambda: evaluated.append(1))
-    recorder.on_step_end(None, TrainerState(global_step=1), None)
+    callback = DemoCallback(TINY, RUNS[0], metrics, lambda: evaluated.append(1))
+    callback.on_step_end(None, TrainerState(global_step=1), None)
     monkeypatch.setattr(os, "getppid", lambda: 1)
     with pytest.raises(SystemExit, match="the demo's process has ended"):
-        recorder.on_step_end(None, TrainerState(global_step=5), None)
+        callback.on_step_end(None, TrainerState(global_step=5), None)
     assert evaluated == []
     assert metrics.read() == []
 
 
 def start(output_dir: Path, *runs: Run) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "igrpo_algo.cli.demo.arms", str(output_dir)]
+    command = [sys.executable, "-m", "igrpo_algo.cli.demo.training", str(output_dir)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, *(run.name for run in runs)], env=environment)
 
 
 def prepare(output_dir: Path) -> Path:
     output_dir.mkdir()
-    save_plan(TINY, output_dir)
+    save_settings(output_dir, asdict(TINY))
     workers.prepare_weights(TINY, output_dir, say=print)
     return output_dir
 
@@ -269,7 +271,7 @@ def test_a_killed_run_ends_like_one_that_was_not_killed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_end_to_end(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(command, "Plan", lambda **settings: replace(TINY, **settings))
+    monkeypatch.setattr(command, "DemoConfig", lambda **settings: replace(TINY, **settings))
     monkeypatch.setattr(command, "POLL_SECONDS", 0.1)
     done = invoke("--output-dir", str(tmp_path), "--steps", "2", "--seeds", "1")
     assert done.exit_code == 0

@@ -1,4 +1,4 @@
-"""From TRL's options to values, denominators, and two stages in one batch."""
+"""From TRL's loss options to values and denominators, and which are refused."""
 
 from typing import Any
 
@@ -7,10 +7,9 @@ import torch
 from tiny_qwen import third_party
 
 from igrpo_algo.trainers.trl import IGRPOConfig
-from igrpo_algo.trainers.trl.loss import (
+from igrpo_algo.trainers.trl.loss_options import (
     aggregate_of,
     check_loss,
-    join_stages,
     kl_of,
     surrogate_of,
     with_denominator,
@@ -130,40 +129,3 @@ def test_denominators_of_the_window() -> None:
     assert with_denominator(TokenMean(), sequences=8, tokens=tokens) == TokenMean(tokens)
     for own in (SequenceMean(3), FixedLength(7, 3), TokenMean(3), Sum(), Sum(3)):
         assert with_denominator(own, sequences=8, tokens=tokens) == own
-
-
-def stage(rows: int, prompt: int, completion: int, **more: Any) -> dict[str, Any]:
-    numbers = torch.arange(1, rows * (prompt + completion) + 1).view(rows, -1)
-    return {
-        "prompt_ids": numbers[:, :prompt],
-        "prompt_mask": torch.ones(rows, prompt, dtype=torch.long),
-        "completion_ids": numbers[:, prompt:],
-        "completion_mask": torch.ones(rows, completion, dtype=torch.long),
-        "advantages": torch.arange(rows) / 2,
-        "num_items_in_batch": torch.tensor(rows * completion),
-        **more,
-    }
-
-
-def test_joined_stages_keep_every_row_and_pad_outwards() -> None:
-    refinements = stage(2, 4, 2, old_per_token_logps=torch.full((2, 2), -1.0))
-    drafts = stage(3, 2, 3, old_per_token_logps=torch.full((3, 3), -2.0))
-    joined = join_stages(refinements, drafts, pad_token_id=99)
-    assert joined["prompt_ids"][:2].equal(refinements["prompt_ids"])
-    assert joined["prompt_ids"][2].tolist() == [99, 99, 1, 2]
-    assert joined["prompt_mask"][2].tolist() == [0, 0, 1, 1]
-    assert joined["completion_ids"][0].tolist() == [5, 6, 99]
-    assert joined["completion_mask"][0].tolist() == [1, 1, 0]
-    assert joined["completion_ids"][2:].equal(drafts["completion_ids"])
-    assert joined["old_per_token_logps"][1].tolist() == [-1.0, -1.0, 0.0]
-    assert joined["old_per_token_logps"][4].tolist() == [-2.0, -2.0, -2.0]
-    assert joined["advantages"].tolist() == [0.0, 0.5, 0.0, 0.5, 1.0]
-    assert joined["is_draft"].tolist() == [False, False, True, True, True]
-    assert (int(joined["num_items_in_batch"]), int(joined["num_draft_items_in_batch"])) == (4, 9)
-
-
-def test_joined_stages_keep_a_ratio_per_sequence() -> None:
-    refinements = stage(2, 2, 2, importance_sampling_ratio=torch.tensor([[1.0], [2.0]]))
-    drafts = stage(1, 2, 4, importance_sampling_ratio=torch.tensor([[3.0]]))
-    joined = join_stages(refinements, drafts, pad_token_id=0)
-    assert joined["importance_sampling_ratio"].tolist() == [[1.0], [2.0], [3.0]]

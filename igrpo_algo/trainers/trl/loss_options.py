@@ -1,10 +1,7 @@
 """TRL's loss options as values of `igrpo_kernels`, and its normalizers as their denominators."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import Tensor
 from trl import GRPOConfig
 
@@ -158,6 +155,7 @@ def with_denominator(aggregate: Aggregate, *, sequences: float, tokens: Tensor) 
         The aggregate.
 
     Examples:
+        >>> import torch
         >>> with_denominator(SequenceMean(), sequences=8, tokens=torch.tensor(100.0))
         SequenceMean(denominator=8)
     """
@@ -166,43 +164,3 @@ def with_denominator(aggregate: Aggregate, *, sequences: float, tokens: Tensor) 
     if isinstance(aggregate, TokenMean) and aggregate.denominator is None:
         return replace(aggregate, denominator=tokens)
     return aggregate
-
-
-def join_stages(
-    refinements: Mapping[str, Any], drafts: Mapping[str, Any], *, pad_token_id: int
-) -> dict[str, Any]:
-    """Put the drafts' rows below the refinements', padded to one width.
-
-    Prompts are padded on the left, what belongs to completions on the right. `is_draft` [B] tells
-    the rows apart, and the drafts' token count becomes `num_draft_items_in_batch`.
-
-    Args:
-        refinements: TRL's batch of Stage 2.
-        drafts: TRL's batch of Stage 1.
-        pad_token_id: What stands in masked slots of ids.
-
-    Returns:
-        One batch with the rows of both.
-    """
-    batch: dict[str, Any] = {}
-    for name, rows in refinements.items():
-        fill = pad_token_id if name.endswith("_ids") else 0
-        batch[name] = _stack(rows, drafts[name], fill, left=name.startswith("prompt_"))
-    own, others = refinements["advantages"], drafts["advantages"]
-    batch["is_draft"] = torch.cat([torch.zeros_like(own), torch.ones_like(others)]).bool()
-    batch["num_draft_items_in_batch"] = drafts["num_items_in_batch"]
-    return batch
-
-
-def _stack(above: Tensor, below: Tensor, fill: float, *, left: bool) -> Tensor:
-    if above.dim() == 0:
-        return above
-    if above.dim() == 1:
-        return torch.cat([above, below])
-    width = max(above.shape[1], below.shape[1])
-
-    def widen(rows: Tensor) -> Tensor:
-        missing = width - rows.shape[1]
-        return torch.nn.functional.pad(rows, (missing, 0) if left else (0, missing), value=fill)
-
-    return torch.cat([widen(above), widen(below)])

@@ -2,10 +2,10 @@
 
 import pytest
 
-from igrpo_algo.cli.demo.plan import Plan
+from igrpo_algo.cli.demo.runs import DemoConfig
 from igrpo_algo.cli.demo.verdict import difference, summarize, write_verdict
 
-PLAN = Plan(steps=10, prompts_per_step=16, held_out=4, final_samples=2)
+PLAN = DemoConfig(steps=10, prompts_per_step=16, held_out=4, final_samples=2)
 
 
 ROWS = [

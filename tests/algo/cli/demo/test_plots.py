@@ -4,8 +4,8 @@ import struct
 
 import pytest
 
-from igrpo_algo.cli.demo.plan import ARMS
-from igrpo_algo.cli.plots import COLORS, build_figure, curves_by_seed, mean_curve, save_figure
+from igrpo_algo.cli.demo.plots import COLORS, build_figure, curves_by_seed, mean_curve, save_figure
+from igrpo_algo.cli.demo.runs import ARMS
 
 LABELS = {"grpo": "GRPO, 8", "igrpo": "iGRPO, 4 + 4"}
 

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..metrics_file import MetricsFile, write_json
+from ..metrics_file import MetricsFile
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ DEFAULT_ARMS = ("grpo", "igrpo")
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoConfig:
     """Settings that all arms share.
 
     Attributes:
@@ -116,7 +116,8 @@ class Run:
 
     def result(self, output_dir: Path) -> dict[str, Any] | None:
         """What the run found, or None while it is not finished."""
-        return read_json(self.folder(output_dir) / "result.json")
+        path = self.folder(output_dir) / "result.json"
+        return json.loads(path.read_bytes()) if path.exists() else None
 
 
 def share_runs(runs: Sequence[Run], workers: int) -> list[list[Run]]:
@@ -132,27 +133,3 @@ def share_runs(runs: Sequence[Run], workers: int) -> list[list[Run]]:
         row, column = divmod(index, workers)
         shares[(column + row) % workers].append(run)
     return [share for share in shares if share]
-
-
-def read_json(path: Path) -> Any:
-    """Return what a JSON file holds, or None where there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def load_plan(output_dir: Path) -> Plan:
-    """Read the settings that a folder's runs share."""
-    return Plan(**read_json(output_dir / "plan.json"))
-
-
-def save_plan(plan: Plan, output_dir: Path) -> None:
-    """Fix the settings of a folder's runs; a folder with other settings is refused.
-
-    Raises:
-        ValueError: The folder holds runs with other settings.
-    """
-    path = output_dir / "plan.json"
-    known = read_json(path)
-    if known is not None and known != asdict(plan):
-        changed = {name: value for name, value in asdict(plan).items() if known.get(name) != value}
-        raise ValueError(f"{output_dir} holds runs with other settings than {changed}: {known}")
-    write_json(path, asdict(plan))

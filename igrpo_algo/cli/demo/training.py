@@ -1,6 +1,6 @@
 """The demo's training runs: GRPO and iGRPO through TRL, alike in everything but the algorithm.
 
-`python -m igrpo_algo.cli.demo.arms FOLDER grpo-0 igrpo-1` is what a worker of the demo executes.
+A worker of the demo runs `python -m igrpo_algo.cli.demo.training FOLDER grpo-0 igrpo-1`.
 """
 
 import os
@@ -21,13 +21,14 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
+from ...files import sole_writer
 from ...trainers.trl.trainer import IGRPOConfig, IGRPOTrainer
 from ..metrics_file import MetricsFile, write_json
-from ..train import last_checkpoint
+from ..run_folder import last_checkpoint, load_settings
 from . import chain
 from .evaluation import MAX_ANSWER_TOKENS, Evaluation, evaluate
 from .model import build_tokenizer, load_model
-from .plan import ARMS, Arm, Plan, Run, load_plan, read_json
+from .runs import ARMS, Arm, DemoConfig, Run
 
 EVALUATION_SEED = 0
 METRICS = {
@@ -43,27 +44,27 @@ METRICS = {
 """Names of the trainers' metrics, and of the same in the demo's metrics file."""
 
 
-def training_problems(plan: Plan, seed: int) -> Dataset:
+def training_problems(config: DemoConfig, seed: int) -> Dataset:
     """The problems of a seed, the same for each arm: every one is asked once."""
     problems = chain.draw_problems(
-        plan.steps * plan.prompts_per_step,
+        config.steps * config.prompts_per_step,
         seed=seed + 1,
-        exclude=frozenset(chain.held_out_problems(plan.held_out)),
+        exclude=frozenset(chain.held_out_problems(config.held_out)),
     )
     return Dataset.from_list(
         [{"prompt": chain.ask(problem), "answer": problem.answer} for problem in problems]
     )
 
 
-def training_arguments(plan: Plan, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
+def training_arguments(config: DemoConfig, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
     """Arguments for TRL; between arms only the batch differs, which counts trained completions."""
     return {
         "output_dir": str(folder),
-        "max_steps": plan.steps,
-        "per_device_train_batch_size": plan.prompts_per_step * arm.num_refinements,
-        "learning_rate": plan.learning_rate,
+        "max_steps": config.steps,
+        "per_device_train_batch_size": config.prompts_per_step * arm.num_refinements,
+        "learning_rate": config.learning_rate,
         "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": plan.warmup_steps,
+        "warmup_steps": config.warmup_steps,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "beta": 0.0,
@@ -71,9 +72,9 @@ def training_arguments(plan: Plan, arm: Arm, seed: int, folder: Path) -> dict[st
         "temperature": 1.0,
         "max_completion_length": MAX_ANSWER_TOKENS,
         "seed": seed,
-        "save_steps": plan.checkpoint_steps,
+        "save_steps": config.checkpoint_steps,
         "save_total_limit": 1,
-        "logging_steps": plan.logging_steps,
+        "logging_steps": config.logging_steps,
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -83,17 +84,17 @@ def training_arguments(plan: Plan, arm: Arm, seed: int, folder: Path) -> dict[st
     }
 
 
-def build_trainer(plan: Plan, run: Run, output_dir: Path) -> GRPOTrainer:
+def build_trainer(config: DemoConfig, run: Run, output_dir: Path) -> GRPOTrainer:
     """Build the trainer of a run, on the warmed model of `output_dir`."""
     arm = ARMS[run.arm]
     tokenizer = build_tokenizer()
     common = {
         "model": load_model(output_dir / "warm.safetensors", tokenizer),
         "reward_funcs": chain.chain_reward,
-        "train_dataset": training_problems(plan, run.seed),
+        "train_dataset": training_problems(config, run.seed),
         "processing_class": tokenizer,
     }
-    arguments = training_arguments(plan, arm, run.seed, run.folder(output_dir))
+    arguments = training_arguments(config, arm, run.seed, run.folder(output_dir))
     if arm.num_drafts == 0:
         args = GRPOConfig(num_generations=arm.num_refinements, **arguments)
         return GRPOTrainer(args=args, **common)
@@ -107,19 +108,19 @@ def build_trainer(plan: Plan, run: Run, output_dir: Path) -> GRPOTrainer:
     return IGRPOTrainer(args=args, **common)
 
 
-class Recorder(TrainerCallback):
+class DemoCallback(TrainerCallback):
     """Writes a run's metrics file, evaluates on schedule, and ends with the demo's process."""
 
     def __init__(
         self,
-        plan: Plan,
+        config: DemoConfig,
         run: Run,
         metrics: MetricsFile,
         evaluate: Callable[[], Evaluation],
     ) -> None:
-        self.plan, self.run, self.metrics, self.evaluate = plan, run, metrics, evaluate
+        self.config, self.run, self.metrics, self.evaluate = config, run, metrics, evaluate
         self.parent = os.getppid()
-        self.per_step = plan.prompts_per_step * ARMS[run.arm].completions
+        self.per_step = config.prompts_per_step * ARMS[run.arm].completions
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -131,10 +132,10 @@ class Recorder(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Answer the held-out problems where the plan says so."""
+        """Answer the held-out problems where the schedule says so."""
         if os.getppid() != self.parent:
             raise SystemExit("the demo's process has ended")
-        if state.global_step in self.plan.evaluation_steps:
+        if state.global_step in self.config.evaluation_steps:
             self._record_evaluation(state.global_step)
 
     def on_log(
@@ -160,16 +161,14 @@ class Recorder(TrainerCallback):
         self.metrics.append({**asdict(self.run), "split": split, **position, **row})
 
 
-def train_run(plan: Plan, run: Run, output_dir: Path) -> None:
+def train_run(config: DemoConfig, run: Run, output_dir: Path) -> None:
     """Train one run to its end, from its last checkpoint where there is one; write its result."""
     folder = run.folder(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = last_checkpoint(folder)
-    step = read_json(checkpoint / "trainer_state.json")["global_step"] if checkpoint else -1
+    step, checkpoint = last_checkpoint(folder) or (-1, None)
     metrics = run.metrics(output_dir)
     metrics.truncate(lambda row: row["step"] <= step)
-    trainer = build_trainer(plan, run, output_dir)
-    problems = chain.held_out_problems(plan.held_out)
+    trainer = build_trainer(config, run, output_dir)
+    problems = chain.held_out_problems(config.held_out)
 
     def answer(times: int = 1, refine: bool = False) -> Evaluation:
         return evaluate(
@@ -180,18 +179,18 @@ def train_run(plan: Plan, run: Run, output_dir: Path) -> None:
             refine=refine,
         )
 
-    trainer.add_callback(Recorder(plan, run, metrics, answer))
+    trainer.add_callback(DemoCallback(config, run, metrics, answer))
     began = time.process_time()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    single = answer(plan.final_samples)
-    refined = answer(plan.final_samples, refine=True)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    single = answer(config.final_samples)
+    refined = answer(config.final_samples, refine=True)
     result = {
         **asdict(run),
         "accuracy": single.accuracy,
         "refined_accuracy": refined.accuracy,
         "entropy": single.entropy,
         "length": single.length,
-        "right": [sum(single.correct[i :: plan.held_out]) for i in range(plan.held_out)],
+        "right": [sum(single.correct[i :: config.held_out]) for i in range(config.held_out)],
         "cpu_seconds": time.process_time() - began,
     }
     trainer.save_model(str(folder / "model"))
@@ -202,10 +201,11 @@ def main(arguments: list[str]) -> None:
     """Train the named runs of an output folder, one after the other."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     output_dir = Path(arguments[0])
-    plan = load_plan(output_dir)
+    config = DemoConfig(**load_settings(output_dir))
     for run in map(Run.parse, arguments[1:]):
-        if run.result(output_dir) is None:
-            train_run(plan, run, output_dir)
+        with sole_writer(run.folder(output_dir)):
+            if run.result(output_dir) is None:
+                train_run(config, run, output_dir)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""Files that a dying process leaves whole, and that one process at a time writes."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file: the whole of it or nothing. Its folder is made where it is missing.
+
+    The content goes into a file beside it, which is renamed when it is on disk: readers find the
+    old file or the new one.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_whole(Path(folder) / "numbers", b"1 2 3")
+        ...     (Path(folder) / "numbers").read_bytes()
+        b'1 2 3'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with fresh.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a file or folder for writing; whoever asks for it meanwhile gets an error.
+
+    The lock is the operating system's, on a hidden file beside `path`, so it ends with the process
+    that holds it, however that ends. Readers are not kept out.
+
+    Args:
+        path: What is going to be written; it need not exist.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        BlockingIOError: Somebody else holds it, in this process or another.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, sole_writer(Path(folder) / "journal"):
+        ...     with sole_writer(Path(folder) / "journal"):
+        ...         pass
+        Traceback (most recent call last):
+        BlockingIOError: ...journal is being written by another run
+    """
+    from filelock import FileLock, Timeout
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(path.with_name(f".{path.name}.lock")).acquire(blocking=False)
+    except Timeout:
+        raise BlockingIOError(f"{path} is being written by another run") from None
+    with lock:
+        yield

@@ -1,0 +1,121 @@
+"""The arguments of a two-stage rollout, checked before anything is drawn."""
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from igrpo_kernels.checks import check_count, describe
+
+from ..drafts.rules import DraftRules
+from ..drafts.splice import TextSplice
+from ..prompts import Prompt
+from ..seeds import derive_seed
+from .completions import Completion
+from .journal import Header
+from .progress import StageFinished, StageStarted
+from .sampling import AnySampler, check_prompts, check_sampler
+from .scoring import Reward, Scorer
+
+OnProgress = Callable[[StageStarted | StageFinished], None]
+
+
+class Setup:
+    """What a rollout is asked to do; `two_stage_rollout` says what each argument means."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        sampler: AnySampler,
+        reward: Reward,
+        *,
+        num_drafts: int,
+        num_refinements: int,
+        rounds: int,
+        columns: Mapping[str, Sequence[Any]] | None,
+        rules: DraftRules,
+        seed: int | None,
+        on_progress: OnProgress | None,
+    ) -> None:
+        check_sampler(sampler)
+        if not isinstance(rules, DraftRules):
+            raise TypeError(f"rules must be DraftRules, got {describe(rules)}")
+        if on_progress is not None and not callable(on_progress):
+            raise TypeError(f"on_progress must be callable, got {describe(on_progress)}")
+        if seed is not None:
+            check_count("seed", seed, at_least=0)
+        self.prompts = check_prompts(prompts)
+        self.sampler = sampler
+        self.num_drafts = check_count("num_drafts", num_drafts, at_least=0)
+        self.num_refinements = check_count("num_refinements", num_refinements)
+        self.rounds = check_count("rounds", rounds)
+        self.rules = _clean_control_tokens(rules, sampler)
+        self.seed = seed
+        self.on_progress = on_progress
+        if num_drafts or rounds > 1:
+            for index, prompt in enumerate(self.prompts):
+                with located(f"prompts[{index}], before sampling"):
+                    self.rules.splice(prompt, Completion([], ""))
+        by_name, ranking = columns or {}, rules.selection_score
+        self._reward = Scorer(reward, self.prompts, by_name)
+        self._ranking = ranking and Scorer(ranking, self.prompts, by_name, "selection_score")
+        self._rules_seed = secrets.randbits(63) if seed is None else seed
+        self._began = time.monotonic()
+
+    @property
+    def header(self) -> Header:
+        """Say which rollout this is, for its journal."""
+        sizes = self.num_drafts, self.num_refinements, self.rounds
+        return Header.of(self.prompts, *sizes, self.seed)
+
+    def size(self, number: int) -> int:
+        """Count the completions of a stage."""
+        return self.num_refinements if number else self.num_drafts
+
+    def sampling_seed(self, index: int, number: int) -> int | None:
+        """Give the seed by which a prompt's stage is sampled."""
+        return None if self.seed is None else derive_seed(self.seed, index, number)
+
+    def rules_seed(self, index: int, number: int) -> int:
+        """Give the seed by which a prompt's draft is chosen for a stage."""
+        return derive_seed(self._rules_seed, index, number, 0)
+
+    async def score(
+        self, drawn: Mapping[int, Sequence[Completion]]
+    ) -> dict[int, tuple[list[float], list[float]]]:
+        """Score each prompt's completions: their rewards, and what ranks them as drafts."""
+        rewards = await self._reward.score(drawn)
+        ranks = rewards if self._ranking is None else await self._ranking.score(drawn)
+        return {index: (rewards[index], ranks[index]) for index in drawn}
+
+    def clock(self) -> float:
+        """Count the seconds since the rollout began."""
+        return time.monotonic() - self._began
+
+    def report_start(self, index: int, number: int) -> float:
+        """Report that sampling begins, and say when that is."""
+        now = self.clock()
+        if self.on_progress is not None:
+            self.on_progress(StageStarted(index, number, now))
+        return now
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Add to an error where it happened."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"at {where}")
+        raise
+
+
+def _clean_control_tokens(rules: DraftRules, sampler: AnySampler) -> DraftRules:
+    """Take what would end a turn in this sampler's prompts out of spliced drafts."""
+    tokens: frozenset[str] = getattr(sampler, "control_tokens", frozenset())
+    if not tokens or not isinstance(rules.splice, TextSplice):
+        return rules
+    splice = replace(rules.splice, special_tokens={*rules.splice.special_tokens, *tokens})
+    return replace(rules, splice=splice)
