@@ -6,7 +6,7 @@ siblings wait for the same Stage-2 prompt.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..drafts.splice import TextSplice, TokenBudget
 from ..prompts import Prompt
 from ..seeds import derive_seed
 from .completions import Completion
-from .scoring import Reward, Scorer
+from .scoring import Scorer
 from .single_flight import SingleFlight
 
 
@@ -48,7 +48,6 @@ class OncePerGroup:
     started together, as trainers start them.
 
     Args:
-        reward: The task's reward, by TRL's convention.
         rules: How a draft is chosen and spliced.
         num_drafts: N.
         seed: Of random ties, random drafts and dropout.
@@ -59,11 +58,13 @@ class OncePerGroup:
             trainer that asks for one sample at a time can't do.
 
     Examples:
-        >>> stage_one = OncePerGroup(lambda completions, **_: [float(c) for c in completions])
+        >>> stage_one = OncePerGroup()
         >>> async def draw(number):
         ...     return Completion([number], str(number))
+        >>> async def score(drafts):
+        ...     return [float(draft.text) for draft in drafts]
         >>> async def group():
-        ...     samples = (stage_one.prompt("q", "2 + 2?", draw) for _ in range(3))
+        ...     samples = (stage_one.prompt("q", "2 + 2?", draw, score) for _ in range(3))
         ...     return await asyncio.gather(*samples)
         >>> {sample.draft for sample in asyncio.run(group())}
         {'3'}
@@ -71,7 +72,6 @@ class OncePerGroup:
 
     def __init__(
         self,
-        reward: Reward,
         *,
         rules: DraftRules = DraftRules(),  # noqa: B008  # frozen
         num_drafts: int = 4,
@@ -85,7 +85,6 @@ class OncePerGroup:
                     f"{name} must not be Fallback.SKIP: a trainer that asks for one sample at a "
                     "time can't leave a prompt out of Stage 2; take Fallback.PLAIN_PROMPT"
                 )
-        self.reward = reward
         self.rules = rules
         self.num_drafts = check_count("num_drafts", num_drafts)
         self.seed = check_count("seed", seed, at_least=0)
@@ -96,8 +95,9 @@ class OncePerGroup:
         key: Hashable,
         prompt: Prompt,
         draw: Callable[[int], Awaitable[Completion]],
-        columns: Mapping[str, Any] | None = None,
+        score: Callable[[Sequence[Completion]], Awaitable[list[float]]],
         *,
+        columns: Mapping[str, Any] | None = None,
         rules: DraftRules | None = None,
     ) -> StageTwoPrompt:
         """Give a sample its Stage-2 prompt.
@@ -106,20 +106,22 @@ class OncePerGroup:
             key: What the samples of a group have in common, and no other group.
             prompt: The original prompt.
             draw: Draws one draft of the original prompt; it is given the draft's number.
-            columns: What else the reward is given by name, one value each.
+            score: Gives the training reward of each draft, NaN where there is none.
+            columns: What `rules.selection_score` is given by name, one value each.
             rules: In the place of the rules given at the start, fitted to a tokenizer, say.
 
         Returns:
             The same value for every sample of the group.
 
         Raises:
-            RewardError: The reward raised.
+            RewardError: `rules.selection_score` raised.
         """
 
         async def stage_one() -> StageTwoPrompt:
             try:
                 drawn = await asyncio.gather(*map(draw, range(self.num_drafts)))
-                return await self._choose(key, prompt, list(drawn), columns or {}, rules)
+                rewards = await score(drawn)
+                return await self._choose(key, prompt, drawn, rewards, columns or {}, rules)
             finally:
                 self._flights.forget(key)
 
@@ -130,14 +132,14 @@ class OncePerGroup:
         key: Hashable,
         prompt: Prompt,
         drafts: list[Completion],
+        rewards: list[float],
         columns: Mapping[str, Any],
         rules: DraftRules | None,
     ) -> StageTwoPrompt:
         rules = rules or self.rules
-        by_name = {name: [value] for name, value in columns.items()}
-        rewards = await Scorer(self.reward, [prompt], by_name)(0, drafts)
         scores = None
         if rules.selection_score is not None:
+            by_name = {name: [value] for name, value in columns.items()}
             ranking = Scorer(rules.selection_score, [prompt], by_name, "selection_score")
             scores = torch.tensor([await ranking(0, drafts)])
         choices = rules.choose(

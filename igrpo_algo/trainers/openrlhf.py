@@ -14,6 +14,7 @@ nothing has to be replaced; `PolicyLoss` is for other surrogates.
 import math
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def make_agent_executor(
     Raises:
         ValueError: `num_drafts` is below 1, or the rules leave prompts out of Stage 2.
     """
-    stage_one = OncePerGroup(reward, rules=rules, num_drafts=num_drafts, seed=seed)
+    stage_one = OncePerGroup(rules=rules, num_drafts=num_drafts, seed=seed)
 
     class AgentExecutor(AgentExecutorBase):
         async def execute(
@@ -81,6 +82,7 @@ def make_agent_executor(
             room = max_length - (sampling_params.max_tokens or 1)
             engine = _Engine(llm_engine, hf_tokenizer, sampling_params, room, max_length)
             columns = {"answer": label, "label": label}
+            scorer = Scorer(reward, [prompt], {name: [value] for name, value in columns.items()})
 
             async def draw(_: int) -> Completion:
                 ids = encode_prompt(prompt, hf_tokenizer, chat_template_kwargs)
@@ -90,12 +92,12 @@ def make_agent_executor(
                 (repr(prompt), repr(label)),
                 prompt,
                 draw,
-                columns,
+                partial(scorer, 0),
+                columns=columns,
                 rules=fit_to_tokenizer(rules, hf_tokenizer, room, chat_template_kwargs),
             )
             ids = encode_prompt(stage_two.prompt, hf_tokenizer, chat_template_kwargs)
             refinement = await engine.draw(ids)
-            scorer = Scorer(reward, [prompt], {name: [value] for name, value in columns.items()})
             (score,) = await scorer(0, [refinement])
             if math.isnan(score):
                 raise ValueError(
