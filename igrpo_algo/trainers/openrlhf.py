@@ -193,7 +193,7 @@ class PolicyLoss(nn.Module):
             then over sequences, empty ones left out ("seq-mean-token-mean"; the paper's).
     """
 
-    def __init__(self, surrogate: Surrogate = Clip(), *, token_level_loss: bool = False) -> None:  # noqa: B008
+    def __init__(self, surrogate: Surrogate = Clip(), *, token_level_loss: bool = False) -> None:
         super().__init__()
         self.surrogate = surrogate
         self.token_level_loss = token_level_loss

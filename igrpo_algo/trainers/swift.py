@@ -60,7 +60,9 @@ def use_igrpo(
             "rules must not skip prompts: ms-swift trains on every row; take Fallback.PLAIN_PROMPT"
         )
     if rules.selection_score is not None:
-        raise ValueError("rules.selection_score is not taken here: add a reward of weight 0 instead")
+        raise ValueError(
+            "rules.selection_score is not taken here: add a reward of weight 0 instead"
+        )
     count = check_count("num_drafts", num_drafts)
     trainer = type("IGRPOTrainer", (_IGRPOTrainer,), {"rules": rules, "num_drafts": count})
     swift.rlhf_trainers.GRPOTrainer = trainer

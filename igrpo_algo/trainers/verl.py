@@ -262,9 +262,11 @@ async def _share_between_workers(
     uid: str, stage_one: Callable[[str], Awaitable[StageTwoPrompt]]
 ) -> StageTwoPrompt:
     """Run Stage 1 in the worker that asks first; give its Stage-2 prompt to all that ask later."""
-    groups = ray.remote(_Groups).options(
-        name="igrpo_groups", get_if_exists=True, num_cpus=0, max_concurrency=100_000
-    ).remote()
+    groups = (
+        ray.remote(_Groups)
+        .options(name="igrpo_groups", get_if_exists=True, num_cpus=0, max_concurrency=100_000)
+        .remote()
+    )
     given = await groups.ask.remote(uid)
     if given is None:
         try:

@@ -7,7 +7,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from tiny_model import make_model, make_tokenizer
+from tiny_model import make_model
+from transformers import AutoTokenizer
 from verl.workers.rollout.replica import TokenOutput
 
 from igrpo_algo import DraftRules, DraftTemplate, TextSplice
@@ -25,8 +26,9 @@ def compute_score(solution_str: str, ground_truth: str, **_: Any) -> float:
 class Client:
     """In the place of verl's client of LLM servers; writes down what each worker asked for."""
 
-    def __init__(self, record: Path) -> None:
+    def __init__(self, record: Path, model: Path) -> None:
         self.record = record
+        self.model = model
         self._numbers = count()
         self._sampler: TransformersSampler | None = None
 
@@ -34,7 +36,8 @@ class Client:
         self, request_id: str, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any
     ) -> TokenOutput:
         if self._sampler is None:
-            self._sampler = TransformersSampler(make_model(), make_tokenizer(), max_new_tokens=8)
+            tokenizer = AutoTokenizer.from_pretrained(self.model)
+            self._sampler = TransformersSampler(make_model(), tokenizer, max_new_tokens=8)
         seed = 1000 * os.getpid() + next(self._numbers)
         await asyncio.sleep(0)
         ((drawn,),) = self._sampler.sample([prompt_ids], 1, seed=seed)

@@ -1,5 +1,6 @@
 """Agent loop `igrpo` in verl's own workers under Ray, two of them: the V1 path and the older one."""
 
+import asyncio
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ import transfer_queue as tq
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 from verl import DataProto
-from verl.experimental.agent_loop import AgentLoopManager
+from verl.experimental.agent_loop import AgentLoopManager, AgentLoopWorker
 from verl.experimental.reward_loop import RewardLoopWorker
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ
 from verl.utils import tensordict_utils as tu
@@ -83,13 +84,20 @@ def make_rows(questions: list[str], times: int) -> dict[str, np.ndarray]:
     return columns
 
 
-def run_older_path(config: DictConfig, record: Path, validate: bool = False) -> DataProto:
+@pytest.fixture(scope="module")
+def workers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """Two agent loop workers and one for rewards, and where they write down what was asked."""
+    record = tmp_path_factory.mktemp("record")
+    config = make_config(model)
     rewards = [ray.remote(RewardLoopWorker).options(num_cpus=0).remote(config)]
-    manager = AgentLoopManager.create(
-        config, Client(record), reward_loop_worker_handles=rewards
-    )
-    batch = DataProto(None, make_rows(QUESTIONS, G), {"validate": validate})
-    return manager.generate_sequences(batch)
+    client = Client(record, model)
+    return AgentLoopManager.create(config, client, reward_loop_worker_handles=rewards), record
+
+
+def run_here(config: DictConfig, record: Path, model: Path) -> None:
+    """Run one of verl's workers in this process."""
+    worker = AgentLoopWorker(config, Client(record, model))
+    asyncio.run(worker.generate_sequences(DataProto(None, make_rows(QUESTIONS, 2))))
 
 
 def asked(record: Path) -> list[tuple[str, str, list[int]]]:
@@ -105,7 +113,9 @@ def check_two_stages(record: Path, trained: dict[str, list[list[int]]]) -> None:
     calls = asked(record)
     assert len(calls) == len(QUESTIONS) * (N + G)
     for question in QUESTIONS:
-        drafts = [text for prompt, text, _ in calls if prompt.endswith(f":{question}</s><s>assistant:")]
+        drafts = [
+            text for prompt, text, _ in calls if prompt.endswith(f":{question}</s><s>assistant:")
+        ]
         assert len(drafts) == N
         best = max(drafts, key=lambda text: compute_score(text, "7"))
         (prompt,) = {p for p, _, ids in calls if p.startswith(f"<s>user:{question}[")}
@@ -114,14 +124,15 @@ def check_two_stages(record: Path, trained: dict[str, list[list[int]]]) -> None:
         assert prompts == [make_tokenizer()(prompt, add_special_tokens=False)["input_ids"]] * G
 
 
-def test_a_group_dealt_to_two_workers_has_one_draft(model: Path, tmp_path: Path) -> None:
+def test_a_group_dealt_to_two_workers_has_one_draft(workers: tuple[Any, Path]) -> None:
     """Three groups of four go to two workers as six and six: the second group is split."""
-    output = run_older_path(make_config(model), tmp_path)
-    assert len(list(tmp_path.glob("*.jsonl"))) == WORKERS
+    manager, record = workers
+    output = manager.generate_sequences(DataProto(None, make_rows(QUESTIONS, G)))
+    assert len(list(record.glob("*.jsonl"))) == WORKERS
     masks = output.batch["attention_mask"][:, :60].bool()
     prompts = [ids[mask].tolist() for ids, mask in zip(output.batch["prompts"], masks, strict=True)]
     trained = {question: prompts[G * i :][:G] for i, question in enumerate(QUESTIONS)}
-    check_two_stages(tmp_path, trained)
+    check_two_stages(record, trained)
     tokenizer = make_tokenizer()
     scores = output.batch["rm_scores"].sum(-1)
     for ids, mask, score in zip(
@@ -131,9 +142,12 @@ def test_a_group_dealt_to_two_workers_has_one_draft(model: Path, tmp_path: Path)
         assert score.item() == pytest.approx(compute_score(text, "7"), abs=1e-6)
 
 
-def test_validation_is_single_shot(model: Path, tmp_path: Path) -> None:
-    run_older_path(make_config(model), tmp_path, validate=True)
-    calls = asked(tmp_path)
+def test_validation_is_single_shot(workers: tuple[Any, Path]) -> None:
+    manager, record = workers
+    for file in record.glob("*.jsonl"):
+        file.unlink()
+    manager.generate_sequences(DataProto(None, make_rows(QUESTIONS, G), {"validate": True}))
+    calls = asked(record)
     assert len(calls) == len(QUESTIONS) * G
     assert all(prompt.endswith("?</s><s>assistant:") for prompt, *_ in calls)
 
@@ -141,7 +155,7 @@ def test_validation_is_single_shot(model: Path, tmp_path: Path) -> None:
 def test_v1_trains_each_group_on_one_stage_two_prompt(model: Path, tmp_path: Path) -> None:
     config = make_config(model)
     tq.init(config.transfer_queue)
-    manager = AgentLoopManagerTQ.create(config, Client(tmp_path))
+    manager = AgentLoopManagerTQ.create(config, Client(tmp_path, model))
     batch = tu.get_tensordict(make_rows(QUESTIONS, 1))
     tu.assign_non_tensor_data(batch, "global_steps", 1)
     uids = list(batch["uid"])
@@ -167,14 +181,14 @@ def test_v1_trains_each_group_on_one_stage_two_prompt(model: Path, tmp_path: Pat
 def test_the_question_is_never_cut(model: Path, tmp_path: Path) -> None:
     length = len("user:1+1?") + 2 + len("assistant:") + 1
     room = f"actor_rollout_ref.rollout.prompt_length={length + 4}"
-    run_older_path(make_config(model, room), tmp_path)
+    run_here(make_config(model, room), tmp_path, model)
     calls = asked(tmp_path)
-    assert all(prompt[len("<s>user:"):][:4] in QUESTIONS for prompt, *_ in calls)
+    assert all(prompt[len("<s>user:") :][:4] in QUESTIONS for prompt, *_ in calls)
     assert max(len(ids) for *_, ids in calls) <= length + 4
     assert torch.tensor([len(ids) > length for *_, ids in calls]).any()
     tight = f"actor_rollout_ref.rollout.prompt_length={length - 1}"
     with pytest.raises(ValueError, match="a question is never cut"):
-        run_older_path(make_config(model, tight), tmp_path)
+        run_here(make_config(model, tight), tmp_path, model)
 
 
 def test_what_can_not_work_is_refused_before_sampling(model: Path, tmp_path: Path) -> None:
@@ -185,5 +199,5 @@ def test_what_can_not_work_is_refused_before_sampling(model: Path, tmp_path: Pat
     }
     for override, message in wanted.items():
         with pytest.raises(Exception, match=message):
-            run_older_path(make_config(model, override), tmp_path)
+            run_here(make_config(model, override), tmp_path, model)
     assert not asked(tmp_path)
