@@ -1,10 +1,10 @@
-"""iGRPO in verl 0.9: loss mode `igrpo` and agent loop `igrpo`, there once this package is installed.
+r"""iGRPO in verl 0.9: installing this package adds loss mode and agent loop `igrpo`.
 
 verl loads this file through the entry point `verl.plugins`, in the driver and in Ray's workers:
 
-    python -m verl.trainer.main_ppo algorithm.adv_estimator=grpo \\
-        actor_rollout_ref.rollout.agent.default_agent_loop=igrpo +igrpo.num_drafts=8 \\
-        actor_rollout_ref.actor.policy_loss.loss_mode=igrpo \\
+    python -m verl.trainer.main_ppo algorithm.adv_estimator=grpo \
+        actor_rollout_ref.rollout.agent.default_agent_loop=igrpo +igrpo.num_drafts=8 \
+        actor_rollout_ref.actor.policy_loss.loss_mode=igrpo \
         actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
 
 Settings, all optional, stand under `igrpo`: `num_drafts`, `rules` (the dotted name of a

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from openrlhf.utils.agent import AgentExecutorBase
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from differences import note_tensors
 from tiny_model import make_model, make_tokenizer
 
 from igrpo_algo import DraftRules, DraftTemplate, TextSplice, select_worst_draft
@@ -236,7 +237,7 @@ def test_prompts_without_a_place_for_a_draft_are_refused(prompt: Any, message: s
 
 def test_what_can_not_work_is_refused_before_sampling() -> None:
     rules = DraftRules(failed_below=1.0, when_failed=Fallback.SKIP)
-    with pytest.raises(ValueError, match="when_failed must not be Fallback.SKIP"):
+    with pytest.raises(ValueError, match=r"when_failed must not be Fallback\.SKIP"):
         make_agent_executor(length_reward, rules=rules)
     with pytest.raises(ValueError, match="num_drafts"):
         make_agent_executor(length_reward, num_drafts=0)
@@ -281,5 +282,7 @@ def test_loss_and_gradient_are_those_of_openrlhf(
         value.backward()
         results.append((value.detach(), logprobs.grad, clipped, kl))
     # OpenRLHF adds 1e-8 to a sequence's token count; the rest is float64.
+    for name, (their, our) in zip(("loss", "gradient"), zip(*results, strict=True), strict=False):
+        note_tensors("openrlhf", f"{name}; token and sequence means, clipped and dual", our, their)
     for their, our in zip(*results, strict=True):
         torch.testing.assert_close(our, their.double(), atol=1e-8, rtol=1e-7, check_dtype=False)

@@ -16,6 +16,9 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from differences import note
+
 COMMAND = Path(swift.__path__[0]) / "cli" / "rlhf.py"
 G = 4
 
@@ -113,5 +116,7 @@ def test_each_group_is_trained_under_its_best_draft_by_a_loss_that_is_ours(
     assert len(losses) == 2 * ranks
     for entry in losses:
         theirs, ours = entry["loss"]
+        note("ms-swift", "loss inside its trainer, one rank and two", abs(theirs - ours))
+        note("ms-swift", "gradient inside its trainer, one rank and two", entry["gradient_gap"])
         assert abs(theirs - ours) <= 1e-6
         assert entry["gradient_gap"] <= 1e-6

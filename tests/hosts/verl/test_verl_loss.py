@@ -1,5 +1,7 @@
 """Loss mode `igrpo` beside verl's own clipped loss, alone and inside verl's `ppo_loss`."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,9 @@ from verl.workers.config.actor import PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
 from igrpo_algo.trainers.verl import igrpo_loss
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from differences import note_tensors
 
 assert verl.__version__ == "0.9.1"
 
@@ -83,7 +88,8 @@ def test_loss_gradient_and_metrics_are_those_of_verl(
     theirs = run("vanilla", batch, config)
     ours = run("igrpo", batch, config)
     # verl adds 1e-8 to each count of tokens; the rest is float64.
-    for their, our in zip(theirs[:2], ours[:2], strict=True):
+    for name, their, our in zip(("loss", "gradient"), theirs, ours, strict=False):
+        note_tensors("verl", f"{name}; five aggregations, dual clip, weights", our, their)
         torch.testing.assert_close(our, their, atol=1e-7, rtol=1e-7)
     assert ours[2] == pytest.approx(theirs[2], abs=1e-6)
 
@@ -146,6 +152,7 @@ def test_ppo_loss_on_nested_tensors_is_the_same_with_either_mode(mode: str) -> N
         loss, _ = ppo_loss(config, {"log_probs": log_probs}, batch)
         loss.backward()
         results.append((loss.detach(), leaf.grad))
-    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(results[1][1], results[0][1], atol=1e-6, rtol=1e-6)
+    for name, their, our in zip(("loss", "gradient"), *results, strict=True):
+        note_tensors("verl", f"{name} of its ppo_loss on nested tensors, with KL", our, their)
+        torch.testing.assert_close(our, their, atol=1e-6, rtol=1e-6)
     assert (results[1][1] == 0).sum() >= sum(prompts) - len(prompts)  # of prompts alone

@@ -1,4 +1,4 @@
-"""Agent loop `igrpo` in verl's own workers under Ray, two of them: the V1 path and the older one."""
+"""Agent loop `igrpo` in two of verl's own workers under Ray: the V1 path and the older one."""
 
 import asyncio
 import json
@@ -153,7 +153,7 @@ def test_validation_is_single_shot(workers: tuple[Any, Path]) -> None:
 
 
 def test_v1_trains_each_group_on_one_stage_two_prompt(model: Path, tmp_path: Path) -> None:
-    config = make_config(model)
+    config = make_config(model, "transfer_queue.backend.SimpleStorage.num_data_storage_units=1")
     tq.init(config.transfer_queue)
     manager = AgentLoopManagerTQ.create(config, Client(tmp_path, model))
     batch = tu.get_tensordict(make_rows(QUESTIONS, 1))

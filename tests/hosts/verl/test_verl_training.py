@@ -1,4 +1,4 @@
-"""verl's FSDP2 engine on two ranks: three steps with loss mode `igrpo`, the same with verl's own."""
+"""Three steps of verl's FSDP2 engine on two ranks: with our loss as with verl's own."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+from differences import note
 from tiny_model import make_model, make_tokenizer
 
 
@@ -37,7 +38,9 @@ def test_three_steps_of_the_fsdp2_engine_are_those_of_the_vanilla_loss(tmp_path:
     theirs, ours = trained["vanilla"], trained["igrpo"]
     assert len(ours["steps"]) == 3
     for their, our in zip(theirs["steps"], ours["steps"], strict=True):
-        assert our == pytest.approx(their, abs=1e-6)
+        gap = max(abs(our[name] - their[name]) for name in our)
+        note("verl", "loss and gradient norm of three FSDP2 steps, two ranks", gap)
+        assert gap <= 1e-6
         assert our["grad_norm"] > 0
     # Adam divides by the gradient's size, so a difference of rounding grows; the sums are of 10^2.
     assert ours["weights"] == pytest.approx(theirs["weights"], abs=1e-4)
