@@ -170,7 +170,7 @@ class Characters:
 
 def test_a_text_splice_gets_the_room_and_the_control_tokens():
     rules = fit_to_tokenizer(DraftRules(splice=SPLICE), Characters(), max_prompt_tokens=6)
-    spliced = rules.condition("q?", Completion([], "1234<end>5"))
+    spliced = rules.condition("q?", Completion([], "12345"))
     assert spliced.prompt == "q?[45]"
     assert spliced.tokens_cut == 3
     free = fit_to_tokenizer(DraftRules(splice=SPLICE), Characters())
