@@ -174,7 +174,7 @@ def test_a_text_splice_gets_the_room_and_the_control_tokens():
     assert spliced.prompt == "q?[45]"
     assert spliced.tokens_cut == 3
     free = fit_to_tokenizer(DraftRules(splice=SPLICE), Characters())
-    assert free.condition("q?", Completion([], "1<end>2")).prompt == "q?[12]"
+    assert free.condition("q?", Completion([], "1<end>2")).prompt == "q?[1 2]"
 
 
 def test_a_budget_of_its_own_and_other_splices_are_left_as_they_are():

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from openrlhf.utils.agent import AgentExecutorBase
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from contract import Group
 from differences import note_tensors
 from tiny_model import make_model, make_tokenizer
 
@@ -30,6 +31,7 @@ from igrpo_algo.drafts.rules import Fallback
 from igrpo_algo.engines.transformers import TransformersSampler
 from igrpo_algo.trainers.openrlhf import PolicyLoss, make_agent_executor
 
+EXAMPLE = Path(__file__).parents[3] / "examples" / "openrlhf_agent.py"
 ROOT = Path(openrlhf.__path__[0])
 SHORT = TextSplice(DraftTemplate("[", "]"))
 
@@ -67,12 +69,14 @@ class Actor:
         self.executor = executor
         self.sampler = TransformersSampler(make_model(), make_tokenizer(), max_new_tokens=8)
         self.asked: list[list[int]] = []
+        self.answered: list[tuple[str, str]] = []
 
     async def generate(self, ids: list[int], params: Any, multi_modal_data: None) -> Any:
         self.asked.append(ids)
         seed = len(self.asked)
         await asyncio.sleep(0)
         ((drawn,),) = self.sampler.sample([ids], 1, seed=seed)
+        self.answered.append((self.sampler.tokenizer.decode(ids), drawn.text))
         logprobs = [
             {token: SimpleNamespace(logprob=logprob)}
             for token, logprob in zip(drawn.token_ids, drawn.logprobs, strict=True)
@@ -127,11 +131,17 @@ def test_a_group_shares_one_draft_and_each_group_has_its_own() -> None:
     actor, groups = rollout(executor, [chat("1+1?"), chat("2+2?")], samples=4)
     assert len(actor.asked) == 2 * (3 + 4)
     assert len(set(shown(actor))) == 4  # two questions, two spliced ones
+    tokenizer = actor.sampler.tokenizer
     for group, question in zip(groups, ("1+1?", "2+2?"), strict=True):
-        prompts = {tuple(r["observation_tokens"][: r["action_ranges"][0][0]]) for r in group}
-        assert len(prompts) == 1
-        text = actor.sampler.tokenizer.decode(prompts.pop())
-        assert text.startswith(f"<s>user:{question}[")
+        plain = f"<s>user:{question}</s><s>assistant:"
+        drafts = [text for prompt, text in actor.answered if prompt == plain]
+        Group(
+            question,
+            drafts,
+            max(drafts, key=lambda text: sum(map(ord, text))),
+            [prompt for prompt in shown(actor) if prompt.startswith(f"<s>user:{question}[")],
+            [tokenizer.decode(r["observation_tokens"][: r["action_ranges"][0][0]]) for r in group],
+        ).check(num_drafts=3, num_refinements=4)
 
 
 @pytest.mark.parametrize(("select", "pick"), [(None, max), (select_worst_draft, min)])
@@ -210,13 +220,11 @@ def test_the_next_epoch_draws_new_drafts() -> None:
     assert len(actor.asked) == 2 * (2 + 2)
 
 
-def test_an_agent_file_of_three_lines_is_loaded_as_openrlhf_loads_it(tmp_path: Path) -> None:
+def test_the_agent_file_of_the_examples_is_loaded_as_openrlhf_loads_it(tmp_path: Path) -> None:
     file = tmp_path / "agent.py"
-    file.write_text(
-        "from igrpo_algo.trainers.openrlhf import make_agent_executor\n"
-        "def reward(completions, **columns): return [1.0] * len(completions)\n"
-        "AgentExecutor = make_agent_executor(reward, num_drafts=2)\n"
-    )
+    lines = EXAMPLE.read_text().splitlines()
+    reward = "def math_reward(completions, **columns): return [1.0] * len(completions)"
+    file.write_text("\n".join(reward if "import math_reward" in line else line for line in lines))
     executor = ENGINE._load_agent_executor(str(file))
     _, ((response, *_),) = rollout(type(executor), [chat("1?")], samples=2, max_length=600)
     assert response["reward"] == 1.0

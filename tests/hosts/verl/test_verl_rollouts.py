@@ -20,11 +20,13 @@ from omegaconf import DictConfig
 from verl import DataProto
 from verl.experimental.agent_loop import AgentLoopManager, AgentLoopWorker
 from verl.experimental.reward_loop import RewardLoopWorker
+from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ
 from verl.utils import tensordict_utils as tu
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+from contract import Group
 from on_cpu import Client, compute_score
 from tiny_model import make_model, make_tokenizer
 
@@ -108,20 +110,29 @@ def asked(record: Path) -> list[tuple[str, str, list[int]]]:
     ]
 
 
-def check_two_stages(record: Path, trained: dict[str, list[list[int]]]) -> None:
-    """Each question drew N drafts once, and its G prompts hold the best one."""
+def check_groups(record: Path, trained: list[list[int]], scores: torch.Tensor | None) -> None:
+    """Check each group against what the client was asked for; the rows come group by group."""
     calls = asked(record)
     assert len(calls) == len(QUESTIONS) * (N + G)
-    for question in QUESTIONS:
-        drafts = [
-            text for prompt, text, _ in calls if prompt.endswith(f":{question}</s><s>assistant:")
-        ]
-        assert len(drafts) == N
-        best = max(drafts, key=lambda text: compute_score(text, "7"))
-        (prompt,) = {p for p, _, ids in calls if p.startswith(f"<s>user:{question}[")}
-        assert prompt == f"<s>user:{question}[{best}]</s><s>assistant:"
-        prompts = trained[question]
-        assert prompts == [make_tokenizer()(prompt, add_special_tokens=False)["input_ids"]] * G
+    tokenizer = make_tokenizer()
+    advantages = scores
+    if scores is not None:
+        groups = np.repeat(QUESTIONS, G)
+        advantages, _ = compute_grpo_outcome_advantage(
+            scores[:, None], torch.ones_like(scores)[:, None], groups
+        )
+    for index, question in enumerate(QUESTIONS):
+        rows = slice(G * index, G * (index + 1))
+        plain = f"<s>user:{question}</s><s>assistant:"
+        drafts = [text for prompt, text, _ in calls if prompt == plain]
+        Group(
+            question,
+            drafts,
+            max(drafts, key=lambda text: compute_score(text, "7")),
+            [prompt for prompt, *_ in calls if prompt.startswith(f"<s>user:{question}[")],
+            [tokenizer.decode(ids) for ids in trained[rows]],
+            *([] if scores is None else [scores[rows].tolist(), advantages[rows, 0].tolist()]),
+        ).check(N, G)
 
 
 def test_a_group_dealt_to_two_workers_has_one_draft(workers: tuple[Any, Path]) -> None:
@@ -131,10 +142,9 @@ def test_a_group_dealt_to_two_workers_has_one_draft(workers: tuple[Any, Path]) -
     assert len(list(record.glob("*.jsonl"))) == WORKERS
     masks = output.batch["attention_mask"][:, :60].bool()
     prompts = [ids[mask].tolist() for ids, mask in zip(output.batch["prompts"], masks, strict=True)]
-    trained = {question: prompts[G * i :][:G] for i, question in enumerate(QUESTIONS)}
-    check_two_stages(record, trained)
-    tokenizer = make_tokenizer()
     scores = output.batch["rm_scores"].sum(-1)
+    check_groups(record, prompts, scores)
+    tokenizer = make_tokenizer()
     for ids, mask, score in zip(
         output.batch["responses"], output.batch["response_mask"], scores, strict=True
     ):
@@ -174,8 +184,7 @@ def test_v1_trains_each_group_on_one_stage_two_prompt(model: Path, tmp_path: Pat
     keys = [f"{uid}_{session}_0" for uid in uids for session in range(G)]
     data = tq.kv_batch_get(keys=keys, partition_id="train")
     prompts = [ids.tolist() for ids in data["prompts"].unbind()]
-    trained = {question: prompts[G * i :][:G] for i, question in enumerate(QUESTIONS)}
-    check_two_stages(tmp_path, trained)
+    check_groups(tmp_path, prompts, None)
 
 
 def test_the_question_is_never_cut(model: Path, tmp_path: Path) -> None:
