@@ -7,11 +7,12 @@ another name when the folder is copied into another package.
 """
 
 from .aggregates import Aggregate, FixedLength, SequenceMean, Sum, TokenMean
-from .clipped_policy_loss import clipped_policy_loss
+from .clipped_losses import clipped_policy_loss
 from .kl import K1, K2, K3, KlEstimator, RatioWeighted, ScoreWeighted
-from .linear_policy_loss import linear_policy_loss
-from .linear_token_logprobs import linear_token_logprobs
-from .policy_loss import PolicyLoss, policy_loss
+from .logprobs_from_hidden import linear_token_logprobs
+from .logprobs_from_logits import token_logprobs
+from .loss_from_hidden import linear_policy_loss
+from .loss_from_logprobs import PolicyLoss, policy_loss
 from .sequences import Sequences
 from .surrogates import (
     Cispo,
@@ -30,7 +31,6 @@ from .surrogates import (
     Tokens,
     Vespo,
 )
-from .token_logprobs import token_logprobs
 from .vocabulary_shard import VocabularyShard
 
 __all__ = [

@@ -41,6 +41,28 @@ def check_integral(name: str, value: object) -> Tensor:
     return tensor
 
 
+def check_mask(value: object, shape: Sequence[int], legend: str) -> Tensor:
+    """Return a mask of booleans, or of ones and zeros in any dtype, as booleans.
+
+    An additive mask of 0 and -inf means the opposite, and weights are no mask: both are refused.
+    """
+    mask = check_shape("mask", check_tensor("mask", value), shape, legend)
+    if mask.dtype == torch.bool:
+        return mask
+    counts = mask != 0
+    if not torch.compiler.is_compiling():
+        require(counts == mask, "mask must hold booleans, or ones and zeros")
+    return counts
+
+
+def require(holds: Tensor, message: str) -> None:
+    """Raise ValueError unless all of `holds`; on a GPU a device assertion, which needs no sync."""
+    if holds.is_cuda:
+        torch._assert_async(holds.all(), message)
+    elif not holds.all():
+        raise ValueError(message)
+
+
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int], legend: str) -> Tensor:
     """Return `tensor` if it has `shape`, which `legend` spells in axis letters ("[P, N]")."""
     if list(tensor.shape) != list(shape):

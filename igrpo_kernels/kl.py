@@ -68,7 +68,7 @@ class K3:
     def __call__(self, tokens: Tokens, ref_logprobs: Tensor) -> Tensor:
         """Return the estimate of each token."""
         x = ref_logprobs - tokens.logprobs
-        return x.clamp(max=MAX_LOG_RATIO).exp() - x - 1
+        return x.clamp(max=MAX_LOG_RATIO).expm1() - x
 
 
 @dataclass(frozen=True)

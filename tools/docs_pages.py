@@ -43,12 +43,12 @@ REFERENCE = {
     "kernels/logprobs.md": (
         "Log-probs",
         "igrpo_kernels",
-        ("token_logprobs", "linear_token_logprobs", "vocabulary_shard"),
+        ("logprobs_from_logits", "logprobs_from_hidden", "vocabulary_shard"),
     ),
     "kernels/policy_loss.md": (
         "Policy loss",
         "igrpo_kernels",
-        ("policy_loss", "clipped_policy_loss", "linear_policy_loss", "sequences"),
+        ("loss_from_logprobs", "clipped_losses", "loss_from_hidden", "sequences"),
     ),
     "kernels/surrogates.md": ("Surrogates", "igrpo_kernels", ("surrogates",)),
     "kernels/aggregates.md": ("Aggregates", "igrpo_kernels", ("aggregates",)),

@@ -34,9 +34,9 @@ from igrpo_kernels import (
     TokenMean,
     Vespo,
     VocabularyShard,
+    cpu_head_softmax,
     linear_policy_loss,
     linear_token_logprobs,
-    row_chunks,
 )
 
 B, T, H, V = 4, 5, 6, 507
@@ -145,11 +145,11 @@ def frozen(batch: Batch) -> Outputs:
 
 
 def in_many_chunks(batch: Batch, run: Callable[[Batch], Outputs]) -> Outputs:
-    budget, row_chunks.CPU_CHUNK_BYTES = row_chunks.CPU_CHUNK_BYTES, 4 * 400 * 3
+    budget, cpu_head_softmax.CHUNK_BYTES = cpu_head_softmax.CHUNK_BYTES, 4 * 400 * 3
     try:
         return run(batch)
     finally:
-        row_chunks.CPU_CHUNK_BYTES = budget
+        cpu_head_softmax.CHUNK_BYTES = budget
 
 
 def make_banned() -> Batch:
@@ -191,7 +191,7 @@ CASES: dict[str, tuple[Callable[[], Batch], Callable[[Batch], Outputs]]] = {
         partial(twice, run=lambda batch: batch.logprobs().sum()),
     ),
     "loss, chunks": (make_batch, partial(in_many_chunks, run=of_loss)),
-    "loss, all metrics": (make_batch, partial(of_loss, all_metrics=True, with_entropy=True)),
+    "loss, all metrics": (make_batch, partial(of_loss, all_metrics=True, return_entropy=True)),
     "loss, KL and entropy": (
         make_batch,
         partial(of_loss, kl_coef=0.1, kl=RatioWeighted(K3()), entropy_coef=0.05, **HEAD),

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import igrpo_kernels.cpu_head_softmax as cpu_head_softmax
 import igrpo_kernels.linear_head as linear_head
-import igrpo_kernels.row_chunks as row_chunks
+import igrpo_kernels.row_selection as row_selection
 from igrpo_kernels import (
     K1,
     K2,
@@ -39,7 +40,13 @@ from igrpo_kernels import (
     linear_token_logprobs,
     policy_loss,
 )
-from igrpo_kernels.softmax_rows import LogitTransform, softmax_rows_
+from igrpo_kernels.relative_softmax import (
+    LogitTransform,
+    ProductGradient,
+    SoftmaxRows,
+    TargetColumns,
+    softmax_,
+)
 
 B, T, H, V = 4, 5, 3, 11
 TOKEN_LEVEL = [
@@ -83,7 +90,7 @@ class Case:
     def composed(self, **options: Any) -> PolicyLoss:
         """What the op is defined to be."""
         options = {"bias": self.bias, "old_logprobs": self.old_logprobs, **options}
-        for name in ("with_entropy", "all_metrics"):
+        for name in ("return_entropy", "all_metrics"):
             options.pop(name, None)
         head = {name: options.pop(name) for name in HEAD if name in options}
         logprobs, entropy = linear_token_logprobs(
@@ -139,11 +146,11 @@ def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     Some chunks hold whole sequences.
     """
     if request.param == "some chunks":
-        monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 4 * V * T)
+        monkeypatch.setattr(cpu_head_softmax, "CHUNK_BYTES", 4 * V * T)
     if request.param == "many slices":
-        monkeypatch.setattr(row_chunks, "CACHE_BYTES", 0)
+        monkeypatch.setattr(row_selection, "CACHE_BYTES", 0)
     if request.param == "many chunks":
-        monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 0)
+        monkeypatch.setattr(cpu_head_softmax, "CHUNK_BYTES", 0)
 
 
 @pytest.mark.usefixtures("chunked")
@@ -152,7 +159,7 @@ def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_policy_loss_of_the_logprobs(surrogate: Any, aggregate: Any) -> None:
     case = make_case()
     options = {"surrogate": surrogate, "aggregate": aggregate}
-    got = case.fused(**options, all_metrics=True, with_entropy=True)
+    got = case.fused(**options, all_metrics=True, return_entropy=True)
     wanted = case.composed(**options)
     assert_same(got, wanted, case.leaves, 1e-10)  # float64 on both sides
     assert_same_metrics(got, wanted, 1e-10)
@@ -187,7 +194,7 @@ def test_every_option(options: dict[str, Any], surrogate: Any) -> None:
     if "kl" in options or "kl_coef" in options:
         options = {**options, "ref_logprobs": case.ref_logprobs}
     options = {"surrogate": surrogate, "aggregate": SequenceMean(), **options}
-    got = case.fused(**options, all_metrics=True, with_entropy=True)
+    got = case.fused(**options, all_metrics=True, return_entropy=True)
     wanted = case.composed(**options)
     leaves = case.leaves if options.get("bias", case.bias) is not None else case.leaves[:2]
     assert_same(got, wanted, leaves, 1e-10)
@@ -281,9 +288,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
         rows["logits"].append(len(hidden))
         return products_(self, buffer, hidden)
 
-    def counting_add(self: Any, where: Tensor, hidden: Tensor, grad: Tensor) -> None:
-        rows["gradients"].append(len(grad))
-        add(self, where, hidden, grad)
+    def counting_add(self: Any, where: Any, hidden: Tensor, gradient: ProductGradient) -> None:
+        rows["gradients"].append(len(gradient.matrix))
+        add(self, where, hidden, gradient)
 
     monkeypatch.setattr(linear_head.LinearHead, "products_", counting_products)
     monkeypatch.setattr(linear_head.HeadGradients, "add", counting_add)
@@ -315,7 +322,7 @@ def test_rows_of_zero_importance_weight_cost_nothing(products: dict[str, list[in
 def test_whole_sequences_go_through_once(
     surrogate: Any, products: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 4 * V * 6)
+    monkeypatch.setattr(cpu_head_softmax, "CHUNK_BYTES", 4 * V * 6)
     case = make_case()
     got = case.fused(surrogate=surrogate, aggregate=SequenceMean())
     # of 3, 5, 3 and 1 tokens; the third has an advantage of zero, and the last fits behind it
@@ -330,13 +337,13 @@ def test_whole_sequences_go_through_once(
 def test_a_sequence_longer_than_a_chunk_goes_through_twice(
     products: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 4 * V * 4)
+    monkeypatch.setattr(cpu_head_softmax, "CHUNK_BYTES", 4 * V * 4)
     case = make_case()
     options = {"surrogate": SequenceClip(0.9, 0.9), "aggregate": SequenceMean()}
     got = case.fused(**options)
     assert products == {"logits": [4, 4, 4], "gradients": []}
     got.loss.backward(inputs=case.leaves)
-    assert products["logits"] == [4, 4, 4, 4, 4, 1]
+    assert products["logits"] == [4, 4, 4, 3, 3, 3]
 
 
 @pytest.mark.usefixtures("chunked")
@@ -378,8 +385,8 @@ def test_clipped_rows_cost_no_gradient(products: dict[str, list[int]]) -> None:
 def test_metrics_are_of_the_rows_computed_or_of_all(products: dict[str, list[int]]) -> None:
     case = make_case()
     options = {"surrogate": Clip(), "aggregate": TokenMean()}
-    active = case.fused(**options, with_entropy=True)
-    everything = case.fused(**options, with_entropy=True, all_metrics=True)
+    active = case.fused(**options, return_entropy=True)
+    everything = case.fused(**options, return_entropy=True, all_metrics=True)
     assert products["logits"] == [9, 9, 3]
     assert torch.equal(active.loss, everything.loss)
     assert_same_metrics(everything, case.composed(**options), 1e-10)
@@ -391,9 +398,9 @@ def test_metrics_are_of_the_rows_computed_or_of_all(products: dict[str, list[int
 def test_metrics_over_sequences_are_of_the_rows_computed_or_of_all(surrogate: Any) -> None:
     case = make_case()
     options = {"surrogate": surrogate, "aggregate": TokenMean()}
-    everything = case.fused(**options, with_entropy=True, all_metrics=True)
+    everything = case.fused(**options, return_entropy=True, all_metrics=True)
     assert_same_metrics(everything, case.composed(**options), 1e-10)
-    active = case.fused(**options, with_entropy=True)
+    active = case.fused(**options, return_entropy=True)
     moving = replace(case, mask=case.mask * (case.advantages != 0)[:, None])
     assert_same_metrics(active, moving.composed(**options), 1e-10)
 
@@ -577,21 +584,22 @@ def test_rounding_in_place_is_rounding(rows: int, monkeypatch: pytest.MonkeyPatc
     products, targets = torch.randn(rows, 33), torch.randint(0, 33, (rows,))
     upstream = torch.randn(rows)
 
-    monkeypatch.setattr(row_chunks, "CACHE_BYTES", 4 * 33 * 40)  # 40 rows
+    monkeypatch.setattr(row_selection, "CACHE_BYTES", 4 * 33 * 40)  # 40 rows
 
-    def gradient(dtype: torch.dtype | None) -> Tensor:
-        softmax = softmax_rows_(products.clone(), targets, LogitTransform(torch.ones(1)))
-        return softmax.gradient_(upstream, dtype=dtype)
+    def gradient(dtype: torch.dtype) -> Tensor:
+        memory, at = products.clone(), TargetColumns(targets)
+        found = softmax_(memory, at, entropy=False)
+        softmax = SoftmaxRows(found, at, LogitTransform(), memory)
+        return softmax.gradient_(upstream, dtype=dtype).multiplied(dtype)
 
-    torch.testing.assert_close(
-        gradient(torch.bfloat16), gradient(None).bfloat16(), rtol=0.0, atol=0.0
-    )
+    rounded = gradient(torch.float32).bfloat16()
+    torch.testing.assert_close(gradient(torch.bfloat16), rounded, rtol=0.0, atol=0.0)
 
 
 def test_weight_gradient_is_not_summed_in_bf16_axolotl_1601(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 0)  # as many chunks as rows
+    monkeypatch.setattr(cpu_head_softmax, "CHUNK_BYTES", 0)  # as many chunks as rows
     hidden = torch.randn(4, 128, 8).bfloat16()
     weight = (torch.randn(16, 8) / 3).bfloat16().requires_grad_()
     targets = torch.randint(0, 16, (4, 128))
@@ -714,7 +722,7 @@ def test_random_batches(data: st.DataObject) -> None:
     kl_coef = data.draw(st.sampled_from([0.0, 0.1]))
     options = {"surrogate": surrogate, "aggregate": aggregate, "ref_logprobs": case.ref_logprobs}
     options |= {"kl_coef": kl_coef, "entropy_coef": data.draw(st.sampled_from([0.0, 0.1]))}
-    got = case.fused(**options, all_metrics=True, with_entropy=True)
+    got = case.fused(**options, all_metrics=True, return_entropy=True)
     wanted = case.composed(**options)
     assert_same(got, wanted, leaves, 1e-8)
     assert_same_metrics(got, wanted, 1e-8)

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
+import igrpo_kernels.cpu_head_softmax as cpu_head_softmax
 import igrpo_kernels.linear_head as linear_head
-import igrpo_kernels.row_chunks as row_chunks
+import igrpo_kernels.row_checks as row_checks
+import igrpo_kernels.row_selection as row_selection
 from igrpo_kernels import linear_token_logprobs, token_logprobs
 
 EPS = torch.finfo(torch.float32).eps
@@ -41,9 +43,9 @@ def plain(
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test with all rows in one chunk, and with each in a chunk, or a slice, of its own."""
     if request.param == "many slices":
-        monkeypatch.setattr(row_chunks, "CACHE_BYTES", 0)
+        monkeypatch.setattr(row_selection, "CACHE_BYTES", 0)
     if request.param == "many chunks":
-        monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 0)
+        monkeypatch.setattr(cpu_head_softmax, "CHUNK_BYTES", 0)
         monkeypatch.setattr(linear_head, "CAST_ROWS", 6)
 
 
@@ -113,7 +115,7 @@ def gradients(function: Callable[..., Tensor], *leaves: Tensor) -> tuple[Tensor,
 def test_error_against_float64_is_that_of_plain_torch(
     dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> None:
-    if shape[2] > 1000 and row_chunks.CPU_CHUNK_BYTES == 0:
+    if shape[2] > 1000 and cpu_head_softmax.CHUNK_BYTES == 0:
         shape = (3, 8, 5027)  # slices of 6 columns take long
     hidden, weight, bias, targets = head(*shape, dtype)
     options = {"temperature": 0.9, "logit_scale": 1.5, "softcap": 20.0}
@@ -217,7 +219,7 @@ def test_each_gradient_alone(only: int, monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(frozen[only].grad, wanted[only], rtol=1e-10, atol=1e-10)
     assert all(leaf.grad is None for i, leaf in enumerate(frozen) if i != only)
     # the logits again, and one product for hidden or weight: a frozen one costs nothing
-    chunks = 1 if row_chunks.CPU_CHUNK_BYTES else 5
+    chunks = 1 if cpu_head_softmax.CHUNK_BYTES else 5
     assert len(products) == chunks * (1 if only == 2 else 2)
 
 
@@ -281,7 +283,7 @@ def test_weight_gradient_is_not_summed_in_bf16_axolotl_1601(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hidden, weight, _, targets = head(512, 8, 16, torch.bfloat16)
-    monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 0)  # 512 chunks
+    monkeypatch.setattr(cpu_head_softmax, "CHUNK_BYTES", 0)  # 512 chunks
 
     def ours(weight: Tensor) -> Tensor:
         return linear_token_logprobs(hidden.detach(), weight, targets)
@@ -420,7 +422,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 def test_opcheck() -> None:
-    op = getattr(torch.ops, row_chunks.NAMESPACE).linear_token_logprobs
+    op = getattr(torch.ops, row_checks.NAMESPACE).linear_token_logprobs
     hidden, weight, bias, targets = head(4, 3, 7, torch.float32)
     mask = torch.tensor([True, False, True, True])
     torch.library.opcheck(

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import igrpo_kernels.row_chunks as row_chunks
+import igrpo_kernels.row_checks as row_checks
+import igrpo_kernels.row_selection as row_selection
 from igrpo_kernels import token_logprobs
 
 EPS = torch.finfo(torch.float32).eps
@@ -36,7 +37,7 @@ def plain(
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test with all rows in one chunk, and with every row in a chunk of its own."""
     if request.param == "many chunks":
-        monkeypatch.setattr(row_chunks, "CACHE_BYTES", 0)
+        monkeypatch.setattr(row_selection, "CACHE_BYTES", 0)
 
 
 @pytest.mark.usefixtures("chunked")
@@ -340,7 +341,7 @@ def test_inplace_backward_gives_the_same_bits_in_the_logits_memory(
     targets = torch.randint(0, 11, base[parts[view]].shape[:2])
     mask = torch.rand(targets.shape) < 0.7
     mask[0, 0], mask[0, 1] = True, False
-    upstream = torch.randn(2, *targets.shape, dtype=row_chunks.working_dtype(dtype))
+    upstream = torch.randn(2, *targets.shape, dtype=row_selection.working_dtype(dtype))
     upstream[:, 1, 1] = 0
 
     def run(in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -428,7 +429,7 @@ def test_temperatures_do_not_recompile_liger_1366() -> None:
 
 
 def test_opcheck() -> None:
-    spaces = getattr(torch.ops, row_chunks.NAMESPACE)
+    spaces = getattr(torch.ops, row_checks.NAMESPACE)
     op = spaces.token_logprobs
     logits = torch.randn(4, 7, requires_grad=True)
     targets = torch.tensor([0, 3, 6, 2])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from igrpo_kernels import row_chunks
+from igrpo_kernels import cpu_head_softmax
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REAL_PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -48,8 +48,14 @@ class Place:
     def cut(self, size: tuple[int, int, int], chunks: int) -> None:
         """Make the ops over hidden states take a batch of (T, V, H) in so many chunks."""
         rows, vocabulary, _ = size
-        for name in ("CPU_CHUNK_BYTES", "CUDA_CHUNK_BYTES"):
-            self.monkeypatch.setattr(row_chunks, name, 4 * vocabulary * -(-rows // chunks))
+        modules = [cpu_head_softmax]
+        if self.name != "cpu":
+            from igrpo_kernels._triton import head_softmax
+
+            modules.append(head_softmax)
+        for module in modules:
+            budget = 4 * vocabulary * -(-rows // chunks)
+            self.monkeypatch.setattr(module, "CHUNK_BYTES", budget)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
         """Random numbers; large tensors in parts, so that no fp32 copy of the whole exists."""

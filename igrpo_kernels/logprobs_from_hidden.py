@@ -1,24 +1,21 @@
 """Log-probs of sampled tokens straight from hidden states: the [N, V] logits never exist whole."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .checks import check_tensor
-from .linear_head import HeadGradients, LinearHead, cast_for_autocast, check_head
-from .row_chunks import (
-    NAMESPACE,
-    active_rows,
-    check_rows,
-    check_targets,
-    counted_rows,
-    row_temperature,
-    take,
-    working_dtype,
-)
-from .softmax_rows import LogitTransform, softmax_rows_
-from .softmax_statistics import RowStatistics
+from .head_checks import cast_for_autocast, check_head
+from .head_softmax import is_one_chunk, softmax_chunks
+from .linear_head import HeadGradients, LinearHead
+from .relative_softmax import LogitTransform
+from .row_checks import NAMESPACE, check_rows, check_targets, row_temperature
+from .row_selection import nonzero, rows_where, take, working_dtype
+from .row_statistics import RowStatistics
 from .vocabulary_shard import VocabularyShard, from_schema, to_schema
 
 
@@ -117,13 +114,15 @@ def linear_token_logprobs(
     assert head_weight is not None
     check_head(head_hidden, head_weight, head_bias, softcap, logit_scale, shard)
     flat, counted = check_targets(targets, mask, hidden.shape[:-1])
-    logprobs, entropy, *_ = _forward(
+    per_row = row_temperature(temperature, targets, working_dtype(head_weight.dtype))
+    compute = _op if torch.compiler.is_compiling() else _ScoreRows.apply
+    logprobs, entropy, *_ = compute(
         head_hidden.reshape(-1, hidden.shape[-1]),
         head_weight,
         head_bias,
         flat,
         counted,
-        row_temperature(temperature, targets, working_dtype(head_weight.dtype)),
+        per_row,
         softcap,
         float(logit_scale),
         return_entropy,
@@ -133,8 +132,7 @@ def linear_token_logprobs(
     return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_token_logprobs", mutates_args=())
-def _forward(
+def _score_rows(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -147,43 +145,20 @@ def _forward(
     slices: list[int] | None = None,
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shard = from_schema(slices, group)
-    head = LinearHead(weight, bias, LogitTransform(temperature, softcap, logit_scale), shard)
-    check_rows(targets, mask, temperature, head.vocabulary if shard is None else shard.vocabulary)
-    rows = counted_rows(targets, mask)
-    found = RowStatistics.zeros(targets, working_dtype(hidden.dtype), entropy=with_entropy)
-    buffer = head.new_buffer(len(rows))
-    for chunk in head.chunks(rows):
-        softmax = softmax_rows_(
-            head.products_(buffer, hidden[chunk]),
-            head.columns(targets[chunk]),
-            head.transform.take(chunk),
-            entropy=with_entropy,
-            shard=shard,
-        )
-        found.put_(chunk, softmax.statistics)
-    return found.tensors
+    """Return log-probs, entropies (or nothing), references and totals of all rows."""
+    transform = LogitTransform(temperature, softcap, logit_scale)
+    head = LinearHead(weight, bias, transform, from_schema(slices, group))
+    check_rows(targets, mask, temperature, head.whole_vocabulary)
+    rows = rows_where(len(targets), mask)
+    chunks = softmax_chunks(head, hidden, targets, rows, entropy=with_entropy, keeps=False)
+    found = [softmax.statistics for *_, softmax in chunks]
+    if not found:
+        dtype = working_dtype(hidden.dtype)
+        return RowStatistics.zeros(targets, dtype, entropy=with_entropy).tensors
+    return RowStatistics.join(found).spread(rows, len(targets)).tensors
 
 
-@_forward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    with_entropy: bool,
-    slices: list[int] | None = None,
-    group: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return RowStatistics.zeros(targets, working_dtype(hidden.dtype), entropy=with_entropy).tensors
-
-
-@torch.library.custom_op(f"{NAMESPACE}::linear_token_logprobs_backward", mutates_args=())
-def _backward(
+def _differentiate_rows(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -199,50 +174,16 @@ def _backward(
     slices: list[int] | None = None,
     group: str = "",
 ) -> list[Tensor]:
-    shard = from_schema(slices, group)
-    head = LinearHead(weight, bias, LogitTransform(temperature, softcap, logit_scale), shard)
+    """Return the gradients that are needed, of hidden, weight and bias."""
+    transform = LogitTransform(temperature, softcap, logit_scale)
+    head = LinearHead(weight, bias, transform, from_schema(slices, group))
+    rows = rows_where(len(targets), mask, nonzero(grad_logprobs, grad_entropy))
+    gradients = HeadGradients(head, hidden, needed, one_chunk=is_one_chunk(head, rows))
     statistics = RowStatistics.of_tensors(known)
-    rows = active_rows(mask, grad_logprobs, grad_entropy)
-    gradients = HeadGradients(head, hidden, needed, len(rows))
-    buffer = head.new_buffer(len(rows))
-    for chunk in head.chunks(rows):
-        some = hidden[chunk]
-        softmax = softmax_rows_(
-            head.products_(buffer, some),
-            head.columns(targets[chunk]),
-            head.transform.take(chunk),
-            entropy=grad_entropy is not None,
-            shard=shard,
-            known=statistics.take(chunk),
-        )
+    for chunk, some, softmax in softmax_chunks(head, hidden, targets, rows, known=statistics):
         upstream = take(grad_logprobs, chunk), take(grad_entropy, chunk)
-        gradients.add(chunk, some, softmax.gradient_(*upstream, dtype=gradients.operand_dtype))
+        gradients.add(chunk, some, softmax.gradient_(*upstream, dtype=gradients.matrix_dtype))
     return [gradient.to(hidden.dtype) for gradient in gradients.finish()]
-
-
-@_backward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    known: list[Tensor],
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    needed: list[bool],
-    slices: list[int] | None = None,
-    group: str = "",
-) -> list[Tensor]:
-    inputs = (hidden, weight, bias)
-    return [
-        torch.empty_like(x)
-        for x, need in zip(inputs, needed, strict=True)
-        if need and x is not None
-    ]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -253,18 +194,22 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _run_backward(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
+    differentiate: Callable[..., list[Tensor]],
+    ctx: Any,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    *_: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:3])
     gradients: list[Tensor | None] = [None, None, None]
     if not ctx.with_entropy:  # an empty tensor, and so is its gradient
         grad_entropy = None
     if grad_logprobs is not None or grad_entropy is not None:
-        *inputs, logprobs, entropy, maximum, normalizer = ctx.saved_tensors
+        *inputs, logprobs, entropy, reference, total = ctx.saved_tensors
         computed = iter(
-            _backward(
+            differentiate(
                 *inputs,
-                [logprobs, entropy, maximum, normalizer],
+                [logprobs, entropy, reference, total],
                 grad_logprobs,
                 grad_entropy,
                 ctx.softcap,
@@ -277,4 +222,38 @@ def _run_backward(
     return *gradients, *[None] * 8
 
 
-_forward.register_autograd(_run_backward, setup_context=_save_for_backward)
+class _ScoreRows(torch.autograd.Function):
+    """The op without a compiler: a `custom_op` costs the host more than a small batch's work."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        """Score the rows."""
+        output = _score_rows(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[2:])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Differentiate the rows."""
+        return _run_backward(_differentiate_rows, ctx, *gradients)
+
+
+_op = torch.library.custom_op(f"{NAMESPACE}::linear_token_logprobs", _score_rows, mutates_args=())
+_backward_op = torch.library.custom_op(
+    f"{NAMESPACE}::linear_token_logprobs_backward", _differentiate_rows, mutates_args=()
+)
+_op.register_autograd(partial(_run_backward, _backward_op), setup_context=_save_for_backward)
+
+
+@_op.register_fake
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    targets, with_entropy = rest[2], rest[7]
+    return RowStatistics.zeros(targets, working_dtype(hidden.dtype), entropy=with_entropy).tensors
+
+
+@_backward_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> list[Tensor]:
+    inputs = zip((hidden, weight, bias), rest[8], strict=True)
+    return [torch.empty_like(x) for x, need in inputs if need and x is not None]

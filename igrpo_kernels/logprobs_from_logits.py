@@ -1,24 +1,18 @@
 """Log-probs (and entropies) of sampled tokens from logits, in fp32 whatever the logits' dtype."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .checks import check_floating
-from .row_chunks import (
-    NAMESPACE,
-    active_rows,
-    check_rows,
-    check_targets,
-    counted_rows,
-    row_pieces,
-    row_temperature,
-    take,
-    working_dtype,
-)
-from .softmax_rows import LogitTransform, RowSoftmax, softmax_rows_
-from .softmax_statistics import RowStatistics
+from .relative_softmax import LogitTransform, SoftmaxRows, TargetColumns, exponentiate_, softmax_
+from .row_checks import NAMESPACE, check_rows, check_targets, row_temperature
+from .row_selection import Rows, nonzero, row_pieces, rows_where, take, working_dtype
+from .row_statistics import RowStatistics
 
 
 @overload
@@ -90,7 +84,7 @@ def token_logprobs(
     Example:
         >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
         >>> token_logprobs(logits, torch.tensor([3, 0]))
-        tensor([-1.3863e+00, -3.7008e-04])
+        tensor([-1.3863e+00, -3.7016e-04])
     """
     check_floating("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
@@ -100,7 +94,8 @@ def token_logprobs(
     if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
         _check_own_memory(logits)
     logits = logits.unsqueeze(0) if logits.dim() == 1 else logits
-    logprobs, entropy, *_ = _forward(
+    compute = _op if torch.compiler.is_compiling() else _ScoreRows.apply
+    logprobs, entropy, *_ = compute(
         logits, flat, counted, per_row, return_entropy, inplace_backward
     )
     logprobs = logprobs.view(targets.shape)
@@ -119,25 +114,27 @@ def _check_own_memory(logits: Tensor) -> None:
         )
 
 
-def _softmax_chunk(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: Tensor,
-    rows: Tensor,
-    *,
-    entropy: bool,
-    known: RowStatistics | None = None,
-) -> tuple[tuple[Tensor, ...], RowSoftmax]:
-    """Run `softmax_rows_` on a copy of some rows of logits; return where they stand, and it."""
-    at = torch.unravel_index(rows, logits.shape[:-1])
-    chunk = logits[at].to(working_dtype(logits.dtype))
-    transform = LogitTransform(temperature).take(rows)
-    known = None if known is None else known.take(rows)
-    return at, softmax_rows_(chunk, targets[rows], transform, entropy=entropy, known=known)
+def _flat(logits: Tensor) -> Tensor:
+    """View [..., V] as [N, V] where memory allows; elsewhere rows are found by their axes."""
+    return logits.view(-1, logits.shape[-1]) if logits.is_contiguous() else logits
 
 
-@torch.library.custom_op(f"{NAMESPACE}::token_logprobs", mutates_args=())
-def _forward(
+def _at(logits: Tensor, rows: Rows) -> Any:
+    """Where rows stand among the leading axes of logits."""
+    if logits.dim() == 2:
+        return slice(rows.start, rows.stop) if isinstance(rows, range) else rows
+    if isinstance(rows, range):
+        rows = torch.arange(rows.start, rows.stop, device=logits.device)
+    return torch.unravel_index(rows, logits.shape[:-1])
+
+
+def _copy(logits: Tensor, rows: Rows, transform: LogitTransform) -> Tensor:
+    """Return some rows of logits as they enter the softmax, in memory of their own."""
+    chunk = logits[_at(logits, rows)].to(working_dtype(logits.dtype), copy=isinstance(rows, range))
+    return transform.apply_(chunk)
+
+
+def _score_rows(
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
@@ -145,32 +142,24 @@ def _forward(
     with_entropy: bool,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return log-probs, entropies (or nothing), references and totals of all rows."""
     check_rows(targets, mask, temperature, logits.shape[-1])
     if logits.is_cuda:
         from ._triton import token_logprobs as kernels
 
         return kernels.forward(logits, targets, mask, temperature, with_entropy).tensors
-    found = RowStatistics.zeros(targets, working_dtype(logits.dtype), entropy=with_entropy)
-    for chunk in row_pieces(counted_rows(targets, mask), logits.shape[-1]):
-        _, softmax = _softmax_chunk(logits, targets, temperature, chunk, entropy=with_entropy)
-        found.put_(chunk, softmax.statistics)
-    return found.tensors
+    logits, rows = _flat(logits), rows_where(len(targets), mask)
+    transform, found = LogitTransform(temperature), []
+    for some in row_pieces(rows, logits.shape[-1]):
+        chunk = _copy(logits, some, transform.take(some))
+        found.append(softmax_(chunk, TargetColumns(take(targets, some)), entropy=with_entropy))
+    if not found:
+        dtype = working_dtype(logits.dtype)
+        return RowStatistics.zeros(targets, dtype, entropy=with_entropy).tensors
+    return RowStatistics.join(found).spread(rows, len(targets)).tensors
 
 
-@_forward.register_fake
-def _(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    with_entropy: bool,
-    inplace_backward: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return RowStatistics.zeros(targets, working_dtype(logits.dtype), entropy=with_entropy).tensors
-
-
-@torch.library.custom_op(f"{NAMESPACE}::token_logprobs_backward", mutates_args=())
-def _backward(
+def _differentiate_rows(
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
@@ -179,26 +168,13 @@ def _backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> Tensor:
+    """Return the gradient of the logits, in memory of its own."""
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _write_gradient(grad, logits, targets, mask, temperature, known, grad_logprobs, grad_entropy)
     return grad
 
 
-@_backward.register_fake
-def _(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    known: list[Tensor],
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::token_logprobs_backward_", mutates_args=("logits",))
-def _backward_(
+def _differentiate_rows_(
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
@@ -207,6 +183,7 @@ def _backward_(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> None:
+    """Overwrite logits by their gradient."""
     _write_gradient(logits, logits, targets, mask, temperature, known, grad_logprobs, grad_entropy)
 
 
@@ -228,16 +205,22 @@ def _write_gradient(
 
         kernels.write_gradient(grad, logits, targets, mask, temperature, statistics, *upstream)
         return
-    active = active_rows(mask, *upstream)
+    grad, logits = _flat(grad), _flat(logits)
+    transform, active = (
+        LogitTransform(temperature),
+        rows_where(len(targets), mask, nonzero(*upstream)),
+    )
     for rows in row_pieces(active, logits.shape[-1]):
-        at, softmax = _softmax_chunk(
-            logits, targets, temperature, rows, entropy=grad_entropy is not None, known=statistics
-        )
-        some = softmax.gradient_(take(grad_logprobs, rows), take(grad_entropy, rows))
-        grad[at] = some.to(grad.dtype)
-    others = torch.ones_like(targets, dtype=torch.bool)
-    others[active] = False
-    grad[others.view(grad.shape[:-1])] = 0
+        some, scale = statistics.take(rows), transform.take(rows)
+        chunk = _copy(logits, rows, scale)
+        exponentiate_(chunk, LogitTransform(), some.reference)
+        softmax = SoftmaxRows(some, TargetColumns(take(targets, rows)), scale, chunk)
+        found = softmax.gradient_(*(take(part, rows) for part in upstream), dtype=chunk.dtype)
+        grad[_at(grad, rows)] = found.multiplied(grad.dtype)
+    if len(active) < len(targets):
+        others = torch.ones_like(targets, dtype=torch.bool)
+        others[active] = False
+        grad[others.view(grad.shape[:-1])] = 0
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -247,20 +230,63 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _run_backward(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
+    differentiate: Callable[..., Tensor],
+    differentiate_: Callable[..., None],
+    ctx: Any,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    *_: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     if not ctx.with_entropy:  # an empty tensor, and so is its gradient
         grad_entropy = None
     if grad_logprobs is None and grad_entropy is None:
         return (None,) * 6
-    logits, *others, logprobs, entropy, maximum, normalizer = ctx.saved_tensors
-    known = [logprobs, entropy, maximum, normalizer]
+    logits, *others, logprobs, entropy, reference, total = ctx.saved_tensors
+    given = *others, [logprobs, entropy, reference, total], grad_logprobs, grad_entropy
     if ctx.in_place:
         grad = logits.detach()
-        _backward_(grad, *others, known, grad_logprobs, grad_entropy)
+        differentiate_(grad, *given)
     else:
-        grad = _backward(logits, *others, known, grad_logprobs, grad_entropy)
+        grad = differentiate(logits, *given)
     return grad, *[None] * 5
 
 
-_forward.register_autograd(_run_backward, setup_context=_save_for_backward)
+class _ScoreRows(torch.autograd.Function):
+    """The op without a compiler: a `custom_op` costs the host more than a small batch's work."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        """Score the rows."""
+        output = _score_rows(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[2:])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Differentiate the rows."""
+        return _run_backward(_differentiate_rows, _differentiate_rows_, ctx, *gradients)
+
+
+_op = torch.library.custom_op(f"{NAMESPACE}::token_logprobs", _score_rows, mutates_args=())
+_backward_op = torch.library.custom_op(
+    f"{NAMESPACE}::token_logprobs_backward", _differentiate_rows, mutates_args=()
+)
+_backward_op_ = torch.library.custom_op(
+    f"{NAMESPACE}::token_logprobs_backward_", _differentiate_rows_, mutates_args=("logits",)
+)
+_op.register_autograd(
+    partial(_run_backward, _backward_op, _backward_op_), setup_context=_save_for_backward
+)
+
+
+@_op.register_fake
+def _(logits: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, with_entropy = working_dtype(logits.dtype), rest[2]
+    return RowStatistics.zeros(targets, dtype, entropy=with_entropy).tensors
+
+
+@_backward_op.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)

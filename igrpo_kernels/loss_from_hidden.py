@@ -1,32 +1,22 @@
-"""From hidden states to the policy loss and its gradients in one pass over chunks of rows.
-
-The gradients are taken in the forward, while a chunk's logits are at hand: three matrix products
-per row (6 TVH operations) where recomputing the logits in the backward takes four.
-"""
-
-from functools import partial
-from typing import Any
+"""The policy loss from hidden states: `policy_loss` of `linear_token_logprobs`, in one pass."""
 
 import torch
 from torch import Tensor
 
 from .aggregates import Aggregate
-from .checks import check_floating, check_number, check_shape, check_tensor
+from .checks import check_tensor
+from .fused_loss import FusedLoss, RowLosses
+from .head_checks import cast_for_autocast, check_head, without_autocast
+from .head_softmax import holds_sequences
 from .kl import K3, KlEstimator
-from .linear_head import LinearHead, cast_for_autocast, check_head
-from .linear_policy_pass import LinearPolicyFunction, LinearPolicyPass, RowLosses
-from .linear_token_logprobs import linear_token_logprobs
-from .policy_loss import PolicyLoss, check_parts, policy_loss, prepare_tokens
-from .row_chunks import (
-    check_rows,
-    check_targets,
-    counted_rows,
-    row_temperature,
-    take,
-    working_dtype,
-)
+from .linear_head import LinearHead
+from .logprobs_from_hidden import linear_token_logprobs
+from .loss_from_logprobs import PolicyLoss, policy_loss
+from .loss_terms import TokenInputs, TokenObjective
+from .relative_softmax import LogitTransform
+from .row_checks import check_rows, check_targets, row_temperature
+from .row_selection import Rows, rows_where, working_dtype
 from .sequences import Sequences
-from .softmax_rows import LogitTransform
 from .surrogates.base import Surrogate
 from .vocabulary_shard import VocabularyShard
 
@@ -52,7 +42,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     shard: VocabularyShard | None = None,
     cu_seqlens: Tensor | None = None,
-    with_entropy: bool = False,
+    return_entropy: bool = False,
     all_metrics: bool = False,
 ) -> PolicyLoss:
     """Compute the policy loss from hidden states, with its gradients in the same pass.
@@ -99,7 +89,7 @@ def linear_policy_loss(
         shard: Which slice of the vocabulary `weight` is, of those that the ranks of a process group
             hold. Same results on every rank; see `VocabularyShard`.
         cu_seqlens: Packed only: offsets of the sequences. Shape [B + 1].
-        with_entropy: Put the entropy into the metrics also where `entropy_coef` is zero.
+        return_entropy: Put the entropy into the metrics also where `entropy_coef` is zero.
         all_metrics: Average the metrics over all counted tokens, at the price of a forward of those
             that cannot matter; otherwise over those computed.
 
@@ -130,26 +120,37 @@ def linear_policy_loss(
                  [ 0.1345, -0.1345,  0.0000],
                  [ 0.0000,  0.0000,  0.0000]]])
     """
-    wants_entropy = with_entropy or entropy_coef != 0
-    terms: dict[str, Any] = {
-        "surrogate": surrogate,
-        "aggregate": aggregate,
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "kl_coef": kl_coef,
-        "kl": kl,
-        "importance_weights": importance_weights,
-        "entropy_coef": entropy_coef,
-        "cu_seqlens": cu_seqlens,
-    }
-    check_parts(surrogate, aggregate, kl)
+    objective = TokenObjective.of(surrogate, aggregate, kl, kl_coef, entropy_coef, ref_logprobs)
+    wants_entropy = return_entropy or entropy_coef != 0
 
     def in_two_passes() -> PolicyLoss:
-        score = partial(linear_token_logprobs, hidden, weight, targets, mask=mask, bias=bias)
-        score = partial(score, temperature=temperature, softcap=softcap, logit_scale=logit_scale)
-        score = partial(score, shard=shard)
-        logprobs, entropy = score(return_entropy=True) if wants_entropy else (score(), None)
-        return policy_loss(logprobs, advantages, mask, entropy=entropy, **terms)
+        scores = linear_token_logprobs(
+            hidden,
+            weight,
+            targets,
+            mask=mask,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            shard=shard,
+            return_entropy=True,
+        )
+        return policy_loss(
+            scores[0],
+            advantages,
+            mask,
+            surrogate=surrogate,
+            aggregate=aggregate,
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl=kl,
+            importance_weights=importance_weights,
+            entropy=scores[1] if wants_entropy else None,
+            entropy_coef=entropy_coef,
+            cu_seqlens=cu_seqlens,
+        )
 
     if surrogate.scope == "batch" or torch.compiler.is_compiling():
         return in_two_passes()
@@ -157,86 +158,35 @@ def linear_policy_loss(
     head_hidden, head_weight, head_bias = cast_for_autocast(*inputs)
     assert head_hidden is not None
     assert head_weight is not None
-    vocabulary = check_head(head_hidden, head_weight, head_bias, softcap, logit_scale, shard)
+    check_head(head_hidden, head_weight, head_bias, softcap, logit_scale, shard)
     flat, counted = check_targets(targets, mask, hidden.shape[:-1])
     dtype = working_dtype(head_weight.dtype)
-    heat = row_temperature(temperature, targets, dtype)
-    losses = _row_losses(torch.zeros_like(targets, dtype=dtype), advantages, mask, **terms)
-    check_rows(flat, counted, heat, vocabulary)
-    transform = LogitTransform(heat, softcap, logit_scale)
-    rows = counted_rows(flat, counted)
-    matter = losses.matter()[rows]
+    per_row = row_temperature(temperature, targets, dtype)
+    transform = LogitTransform(per_row, softcap, logit_scale)
     head = LinearHead(head_weight, head_bias, transform, shard)
-    if losses.whole is not None and not head.holds_sequences(rows[matter], losses.whole):
-        return in_two_passes()
-    pass_ = LinearPolicyPass(
-        losses=losses,
-        targets=flat,
-        transform=transform,
-        rows=rows[matter],
-        others=rows[~matter] if all_metrics else rows[:0],
-        with_entropy=wants_entropy,
-        with_gradients=torch.is_grad_enabled(),
-        shard=shard,
-    )
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss, logprobs, entropy = LinearPolicyFunction.apply(
-            head_hidden.reshape(-1, hidden.shape[-1]), head_weight, head_bias, pass_
-        )
-    computed = rows if all_metrics else pass_.rows
-    with torch.no_grad():
-        metrics = losses.metrics(computed, logprobs[computed], take(entropy, computed))
-    return PolicyLoss(loss, metrics)
-
-
-def _row_losses(
-    placeholder: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None,
-    *,
-    surrogate: Surrogate,
-    aggregate: Aggregate,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    kl_coef: float,
-    kl: KlEstimator,
-    entropy_coef: float,
-    importance_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> RowLosses:
-    """Check what the loss depends on besides log-probs, and bring it to one value per row."""
-    check_number("kl_coef", kl_coef)
-    check_number("entropy_coef", entropy_coef)
-    if kl_coef != 0.0 and ref_logprobs is None:
-        raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, got None")
-    sequences = Sequences.of(placeholder, mask, cu_seqlens)
-    tokens = prepare_tokens(
-        placeholder,
-        advantages,
+    unflat = None if counted is None else counted.view(targets.shape)
+    sequences = Sequences.of(targets, unflat, cu_seqlens, name="targets")
+    given = TokenInputs.of(
         sequences,
+        dtype,
+        advantages,
         old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
         importance_weights=importance_weights,
         per_token_weights=surrogate.folds_importance_weights,
+        legend="of targets",
     )
-    if ref_logprobs is not None:
-        check_floating("ref_logprobs", ref_logprobs)
-        check_shape("ref_logprobs", ref_logprobs, placeholder.shape, "of targets")
-        ref_logprobs = sequences.select(ref_logprobs.detach().to(placeholder.dtype)).reshape(-1)
-
-    def rows(values: Tensor) -> Tensor:
-        return values.expand(placeholder.shape).reshape(-1)
-
-    correction = tokens.importance_weights
-    return RowLosses(
-        advantages=rows(tokens.advantages),
-        weights=rows(aggregate.weights(sequences, placeholder.dtype)),
-        old_logprobs=None if old_logprobs is None else tokens.old_logprobs.reshape(-1),
-        ref_logprobs=ref_logprobs,
-        importance_weights=None if correction is None else rows(correction),
-        owner=rows(sequences.owners),
-        count=sequences.count,
-        surrogate=surrogate,
-        kl=kl,
-        kl_coef=kl_coef,
-        entropy_coef=entropy_coef,
-    )
+    weights = aggregate.weights(sequences, dtype).expand(targets.shape).reshape(-1)
+    losses = RowLosses(objective, given.flat(), weights)
+    check_rows(flat, counted, per_row, head.whole_vocabulary)
+    marked, count = losses.may_be_nonzero(), len(flat)
+    rows = rows_where(count, counted, marked)
+    rest: Rows = range(0)
+    if all_metrics and marked is not None:
+        rest = rows_where(count, counted, ~marked)
+    if losses.owner is not None and not holds_sequences(head, rows, losses.owner):
+        return in_two_passes()
+    fused = FusedLoss(losses, head, flat, rows, rest, wants_entropy)
+    with without_autocast(hidden.device):
+        loss = fused.loss(head_hidden.reshape(-1, hidden.shape[-1]))
+    return PolicyLoss(loss, fused.metrics)

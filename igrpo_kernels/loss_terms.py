@@ -1,0 +1,246 @@
+"""The loss of a token, composed in one place: surrogate, KL and entropy, and what they are given.
+
+This is the only statement of the loss. `policy_loss` evaluates it on whole batches,
+`linear_policy_loss` on the rows of each chunk, and every fused kernel is tested against it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from .aggregates import Aggregate
+from .checks import check_floating, check_number, check_shape, describe
+from .kl import KlEstimator
+from .row_selection import Rows, take
+from .sequences import Sequences
+from .surrogates.base import Scope, Surrogate, Tokens
+
+
+def check_parts(surrogate: object, aggregate: object, kl: object) -> None:
+    """Refuse strings, and classes where an instance is wanted.
+
+    Raises:
+        TypeError: One of the three is not what a loss is composed of.
+        ValueError: The surrogate's scope is none.
+    """
+    for name, value, attribute, example in (
+        ("surrogate", surrogate, "scope", "Clip()"),
+        ("aggregate", aggregate, "weights", "SequenceMean()"),
+        ("kl", kl, "__call__", "K3()"),
+    ):
+        if isinstance(value, type) or not hasattr(value, attribute):
+            raise TypeError(f"{name} must be a value such as {example}, got {describe(value)}")
+    scope = getattr(surrogate, "scope", None)
+    if scope not in get_args(Scope):
+        raise ValueError(f"surrogate.scope must be one of {get_args(Scope)}, got {scope!r}")
+
+
+class TokenTerms(NamedTuple):
+    """The loss of each token, and what a trainer logs about it; each broadcasts to the tokens.
+
+    Attributes:
+        losses: w * surrogate + kl_coef * kl - entropy_coef * entropy.
+        logged: Detached, by the names of the metrics.
+    """
+
+    losses: Tensor
+    logged: dict[str, Tensor]
+
+    def means(self, sequences: Sequences) -> dict[str, Tensor]:
+        """Average over the counted tokens what is logged."""
+        return mean_logged([self.sums(sequences)], sequences.mask.sum())
+
+    def sums(self, sequences: Sequences) -> dict[str, Tensor]:
+        """Add up over the counted tokens what is logged."""
+        values = torch.broadcast_tensors(sequences.mask, *self.logged.values())[1:]
+        stacked = torch.stack([value.to(self.losses.dtype) for value in values])
+        sums = sequences.select(stacked).flatten(1).sum(1).unbind()
+        return dict(zip(self.logged, sums, strict=True))
+
+
+@dataclass(frozen=True)
+class TokenObjective:
+    """What the loss of a token is made of.
+
+    Attributes:
+        surrogate: The surrogate.
+        kl: The KL estimator.
+        kl_coef: Its weight.
+        entropy_coef: The entropy's weight.
+    """
+
+    surrogate: Surrogate
+    kl: KlEstimator
+    kl_coef: float
+    entropy_coef: float
+
+    @classmethod
+    def of(
+        cls,
+        surrogate: Surrogate,
+        aggregate: Aggregate,
+        kl: KlEstimator,
+        kl_coef: float,
+        entropy_coef: float,
+        ref_logprobs: Tensor | None,
+    ) -> "TokenObjective":
+        """Check the parts of a loss, and that the KL term has its reference."""
+        check_parts(surrogate, aggregate, kl)
+        check_number("kl_coef", kl_coef, at_least=0)
+        check_number("entropy_coef", entropy_coef)
+        if kl_coef != 0 and ref_logprobs is None:
+            raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, got None")
+        return cls(surrogate, kl, kl_coef, entropy_coef)
+
+    def __call__(
+        self, tokens: Tokens, ref_logprobs: Tensor | None, entropy: Tensor | None
+    ) -> TokenTerms:
+        """Return the terms of each token.
+
+        The importance weights w act on the surrogate alone, as in TRL; a surrogate that folds them
+        into its own weight is not multiplied again.
+        """
+        losses, low, high = self.surrogate(tokens)
+        weights = tokens.importance_weights
+        if weights is not None and not self.surrogate.folds_importance_weights:
+            losses = losses * weights
+        kl = None if ref_logprobs is None else self.kl(tokens, ref_logprobs)
+        if self.kl_coef != 0 and kl is not None:
+            losses = losses + self.kl_coef * kl
+        if self.entropy_coef != 0 and entropy is not None:
+            losses = losses - self.entropy_coef * entropy
+        logged = {
+            "logprob": tokens.logprobs,
+            "ratio": tokens.ratio,
+            "clip_fraction_low": low,
+            "clip_fraction_high": high,
+            "kl": kl,
+            "entropy": entropy,
+            "importance_weight": weights,
+        }
+        return TokenTerms(losses, {k: v.detach() for k, v in logged.items() if v is not None})
+
+    @property
+    def needs_every_row(self) -> bool:
+        """Whether a token of zero advantage has a loss."""
+        return self.kl_coef != 0 or self.entropy_coef != 0
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """What tokens are given besides their log-probs and entropies; none is differentiated.
+
+    Attributes:
+        sequences: Which tokens count, and which sequence each belongs to.
+        advantages: In a shape that broadcasts to the tokens.
+        old_logprobs: None: the log-probs themselves, detached.
+        ref_logprobs: None without a reference.
+        importance_weights: None without a correction.
+    """
+
+    sequences: Sequences
+    advantages: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    importance_weights: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        sequences: Sequences,
+        dtype: torch.dtype,
+        advantages: Tensor,
+        *,
+        old_logprobs: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+        importance_weights: Tensor | None = None,
+        per_token_weights: bool = False,
+        legend: str = "of logprobs",
+    ) -> "TokenInputs":
+        """Bring the inputs of a loss to one dtype, and to shapes that broadcast to the tokens.
+
+        With `per_token_weights` the importance weights must be one per token. `legend` says whose
+        shape the tokens have.
+
+        Raises:
+            TypeError: An input is not a floating-point tensor.
+            ValueError: A shape does not fit that of the tokens.
+        """
+        shape = sequences.mask.shape
+
+        def per_token(name: str, values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            check_shape(name, check_floating(name, values), shape, legend)
+            return values.detach().to(dtype)
+
+        def aligned(name: str, values: Tensor) -> Tensor:
+            return sequences.align(name, check_floating(name, values).detach().to(dtype))
+
+        weights = importance_weights
+        if weights is not None:
+            align = per_token if per_token_weights else aligned
+            weights = align("importance_weights", weights)
+        return cls(
+            sequences,
+            aligned("advantages", advantages),
+            per_token("old_logprobs", old_logprobs),
+            per_token("ref_logprobs", ref_logprobs),
+            weights,
+        )
+
+    def masked(self) -> "TokenInputs":
+        """Put 0 in masked slots, and where a sequence has no token that counts."""
+        sequences = self.sequences
+
+        def select(values: Tensor | None) -> Tensor | None:
+            return None if values is None else sequences.select_aligned(values)
+
+        return TokenInputs(
+            sequences,
+            sequences.select_aligned(self.advantages),
+            select(self.old_logprobs),
+            select(self.ref_logprobs),
+            select(self.importance_weights),
+        )
+
+    def tokens(self, logprobs: Tensor) -> Tokens:
+        """Give the surrogate its view of the tokens."""
+        old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs
+        return Tokens(logprobs, old, self.advantages, self.sequences, self.importance_weights)
+
+    def flat(self) -> "TokenInputs":
+        """One value per row of the batch, [N], in the packed layout."""
+        shape = self.sequences.mask.shape
+
+        def rows(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.expand(shape).reshape(-1)
+
+        return TokenInputs(
+            self.sequences.flat(),
+            self.advantages.expand(shape).reshape(-1),
+            rows(self.old_logprobs),
+            rows(self.ref_logprobs),
+            rows(self.importance_weights),
+        )
+
+    def take(self, rows: Rows) -> "TokenInputs":
+        """Select rows that count, of one value per row."""
+        return TokenInputs(
+            self.sequences.take(rows),
+            take(self.advantages, rows),
+            take(self.old_logprobs, rows),
+            take(self.ref_logprobs, rows),
+            take(self.importance_weights, rows),
+        )
+
+
+def mean_logged(parts: list[dict[str, Tensor]], count: Tensor | int) -> dict[str, Tensor]:
+    """Divide what parts of a batch have added up by their tokens; at least one part."""
+    if isinstance(count, Tensor):
+        count = count.clamp(min=1)
+    return {
+        name: sum((part[name] for part in parts[1:]), parts[0][name]) / count for name in parts[0]
+    }
