@@ -13,17 +13,27 @@ from torch.autograd.function import once_differentiable
 
 from .head_softmax import is_one_chunk, softmax_chunks
 from .linear_head import HeadGradients, LinearHead
-from .loss_terms import TokenInputs, TokenObjective, mean_logged
-from .row_selection import Rows, take
+from .loss_terms import TokenInputs, TokenObjective, TokenTerms
+from .row_selection import Rows, working_dtype
 from .row_statistics import RowStatistics
 
 
-class Upstream(NamedTuple):
-    """The loss of some rows, and its gradients by their log-probs and entropies."""
+class Share(NamedTuple):
+    """The share of some rows in the loss.
+
+    Attributes:
+        loss: The share.
+        by_logprob: Its gradient by the log-probs, where gradients are wanted. Shape [N].
+        by_entropy: Its gradient by the entropies, where they have a coefficient. Shape [N].
+        terms: The terms of each row.
+        sums: What is logged, added up.
+    """
 
     loss: Tensor
     by_logprob: Tensor | None
     by_entropy: Tensor | None
+    terms: TokenTerms
+    sums: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,8 @@ class RowLosses:
 
     Attributes:
         objective: What the loss of a row is made of.
-        inputs: What the rows are given, one value per row, packed.
-        weights: The aggregate's weight of each row. Shape [N].
+        inputs: What the rows are given.
+        weights: The aggregate's weight of each row, in a shape that broadcasts to the tokens.
     """
 
     objective: TokenObjective
@@ -42,43 +52,48 @@ class RowLosses:
 
     @property
     def owner(self) -> Tensor | None:
-        """The sequence of each row, where no chunk may cut through one."""
-        return self.inputs.sequences.owner if self.objective.surrogate.scope == "sequence" else None
+        """The sequence of each row, where no chunk may cut through one. Shape [N]."""
+        if self.objective.surrogate.scope != "sequence":
+            return None
+        return self.inputs.sequences.owners.reshape(-1)
 
     def may_be_nonzero(self) -> Tensor | None:
-        """Mark the rows whose loss may differ from zero; None: any may."""
+        """Mark the rows whose loss may differ from zero; None: any may. Shape of the tokens."""
         surrogate, inputs = self.objective.surrogate, self.inputs
         if self.objective.needs_every_row:
             return None
         marked = inputs.advantages != 0
         if inputs.importance_weights is not None and not surrogate.folds_importance_weights:
             marked = marked & (inputs.importance_weights != 0)
-        if surrogate.scope == "token":
-            return marked
-        # the log-prob of a row enters the losses of its whole sequence
-        sequences = inputs.sequences
-        return sequences.spread(sequences.sum(marked.long()) > 0)
+        if surrogate.scope != "token":
+            # the log-prob of a row enters the losses of its whole sequence
+            sequences = inputs.sequences
+            marked = sequences.spread(sequences.sum(marked.long()) > 0)
+        return marked.expand_as(inputs.sequences.mask)
 
-    def differentiate(
-        self, rows: Rows, found: RowStatistics, *, gradients: bool
-    ) -> tuple[Upstream, dict[str, Tensor]]:
-        """Return the share of some rows in the loss with its gradients, and the sums to log."""
+    def share(self, rows: Rows, found: RowStatistics, *, gradients: bool) -> Share:
+        """Return the share of some rows, from their log-probs and entropies."""
         inputs = self.inputs.take(rows)
+        weights = self.inputs.sequences.pick(self.weights, rows, inputs.sequences.owners)
         logprobs, entropy = found.logprobs, found.entropy
-        if not gradients:
+        leaves: list[Tensor] = []
+        with torch.set_grad_enabled(gradients):
+            if gradients:
+                logprobs = logprobs.detach().requires_grad_()
+                leaves = [logprobs]
+                if entropy is not None and self.objective.entropy_coef != 0:
+                    entropy = entropy.detach().requires_grad_()
+                    leaves.append(entropy)
             terms = self.objective(inputs.tokens(logprobs), inputs.ref_logprobs, entropy)
-            upstream = Upstream((take(self.weights, rows) * terms.losses).sum(), None, None)
-            return upstream, terms.sums(inputs.sequences)
-        with torch.enable_grad():
-            given = [logprobs.detach().requires_grad_()]
-            if entropy is not None and self.objective.entropy_coef != 0:
-                given.append(entropy.detach().requires_grad_())
-                entropy = given[1]
-            terms = self.objective(inputs.tokens(given[0]), inputs.ref_logprobs, entropy)
-            loss = (take(self.weights, rows) * terms.losses).sum()
-            by_logprob, *by_entropy = torch.autograd.grad(loss, given)
-        upstream = Upstream(loss.detach(), by_logprob, by_entropy[0] if by_entropy else None)
-        return upstream, terms.sums(inputs.sequences)
+            losses = terms.losses
+            if losses.shape != logprobs.shape:
+                losses = losses.expand_as(logprobs)
+        slopes: list[Tensor | None] = [None, None]
+        if gradients:
+            found_slopes = torch.autograd.grad(losses, leaves, weights.expand_as(losses))
+            slopes[: len(leaves)] = found_slopes
+        loss = (weights * losses).sum()
+        return Share(loss, slopes[0], slopes[1], terms, terms.sums(inputs.sequences))
 
 
 @dataclass(frozen=True)
@@ -114,24 +129,23 @@ class FusedLoss:
         keeps = any(needed)
         one_chunk = is_one_chunk(self.head, self.rows, keeps=keeps)
         gradients = HeadGradients(self.head, hidden, needed, one_chunk=one_chunk)
-        shares, logged = [], []
+        shares = []
         for rows, some, softmax in self._chunks(hidden, self.rows, keeps=keeps):
-            upstream, sums = self.losses.differentiate(rows, softmax.statistics, gradients=keeps)
-            shares.append(upstream.loss)
-            logged.append(sums)
+            share = self.losses.share(rows, softmax.statistics, gradients=keeps)
             if keeps:
-                slopes = upstream.by_logprob, upstream.by_entropy
+                slopes = share.by_logprob, share.by_entropy
                 gradients.add(rows, some, softmax.gradient_(*slopes, dtype=gradients.matrix_dtype))
-        for rows, _, softmax in self._chunks(hidden, self.more, keeps=False):
-            logged.append(self.losses.differentiate(rows, softmax.statistics, gradients=False)[1])
-        if not logged:
-            none = self.losses.weights[:0]
+            shares.append(share)
+        for rows, _, softmax in self._chunks(hidden, self.more, keeps=False):  # a loss of zero
+            shares.append(self.losses.share(rows, softmax.statistics, gradients=False))
+        if not shares:
+            none = hidden.new_empty(0, dtype=working_dtype(hidden.dtype))
             found = RowStatistics.zeros(none, none.dtype, entropy=self.with_entropy)
-            logged.append(self.losses.differentiate(range(0), found, gradients=False)[1])
-        count = max(1, len(self.rows) + len(self.more))
-        self.metrics.update(mean_logged(logged, count))
-        loss = self.losses.weights.new_zeros(()) if not shares else sum(shares[1:], shares[0])
-        return loss, gradients.finish()
+            shares = [self.losses.share(range(0), found, gradients=False)]
+        first, count = shares[0], len(self.rows) + len(self.more)
+        sums = sum((share.sums for share in shares[1:]), first.sums)
+        self.metrics.update(first.terms.means(sums, count))
+        return sum((share.loss for share in shares[1:]), first.loss), gradients.finish()
 
     def _chunks(self, hidden: Tensor, rows: Rows, *, keeps: bool) -> Any:
         return softmax_chunks(
@@ -163,17 +177,17 @@ class FusedLossFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Multiply by the upstream scalar: in place, unless a second backward may follow."""
-        may_follow = torch._C._autograd._get_current_graph_task_keep_graph()
-        scale = torch.mul if may_follow else scale_
-        gradients = iter(ctx.saved_tensors)
-        scaled = [
-            scale(next(gradients), grad_loss).to(ctx.dtype) if need else None for need in ctx.needed
-        ]
-        return *scaled, None
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            scaled = [gradient * grad_loss for gradient in ctx.saved_tensors]
+        else:
+            scaled = scale_(list(ctx.saved_tensors), grad_loss)
+        found = iter(scaled)
+        return *(next(found).to(ctx.dtype) if need else None for need in ctx.needed), None
 
 
-def scale_(gradient: Tensor, scalar: Tensor) -> Tensor:
-    """Multiply a gradient by the upstream scalar, in place; mostly it is 1, and costs nothing."""
-    if not scalar.is_cuda and scalar == 1:
-        return gradient
-    return gradient.mul_(scalar)
+def scale_(gradients: list[Tensor], scalar: Tensor) -> list[Tensor]:
+    """Multiply gradients by the upstream scalar, in place; mostly it is 1, and costs nothing."""
+    if scalar.is_cuda or scalar.item() != 1:
+        for gradient in gradients:
+            gradient.mul_(scalar)
+    return gradients

@@ -114,4 +114,5 @@ def policy_loss(
     terms = objective(tokens, inputs.ref_logprobs, entropy)
     loss = sequences.select(aggregate.weights(sequences, dtype) * terms.losses).sum()
     with torch.no_grad():
-        return PolicyLoss(loss, terms.means(sequences))
+        metrics = terms.means(terms.sums(sequences), sequences.mask.sum())
+    return PolicyLoss(loss, metrics)

@@ -3,7 +3,7 @@
 One of the two modules behind `..head_softmax`, which says what the functions owe their caller.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,5 +59,6 @@ def softmax_of_rows(
 ) -> HeadSoftmax:
     """Take a chunk through head and softmax."""
     products, columns = head.products_(memory, hidden), head.columns(targets).columns
+    transform = replace(transform, temperature=transform.temperature_tensor(hidden))
     given = {"entropy": entropy, "shard": head.shard, "known": known}
     return HeadSoftmax(softmax_rows_(products, columns, transform, **given))

@@ -25,7 +25,12 @@ from igrpo_kernels._triton import clipped_policy_loss as clipped
 from igrpo_kernels._triton import head_softmax as head_kernels
 from igrpo_kernels._triton import softmax_rows as kernels
 from igrpo_kernels._triton import token_logprobs as on_logits
-from igrpo_kernels.relative_softmax import LogitTransform, SoftmaxRows, TargetColumns, softmax_
+from igrpo_kernels.relative_softmax import (
+    LogitTransform,
+    SoftmaxRows,
+    TargetColumns,
+    softmax_of_logits,
+)
 from igrpo_kernels.row_statistics import RowStatistics, SoftmaxStatistics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,9 +57,11 @@ class Twin:
     def __init__(
         self, products: Tensor, targets: Tensor, transform: LogitTransform, entropy: bool = False
     ) -> None:
-        logits = transform.apply_(products.clone())
+        logits = transform.apply(products.clone())
         at = TargetColumns(targets)
-        self.rows = SoftmaxRows(softmax_(logits, at, entropy=entropy), at, transform, logits)
+        self.rows = SoftmaxRows(
+            softmax_of_logits(logits, at, entropy=entropy, out=logits), at, transform, logits
+        )
         self.statistics = self.rows.statistics
 
     def keep_(self, rows: Tensor) -> "Twin":
