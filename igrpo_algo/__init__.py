@@ -11,25 +11,19 @@ from igrpo_kernels import (
     K3,
     Cispo,
     Clip,
-    ClipCov,
-    DppoKl,
-    DppoTv,
     FixedLength,
-    Gmpo,
-    KlCov,
     PolicyLoss,
     RatioWeighted,
     Reinforce,
     Sapo,
-    ScoreWeighted,
     SequenceClip,
     SequenceMean,
-    SequenceTokenClip,
     Sum,
     TokenMean,
-    Vespo,
     policy_loss,
 )
+from igrpo_kernels.kl import ScoreWeighted
+from igrpo_kernels.surrogates import ClipCov, DppoKl, DppoTv, Gmpo, KlCov, SequenceTokenClip, Vespo
 
 from .advantages import (
     center_by_group,

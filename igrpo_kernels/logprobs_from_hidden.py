@@ -107,7 +107,7 @@ def linear_token_logprobs(
             vocabulary on a row that counts (a device assertion for CUDA tensors), `weight` is not
             the slice that `shard` describes, or the ranks differ in the rows that count.
 
-    Example:
+    Examples:
         >>> hidden, weight = torch.ones(2, 3), torch.eye(4, 3)
         >>> linear_token_logprobs(hidden, weight, torch.tensor([0, 3]))
         tensor([-1.2143, -2.2143])

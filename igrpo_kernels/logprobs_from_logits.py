@@ -87,7 +87,7 @@ def token_logprobs(
             vocabulary on a row that counts (a device assertion for CUDA tensors), or
             `inplace_backward` would overwrite a leaf or expanded logits.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
         >>> token_logprobs(logits, torch.tensor([3, 0]))
         tensor([-1.3863e+00, -3.7016e-04])

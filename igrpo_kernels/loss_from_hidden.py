@@ -105,7 +105,7 @@ def linear_policy_loss(
             assertion for CUDA tensors), `weight` is not the slice that `shard` describes, or the
             ranks differ in the rows that count.
 
-    Example:
+    Examples:
         >>> from igrpo_kernels import Clip, SequenceMean
         >>> hidden = torch.eye(3).view(1, 3, 3).requires_grad_()
         >>> targets = torch.tensor([[0, 1, 1]])

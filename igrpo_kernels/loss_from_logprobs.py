@@ -81,7 +81,7 @@ def policy_loss(
         ValueError: Shapes do not fit, a coefficient is set without the input it weights, or a
             surrogate that folds the importance weights is given them per sequence.
 
-    Example:
+    Examples:
         >>> from igrpo_kernels import Clip, TokenMean
         >>> logprobs = torch.tensor([[-1.0, -2.0], [-0.5, -0.1]], requires_grad=True)
         >>> mask = torch.tensor([[1, 1], [1, 0]])

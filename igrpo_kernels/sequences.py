@@ -24,7 +24,7 @@ class Sequences:
         owner: Packed only: index of the sequence that each token belongs to. Shape [L].
         complete: Every token counts, so that nothing has to be selected.
 
-    Example:
+    Examples:
         >>> sequences = Sequences.of(torch.zeros(2, 3), torch.tensor([[1, 1, 0], [1, 0, 0]]))
         >>> sequences.mean(torch.tensor([[1.0, 3.0, 9.0], [5.0, 9.0, 9.0]]))
         tensor([2., 5.])

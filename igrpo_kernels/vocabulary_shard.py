@@ -46,7 +46,7 @@ class VocabularyShard:
         TypeError: A size or `rank` is no int.
         ValueError: A size is negative, all are zero, or `rank` is not below their number.
 
-    Example:
+    Examples:
         On the last of three ranks, of 170, 170 and 167 tokens:
 
         >>> shard = VocabularyShard(sizes=(170, 170, 167), rank=2, group_name="tp")
