@@ -22,8 +22,6 @@ from igrpo_kernels import (
     TokenMean,
     policy_loss,
 )
-from igrpo_kernels.kl import ScoreWeighted
-from igrpo_kernels.surrogates import ClipCov, DppoKl, DppoTv, Gmpo, KlCov, SequenceTokenClip, Vespo
 
 from .advantages import (
     center_by_group,
@@ -89,15 +87,10 @@ __all__ = [
     "BestDraft",
     "Cispo",
     "Clip",
-    "ClipCov",
     "Completion",
-    "DppoKl",
-    "DppoTv",
     "DraftTemplate",
     "Fallback",
     "FixedLength",
-    "Gmpo",
-    "KlCov",
     "PolicyLoss",
     "RatioWeighted",
     "Reinforce",
@@ -106,17 +99,14 @@ __all__ = [
     "Sampler",
     "Samples",
     "Sapo",
-    "ScoreWeighted",
     "SequenceClip",
     "SequenceMean",
-    "SequenceTokenClip",
     "SharedPromptRow",
     "SingleFlight",
     "Sum",
     "TextSplice",
     "TokenMean",
     "TokenSplice",
-    "Vespo",
     "best_over_runner_up",
     "center_and_divide_by_mean",
     "center_by_group",

@@ -132,7 +132,7 @@ class FixedLength:
         denominator: Sequences to divide by; None: those of the batch.
 
     Raises:
-        TypeError: `length` is no int.
+        TypeError: `length` is not an int.
         ValueError: `length` < 1, or `denominator` is negative or has more than one element.
 
     Examples:

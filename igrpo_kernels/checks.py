@@ -40,7 +40,7 @@ def check_floating(name: str, value: object) -> Tensor:
 
 
 def check_integral(name: str, value: object) -> Tensor:
-    """Return `value` if it is a tensor of integers (bool is none); raise TypeError otherwise."""
+    """Return `value` if it is an integer tensor (not a boolean one); raise TypeError otherwise."""
     tensor = check_tensor(name, value)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {describe(tensor)}")
@@ -127,7 +127,7 @@ def check_number(
 
 
 def check_count(name: str, value: object, *, at_least: int = 1) -> int:
-    """Return `value` if it is an int (bool is none) of at least `at_least`."""
+    """Return `value` if it is an int, and not a bool, of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
     if value >= 2**63:

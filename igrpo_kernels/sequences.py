@@ -53,7 +53,7 @@ class Sequences:
             name: What errors call `values`.
 
         Raises:
-            TypeError: `mask` is no tensor, or `cu_seqlens` is not of integers.
+            TypeError: `mask` is not a tensor, or `cu_seqlens` is not of integers.
             ValueError: The shapes do not fit each other, or `cu_seqlens` does not rise from 0 to
                 L (looked at on the CPU alone: on a GPU it would cost a synchronization).
         """

@@ -51,7 +51,7 @@ class ClipCov(Surrogate):
         max_covariance: Only tokens of a covariance below this.
 
     Raises:
-        TypeError: `generator` is no torch.Generator.
+        TypeError: `generator` is not a torch.Generator.
         ValueError: A bound is negative, or `share` not in (0, 1].
 
     Examples:

@@ -119,7 +119,7 @@ class Vespo(Surrogate):
 
     arXiv:2602.10693. w are the importance weights, which are folded into W and not multiplied
     again. As TRL 1.16: each token's log-ratio is clamped to +-20, log w and log W to
-    [log 1e-8, 20]. phi(1) = 1. So a weight of 0 is no mask here: it lowers W for the whole
+    [log 1e-8, 20]. phi(1) = 1. So a weight of 0 does not mask a token: it lowers W for the whole
     sequence. `policy_loss` takes importance weights for it per token only.
 
     Attributes:
