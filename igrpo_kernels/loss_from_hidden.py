@@ -104,9 +104,9 @@ def linear_policy_loss(
         TypeError: A dtype is wrong, hidden, weight and bias differ in it, or `shard` is not
             a VocabularyShard.
         ValueError: Shapes do not fit, a number is out of range, `kl_coef` is negative or set
-            without `ref_logprobs`, a target is outside the whole vocabulary on a row that counts (a device
-            assertion for CUDA tensors), `weight` is not the slice that `shard` describes, or the
-            ranks differ in the rows that count.
+            without `ref_logprobs`, a target is outside the whole vocabulary on a row that counts (a
+            device assertion for CUDA tensors), `weight` is not the slice that `shard` describes, or
+            the ranks differ in the rows that count.
 
     Examples:
         >>> from igrpo_kernels import Clip, SequenceMean
