@@ -21,7 +21,8 @@ import torch
 from openrlhf.utils.agent import AgentExecutorBase
 from torch import Tensor, nn
 
-from igrpo_kernels import Clip, SequenceMean, Surrogate, TokenMean
+from igrpo_kernels import Clip, SequenceMean, TokenMean
+from igrpo_kernels.surrogates import Surrogate
 
 from .. import policy_loss
 from ..drafts.markers import marker_tokens

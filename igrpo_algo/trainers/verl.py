@@ -34,7 +34,8 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 from verl.trainer.ppo.core_algos import register_policy_loss
 from verl.trainer.ppo.reward import load_reward_manager
 
-from igrpo_kernels import Aggregate, Clip, SequenceMean, Sum
+from igrpo_kernels import Clip, SequenceMean, Sum
+from igrpo_kernels.aggregates import Aggregate
 
 from .. import policy_loss
 from ..drafts.rules import DraftRules

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from .checks import check_floating
-from .policy_loss import prepare_tokens
+from .loss_terms import TokenInputs
+from .row_selection import working_dtype
 from .sequences import Sequences
 from .surrogates import Clip
 
@@ -46,7 +47,7 @@ def clipped_policy_loss(
         TypeError: An input is not a floating-point tensor.
         ValueError: Shapes do not fit, or a bound is negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> old = torch.log(torch.tensor([[0.5, 0.5]]))
         >>> new = torch.log(torch.tensor([[0.9, 0.45]]))
@@ -54,7 +55,9 @@ def clipped_policy_loss(
         tensor([[-1.2000, -0.9000]])
     """
     sequences = Sequences.of(check_floating("logprobs", logprobs), mask, cu_seqlens)
-    tokens = prepare_tokens(logprobs, advantages, sequences, old_logprobs=old_logprobs)
+    dtype = working_dtype(logprobs.dtype)
+    inputs = TokenInputs.of(sequences, dtype, advantages, old_logprobs=old_logprobs).masked()
+    tokens = inputs.tokens(sequences.select(logprobs.to(dtype)))
     clip = Clip(clip_low, clip_high, dual_clip)
     if logprobs.is_cuda:
         from ._triton.clipped_policy_loss import losses_and_slopes
