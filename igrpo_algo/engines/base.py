@@ -1,5 +1,6 @@
 """What all samplers do alike: prompts become token ids here."""
 
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ from igrpo_kernels.checks import check_count
 
 from ..drafts.markers import marker_tokens
 from ..prompts import Prompt, check_chat_template_kwargs, check_prompts, encode_prompt
-from ..seeds import derive_seed
+from ..seeds import derive_seed, prompt_seeds
+from .distribution import Distribution
 
 
 class EngineSampler:
@@ -15,6 +17,7 @@ class EngineSampler:
 
     Attributes:
         tokenizer: The model's tokenizer.
+        distribution: What each token is drawn from.
         chat_template_kwargs: Passed to its chat template.
         max_new_tokens: Most tokens of a completion.
         max_prompt_tokens: Most tokens of a prompt, so that `max_new_tokens` still fit the model's
@@ -24,9 +27,14 @@ class EngineSampler:
     max_prompt_tokens: int
 
     def __init__(
-        self, tokenizer: Any, max_new_tokens: int, chat_template_kwargs: Mapping[str, Any] | None
+        self,
+        tokenizer: Any,
+        distribution: Distribution,
+        max_new_tokens: int,
+        chat_template_kwargs: Mapping[str, Any] | None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.distribution = distribution
         self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
         self.chat_template_kwargs = check_chat_template_kwargs(chat_template_kwargs)
 
@@ -56,6 +64,25 @@ class EngineSampler:
                     f"(the model's context less max_new_tokens = {self.max_new_tokens})"
                 )
         return encoded
+
+    def take_context(self, context: int) -> None:
+        """Take over how many tokens the model's context has, and see that a prompt fits in it."""
+        self.max_prompt_tokens = context - self.max_new_tokens
+        if self.max_prompt_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt in the "
+                f"model's context of {context} tokens"
+            )
+
+
+def seed_or_fresh(seed: int | None) -> int:
+    """Give the seed, or where there is none, a fresh one from the system."""
+    return secrets.randbits(63) if seed is None else seed
+
+
+def seeds_or_fresh(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """Give each of `count` prompts a seed, fresh ones from the system where there is none."""
+    return prompt_seeds(secrets.randbits(63) if seed is None else seed, count) or []
 
 
 def request_seed(seed: int) -> int:

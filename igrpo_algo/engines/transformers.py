@@ -1,6 +1,6 @@
 """A sampler over `generate` of transformers: slow, exact, and on every machine."""
 
-import secrets
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +25,8 @@ from igrpo_kernels.checks import check_count
 from ..prompts import Prompt, decode_completion
 from ..rollouts.completions import Completion
 from ..rollouts.sampling import Groups
-from ..seeds import derive_seed, prompt_seeds
-from .base import EngineSampler, stop_ids
+from ..seeds import derive_seed
+from .base import EngineSampler, seeds_or_fresh, stop_ids
 from .distribution import Distribution
 from .weights import WantedWeights, Weights, open_weights
 
@@ -84,17 +84,17 @@ class TransformersSampler(EngineSampler):
         stop_token_ids: Sequence[int] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(tokenizer, max_new_tokens, chat_template_kwargs)
+        distribution = Distribution(temperature, top_p, top_k, min_p)
+        super().__init__(tokenizer, distribution, max_new_tokens, chat_template_kwargs)
         self.model = model
-        self.distribution = Distribution(temperature, top_p, top_k, min_p)
         self.batch_size = check_count("batch_size", batch_size)
         self.stop_token_ids = (
             stop_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
             if stop_token_ids is None
             else list(stop_token_ids)
         )
-        context: int = model.config.get_text_config().max_position_embeddings
-        self.max_prompt_tokens = context - self.max_new_tokens
+        config = model.config.get_text_config()
+        self.take_context(getattr(config, "max_position_embeddings", sys.maxsize))
         self._lock = threading.Lock()
 
     def sample(
@@ -114,8 +114,7 @@ class TransformersSampler(EngineSampler):
             ValueError: A prompt has no tokens, or more than `max_prompt_tokens`.
         """
         encoded = self.encode_all(prompts, n)
-        seeds = prompt_seeds(secrets.randbits(63) if seed is None else seed, len(encoded))
-        assert seeds is not None
+        seeds = seeds_or_fresh(seed, len(encoded))
         rows = [ids for ids in encoded for _ in range(n)]
         row_seeds = [derive_seed(seed, index) for seed in seeds for index in range(n)]
         completions: list[Completion] = []

@@ -48,10 +48,14 @@ def call(**overrides):
         ({"old_logprobs": LOGPROBS.int()}, TypeError, r"old_logprobs must be a floating-point"),
         ({"ref_logprobs": torch.zeros(3, 2)}, ValueError, r"ref_logprobs must have shape"),
         ({"entropy": torch.zeros(2)}, ValueError, r"entropy must have shape"),
-        ({"surrogate": Clip}, TypeError, r"surrogate must be a value such as Clip\(\), got type"),
+        (
+            {"surrogate": Clip},
+            TypeError,
+            r"surrogate must be a value such as Clip\(\), got the class",
+        ),
         ({"surrogate": "grpo"}, TypeError, r"surrogate must be a value .* got str 'grpo'"),
         ({"aggregate": SequenceMean}, TypeError, r"aggregate must be a value such as Sequ"),
-        ({"kl": K3}, TypeError, r"kl must be a value such as K3\(\), got type"),
+        ({"kl": K3}, TypeError, r"kl must be a value such as K3\(\), got the class"),
         (
             {"surrogate": Vespo(), "importance_weights": torch.ones(2)},
             ValueError,

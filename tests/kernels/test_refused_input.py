@@ -61,7 +61,15 @@ each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 @each_op
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.long, torch.float, torch.half])
 def test_masks_of_ones_and_zeros_in_any_dtype(op: Op, dtype: torch.dtype) -> None:
-    op(mask=torch.tensor([[1, 1, 0], [1, 0, 1]]).to(dtype))
+    ones = torch.tensor([[1, 1, 0], [1, 0, 1]])
+    results = []
+    for mask in (ones.to(dtype), ones.bool()):
+        torch.manual_seed(0)
+        results.append(op(mask=mask))
+    value, expected = results
+    if isinstance(value, tuple):
+        value, expected = value[0], expected[0]
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
 
 
 @each_op

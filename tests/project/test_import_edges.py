@@ -19,8 +19,8 @@ FLOORS: dict[str, set[str]] = {
     "early_warning": set(),
     "advantages": set(),
     "losses": set(),
-    "metrics": {"advantages"},
     "drafts": {"prompts", "seeds"},
+    "metrics": {"advantages", "drafts"},
     "rollouts": {"files", "prompts", "seeds", "drafts"},
     "rewards": set(),
     "shared_prompt": {"layouts", "rollouts"},
@@ -28,7 +28,7 @@ FLOORS: dict[str, set[str]] = {
     "engines": {"prompts", "seeds", "drafts", "rollouts"},
     "trainers": {
         *("files", "prompts", "seeds", "advantages", "losses", "metrics", "drafts", "rollouts"),
-        *("rewards", "shared_prompt", "batch", "early_warning"),
+        *("rewards", "shared_prompt", "batch", "early_warning", "engines"),
     },
     "cli": {
         *("files", "prompts", "seeds", "metrics", "drafts", "rollouts", "rewards", "engines"),

@@ -1,7 +1,6 @@
 """A sampler over vLLM in this process: continuous batching, a prefix cache, live weights."""
 
 import asyncio
-import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -11,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...prompts import Prompt, decode_completion
 from ...rollouts.completions import Completion
 from ...rollouts.sampling import Groups
-from ...seeds import prompt_seeds
-from ..base import EngineSampler, request_seed, stop_ids
+from ..base import EngineSampler, request_seed, seed_or_fresh, seeds_or_fresh, stop_ids
 from ..distribution import Distribution
 from ..weights import WantedWeights, Weights, as_folder, memory_folder, open_weights
 from .engine import is_in_process, loop_of, make_engine, wanted_by
@@ -96,23 +94,18 @@ class VllmSampler(EngineSampler):
         tokenizer: Any = None,
         engine_options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(tokenizer, max_new_tokens, chat_template_kwargs)
-        self.distribution = Distribution(temperature, top_p, top_k, min_p)
-        self.gives_logprobs = logprobs and not self.distribution.is_greedy
-        mode = usable_modes(self.distribution)[0] if self.gives_logprobs else RAW
+        distribution = Distribution(temperature, top_p, top_k, min_p)
+        super().__init__(tokenizer, distribution, max_new_tokens, chat_template_kwargs)
+        self.gives_logprobs = logprobs and not distribution.is_greedy
+        mode = usable_modes(distribution)[0] if self.gives_logprobs else RAW
         self.llm = make_engine(llm, engine_options, mode)
         if tokenizer is None:
             self.tokenizer = self.llm.get_tokenizer()
         config = self.llm.llm_engine.vllm_config
         if self.gives_logprobs:
             mode = config.model_config.logprobs_mode
-            check_mode(mode, self.distribution, "llm", "logprobs_mode={!r}")
-        self.max_prompt_tokens = config.model_config.max_model_len - self.max_new_tokens
-        if self.max_prompt_tokens < 1:
-            raise ValueError(
-                f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in the engine's "
-                f"context of {config.model_config.max_model_len} tokens"
-            )
+            check_mode(mode, distribution, "llm", "logprobs_mode={!r}")
+        self.take_context(config.model_config.max_model_len)
         if stop_token_ids is None:
             own = config.model_config.try_get_generation_config().get("eos_token_id")
             stop_token_ids = stop_ids(own, self.tokenizer.eos_token_id)
@@ -144,8 +137,7 @@ class VllmSampler(EngineSampler):
             RuntimeError: An earlier `sync_weights` failed half-way.
         """
         encoded = self.encode_all(prompts, n)
-        seeds = prompt_seeds(secrets.randbits(63) if seed is None else seed, len(encoded))
-        assert seeds is not None
+        seeds = seeds_or_fresh(seed, len(encoded))
         groups = [
             self._request(ids, n, own, priority) for ids, own in zip(encoded, seeds, strict=True)
         ]
@@ -182,7 +174,7 @@ class VllmSampler(EngineSampler):
     ) -> AsyncGenerator[tuple[int, Completion], None]:
         """Yield what `sample_one` returns as (position, completion), each as soon as it is done."""
         (ids,) = self.encode_all([prompt], n)
-        futures = self._request(ids, n, secrets.randbits(63) if seed is None else seed, priority)
+        futures = self._request(ids, n, seed_or_fresh(seed), priority)
         waiting = {asyncio.wrap_future(future): i for i, future in enumerate(futures)}
         try:
             while waiting:

@@ -1,7 +1,6 @@
 """A sampler over vLLM's OpenAI-compatible servers: the idlest is asked, dead ones are left out."""
 
 import asyncio
-import secrets
 import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import asdict
@@ -13,8 +12,7 @@ from igrpo_kernels.checks import check_count
 from ...prompts import Prompt, decode_completion
 from ...rollouts.completions import Completion
 from ...rollouts.sampling import Groups, run_blocking
-from ...seeds import prompt_seeds
-from ..base import EngineSampler, request_seed, stop_ids
+from ..base import EngineSampler, request_seed, seed_or_fresh, seeds_or_fresh, stop_ids
 from ..distribution import Distribution
 from ..weights import FolderWeights, WantedWeights, Weights, as_folder, memory_folder, open_weights
 from .connection import Connection, check_urls
@@ -103,9 +101,11 @@ class VllmServerSampler(EngineSampler):
         max_requests: int = 256,
         sync_folder: str | Path | None = None,
     ) -> None:
-        super().__init__(tokenizer, max_new_tokens, chat_template_kwargs)
-        self.distribution = Distribution(temperature, top_p, top_k, min_p)
-        self.gives_logprobs = logprobs and not self.distribution.is_greedy
+        distribution = Distribution(temperature, top_p, top_k, min_p)
+        super().__init__(tokenizer, distribution, max_new_tokens, chat_template_kwargs)
+        self.gives_logprobs = logprobs and not distribution.is_greedy
+        if self.gives_logprobs:
+            usable_modes(distribution)  # says now what no server could give
         self._ignores_eos = stop_token_ids is not None  # or the server adds its config's own
         self.stop_token_ids = stop_ids(
             tokenizer.eos_token_id if stop_token_ids is None else list(stop_token_ids)
@@ -114,19 +114,12 @@ class VllmServerSampler(EngineSampler):
         self.sync_folder = memory_folder() if sync_folder is None else Path(sync_folder)
         self.prompt_tokens = self.cached_tokens = 0
         connection = Connection(headers or {}, timeout, rest, max_retries)
-        compared = self.distribution if self.gives_logprobs else None
-        if compared is not None:
-            usable_modes(compared)
+        compared = distribution if self.gives_logprobs else None
         self._pool = ServerPool(check_urls(urls), model, compared, connection)
         self._syncing = threading.Lock()
         self._wanted: WantedWeights | None = None
         run_blocking(self._pool.contact())
-        self.max_prompt_tokens = self._pool.context - self.max_new_tokens
-        if self.max_prompt_tokens < 1:
-            raise ValueError(
-                f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in the servers' "
-                f"context of {self._pool.context} tokens"
-            )
+        self.take_context(self._pool.context)
 
     def sample(
         self,
@@ -153,8 +146,7 @@ class VllmServerSampler(EngineSampler):
             RuntimeError: A server refused a request, or an earlier `sync_weights` failed half-way.
         """
         encoded = self.encode_all(prompts, n)
-        seeds = prompt_seeds(secrets.randbits(63) if seed is None else seed, len(encoded))
-        assert seeds is not None
+        seeds = seeds_or_fresh(seed, len(encoded))
         return run_blocking(self._sample_all(encoded, n, seeds, priority))
 
     async def sample_one(
@@ -177,7 +169,7 @@ class VllmServerSampler(EngineSampler):
             RuntimeError: A server refused the request, or an earlier `sync_weights` failed.
         """
         (ids,) = self.encode_all([prompt], n)
-        own = request_seed(secrets.randbits(63) if seed is None else seed)
+        own = request_seed(seed_or_fresh(seed))
         return await self._draw(ids, n, own, priority)
 
     async def stream_one(
@@ -188,7 +180,7 @@ class VllmServerSampler(EngineSampler):
         Each completion is a request of its own here.
         """
         (ids,) = self.encode_all([prompt], n)
-        own = request_seed(secrets.randbits(63) if seed is None else seed)
+        own = request_seed(seed_or_fresh(seed))
         tasks = {
             asyncio.create_task(self._draw(ids, 1, own + position, priority)): position
             for position in range(n)

@@ -35,8 +35,9 @@ def test_the_adapter_of_the_page_gives_a_group_its_best_draft():
 
     async def generate(ids: list[int]) -> list[int]:
         asked.append(Characters().decode(ids))
+        number = len(asked)
         await asyncio.sleep(0)
-        return [ord(str(len(asked)))]
+        return [ord(str(number))]
 
     def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
         assert set(answer) == {"4"}
