@@ -64,6 +64,7 @@ class VllmServerSampler(EngineSampler):
             this machine's memory (/dev/shm) or temporary folder.
 
     Attributes:
+        is_shared: True: several processes draw from the same servers, and one of them syncs.
         prompt_tokens: Tokens of all prompts so far, once per prompt, as the servers count them.
         cached_tokens: Those of them that a prefix cache served; 0 unless the servers were started
             with `--enable-prompt-tokens-details`.
@@ -77,6 +78,8 @@ class VllmServerSampler(EngineSampler):
     Examples:
         `VllmServerSampler(["http://a:8000", "http://b:8000"], tokenizer, max_new_tokens=512)`
     """
+
+    is_shared = True
 
     def __init__(
         self,
