@@ -1,6 +1,5 @@
 """What is measured: one case is an op at a size, and a grid is cases in order of importance."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +57,10 @@ def clipped(tokens: int) -> Case:
     return Case("clipped_policy_loss", BOTH, "fp32", tokens, 0)
 
 
+def loss(tokens: int) -> Case:
+    return Case("policy_loss", BOTH, "fp32", tokens, 0)
+
+
 def cpu_grid(tokens: int = 2048, width: int = 768, vocabulary: int = 32768) -> list[Case]:
     """What a machine without a GPU measures: the bars first, at one size, then a sweep of T."""
     size = Case("", "", "", tokens, vocabulary, width)
@@ -65,6 +68,7 @@ def cpu_grid(tokens: int = 2048, width: int = 768, vocabulary: int = 32768) -> l
         *(policy(BOTH, dtype, size, active) for active in (1.0, 0.3) for dtype in DTYPES),
         *(logits(passes, dtype, size) for dtype in DTYPES for passes in (FORWARD, BOTH)),
         clipped(512 * tokens),
+        loss(512 * tokens),
         scores(FORWARD, "fp32", size),
         scores(FORWARD, "bf16", size),
         policy(BOTH, "bf16", size, 0.6),
@@ -74,51 +78,50 @@ def cpu_grid(tokens: int = 2048, width: int = 768, vocabulary: int = 32768) -> l
     ]
 
 
-def gpu_grid() -> list[Case]:
-    """What one GPU measures: the bars first, then one axis at a time, then the rest."""
-    size = Case("", "", "", 8192, 151936, 4096)
-    sizes = [
-        *(replace(size, tokens=tokens) for tokens in (2048, 32768)),
-        *(replace(size, vocabulary=vocabulary) for vocabulary in (32768, 262144)),
-        *(replace(size, width=width) for width in (1024, 8192)),
-    ]
-    grid = [
-        *quick_gpu_grid(),
-        policy(BOTH, "bf16", size, 0.6),
-        scores(FROZEN, "bf16", size),
-        *(policy(BOTH, "bf16", other) for other in sizes),
-        *(logits(passes, "bf16", other) for other in sizes[:4] for passes in (FORWARD, BOTH)),
-        *(policy(BOTH, "bf16", other, 0.3) for other in sizes),
-        *(scores(passes, "bf16", other) for other in sizes for passes in (FORWARD, BOTH)),
-        *(policy(FROZEN, "bf16", other) for other in sizes),
-        *(clipped(tokens) for tokens in (2**16, 2**20)),
-        *(logits(passes, "fp32", size) for passes in (FORWARD, BOTH)),
-        policy(BOTH, "fp32", replace(size, tokens=2048)),
-        *(policy(BOTH, "bf16", other, 0.6) for other in sizes),
-        *(policy(BOTH, "bf16", other, active) for other in corners() for active in (1.0, 0.3)),
-    ]
-    return list(dict.fromkeys(grid))
+BARS = Case("", "", "", 8192, 151936, 4096)
 
 
-def corners() -> Iterator[Case]:
-    """Every size of the GPU grid."""
-    for tokens in (2048, 8192, 32768):
-        for vocabulary in (32768, 151936, 262144):
-            for width in (1024, 4096, 8192):
-                yield Case("", "", "", tokens, vocabulary, width)
+def headlines() -> list[Case]:
+    """The five cases that README shows, which every GPU run measures first."""
+    return [
+        policy(BOTH, "bf16", BARS),
+        policy(BOTH, "bf16", BARS, 0.3),
+        scores(FORWARD, "bf16", BARS),
+        logits(BOTH, "bf16", BARS),
+        clipped(2**22),
+    ]
 
 
 def quick_gpu_grid() -> list[Case]:
-    size = Case("", "", "", 8192, 151936, 4096)
     return [
-        policy(BOTH, "bf16", size),
-        policy(BOTH, "bf16", size, 0.3),
-        *(logits(passes, "bf16", size) for passes in (FORWARD, BOTH)),
-        policy(FROZEN, "bf16", size),
-        scores(FORWARD, "bf16", size),
-        scores(BOTH, "bf16", size),
-        clipped(2**22),
+        *headlines(),
+        policy(FROZEN, "bf16", BARS),
+        scores(BOTH, "bf16", BARS),
+        logits(FORWARD, "bf16", BARS),
+        loss(2**22),
     ]
+
+
+def gpu_grid() -> list[Case]:
+    """What one GPU of 80 GB measures: the bars, one axis at a time, and then what is left."""
+    sizes = [
+        *(replace(BARS, tokens=tokens) for tokens in (2048, 32768)),
+        *(replace(BARS, vocabulary=vocabulary) for vocabulary in (32768, 262144)),
+        *(replace(BARS, width=width) for width in (1024, 8192)),
+    ]
+    grid = [
+        *quick_gpu_grid(),
+        *(policy(BOTH, "bf16", size, active) for size in sizes for active in (1.0, 0.3)),
+        *(logits(BOTH, "bf16", size) for size in sizes[:4]),
+        *(scores(passes, "bf16", size) for size in sizes for passes in (FORWARD, BOTH)),
+        policy(BOTH, "bf16", BARS, 0.6),
+        *(policy(FROZEN, "bf16", size) for size in sizes),
+        scores(FROZEN, "bf16", BARS),
+        *(logits(FORWARD, "bf16", size) for size in sizes[:4]),
+        *(logits(passes, "fp32", BARS) for passes in (FORWARD, BOTH)),
+        policy(BOTH, "fp32", replace(BARS, tokens=2048)),
+    ]
+    return list(dict.fromkeys(grid))
 
 
 def small_grid() -> list[Case]:
@@ -131,4 +134,5 @@ def small_grid() -> list[Case]:
         *(scores(passes, "bf16", size) for passes in (FORWARD, BOTH, FROZEN)),
         policy(BOTH, "bf16", replace(size, tokens=128)),
         clipped(4096),
+        loss(4096),
     ]

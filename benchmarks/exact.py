@@ -124,6 +124,12 @@ def clipped_policy_loss(case: Case, batch: Batch) -> Outputs:
     }
 
 
+def policy_loss(case: Case, batch: Batch) -> Outputs:
+    """The clipped loss and its gradient."""
+    upstream = of_the_loss(batch.logprobs.detach().double(), batch)
+    return upstream.outputs | {"logprobs gradient": upstream.gradient}
+
+
 def error(got: Tensor, wanted: Tensor, name: str) -> float:
     """Of gradients the difference's norm over the norm; of others its largest over the largest.
 

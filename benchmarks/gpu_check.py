@@ -1,11 +1,14 @@
-"""The whole kernel suite on the GPU, then the benchmarks, in one dated JSON.
+"""The whole kernel suite on the GPU, then whole steps, then every op beside its peers.
 
-    python -m benchmarks.gpu_check                       # ten minutes
-    python -m benchmarks.gpu_check --quick               # two
+    python -m benchmarks.gpu_check                       # ends within ten minutes
+    python -m benchmarks.gpu_check --quick               # within two
     python -m benchmarks.gpu_check --device cpu --small  # tries the machinery without a GPU
 
-Needs torch, triton and pytest; peers that do not import are left out by name. The JSON is written
-as soon as the tests are through, and again after every case.
+Writes one dated JSON (hardware, versions, commit, tests, figures) and compares it with the newest
+recorded run, by our share of the fastest peer's time: clocks move, and the share stays. The JSON is
+written after every part and every case, so that an interrupted run loses nothing. Training steps
+and shared prompts get JSONs of their own beside it. Needs torch, triton and pytest; a peer that is
+not installed is listed as such.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from benchmarks import record, results
 from benchmarks.machine import ROOT
 
 TOTAL_SECONDS = {False: 550.0, True: 110.0}  # quick or not
+TEST_SECONDS = 200.0  # of one suite, at most
+STEP_SECONDS = {"cpu": 180.0, "cuda": 90.0}  # of one benchmark of whole steps, at most
 # The project's options without those of plug-ins that may be missing; warnings of another torch
 # are no failure.
 PYTEST = (
@@ -37,7 +42,8 @@ PYTEST = (
     "filterwarnings=default",
 )
 DEVICE_TESTS = "tests/kernels/on_device"
-TEST_SECONDS = 240.0
+TINY = "--width 64 --layers 1 --vocabulary 64 --tokens 16 --rounds 2"
+WIDE = "--device cuda --dtype bf16 --width 1024 --layers 8 --vocabulary 32768 --rounds 5"
 
 
 def suites(options: argparse.Namespace) -> dict[str, list[str]]:
@@ -55,21 +61,40 @@ def suites(options: argparse.Namespace) -> dict[str, list[str]]:
     return {"on the device": device, "without it": rest}
 
 
+def steps(options: argparse.Namespace, path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Name and arguments of each benchmark of whole steps; they write beside the record."""
+    small = options.device == "cpu"
+    shared = {"one-group": "--refinements 8 --drafts 1 --tokens 1024"}
+    shared["short-groups"] = "--prompts 32 --refinements 4 --drafts 1 --tokens 64"
+    if small:
+        shared = {"short-groups": "--prompts 2 --refinements 2 --drafts 1"}
+    commands = {"train-step": "train_step " + ("--small --rounds 1" if small else "--rounds 5")}
+    for name, sizes in shared.items():
+        model = TINY if small else WIDE
+        commands[f"shared-prompt-{name}"] = f"shared_prompt {model} {sizes}"
+    for name, command in commands.items():
+        module, *arguments = command.split()
+        output = path.with_name(f"{path.stem}-{name}.json")
+        yield name, [f"benchmarks.{module}", *arguments, "--output", str(output)]
+
+
+def run_module(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Run `python -m` in a process of its own; return its exit code and its seconds."""
+    began = time.monotonic()
+    try:
+        command = [sys.executable, "-m", *arguments]
+        code: int | str = subprocess.run(command, cwd=ROOT, timeout=seconds, check=False).returncode
+    except subprocess.TimeoutExpired:
+        code = f"stopped after {seconds:.0f} s"
+    return {"exit_code": code, "seconds": round(time.monotonic() - began, 1)}
+
+
 def run_suite(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Run pytest in a process of its own; return counts, failures by name, and its seconds."""
+    """Run pytest; return what `run_module` does, counts, and failures by name."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *PYTEST, "--junitxml", str(report), *arguments]
-        began = time.monotonic()
-        try:
-            code: int | str = subprocess.run(
-                command, cwd=ROOT, timeout=seconds, check=False
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = f"stopped after {seconds:.0f} s"
-        took = time.monotonic() - began
-        counts = read_report(report) if report.exists() else {}
-    return {"exit_code": code, "seconds": round(took, 1), **counts}
+        outcome = run_module(["pytest", *PYTEST, "--junitxml", str(report), *arguments], seconds)
+        return outcome | (read_report(report) if report.exists() else {})
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -87,7 +112,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 1 where a test or one of our own outputs was wrong."""
+    """Return 1 where a test, a step or one of our own outputs was wrong."""
     began = time.monotonic()
     parser = record.parser()
     parser.add_argument("--no-tests", action="store_true", help="the benchmarks alone")
@@ -96,18 +121,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("no CUDA device; --device cpu --small tries the machinery without one")
     run = results.new_record(torch.device(options.device), None, options.commit)
     path = options.output or results.default_path(run)
-    run["tests"] = {}
+    run |= {"tests": {}, "steps": {}}
     budget = options.seconds or TOTAL_SECONDS[options.quick]
-    chosen = {} if options.no_tests else suites(options)
-    for name, selection in chosen.items():
-        left = budget - (time.monotonic() - began)
-        run["tests"][name] = run_suite(selection, min(TEST_SECONDS, 0.6 * left))
+
+    def left() -> float:
+        return budget - (time.monotonic() - began)
+
+    for name, selection in ({} if options.no_tests else suites(options)).items():
+        run["tests"][name] = run_suite(selection, min(TEST_SECONDS, 0.6 * left()))
         results.write(run, path)
-    options.seconds = max(10.0, budget - (time.monotonic() - began) - 15)
+    for name, command in () if options.quick else steps(options, path):
+        run["steps"][name] = run_module(command, min(STEP_SECONDS[options.device], 0.3 * left()))
+        results.write(run, path)
+    options.seconds = max(10.0, left() - 15)
     record.run_cases(options, record.grid(options), run, path)
     code = record.report(options, run, path)
-    for name, outcome in run["tests"].items():
-        print(f"tests {name}: {outcome}")
+    for name, outcome in (run["tests"] | run["steps"]).items():
+        print(f"{name}: {outcome}")
         code |= int(outcome["exit_code"] != 0)
     print(f"{'RED' if code else 'green'} after {time.monotonic() - began:.0f} s: {path}")
     return code

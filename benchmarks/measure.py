@@ -1,4 +1,4 @@
-"""Time, peak memory and error of every peer on one case, the gate first.
+"""Time, peak memory and error of every peer on one case, after the gate.
 
 No figure for an output that is wrong: each peer is held against float64 before the clock runs. All
 peers get the same warm-up, take turns round by round, and see inputs that rotate.
@@ -9,9 +9,10 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -125,9 +126,10 @@ def checked(case: Case, device: torch.device) -> Case:
 
 
 def reason(problem: Exception) -> str:
-    """An exception in one line."""
+    """An exception in one line; a peer that can't be imported is not installed."""
+    kind = "not installed" if isinstance(problem, ImportError) else type(problem).__name__
     lines = str(problem).strip().splitlines() or [""]
-    return f"{type(problem).__name__}: {lines[0]}"[:200]
+    return f"{kind}: {lines[0]}"[:200]
 
 
 @contextlib.contextmanager
@@ -238,14 +240,17 @@ def measure(
     seconds: float,
     *,
     memory: bool = True,
-    without: Sequence[str] = (),
+    without: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Figure]:
-    """Measure the peers on a case; the clock runs for about so many seconds."""
+    """Measure the peers on a case; the clock runs for about so many seconds.
+
+    Args:
+        without: Peers to leave out, and why.
+    """
     op = op_of(case)
     figures = {name: Figure(case, name, device.type) for name in op.peers}
-    for name in without:
-        if name in figures:
-            figures[name].not_run = "left out of this run"
+    for name in figures.keys() & without.keys():
+        figures[name].not_run = without[name]
     torch.compiler.reset()
     pass_gate(op, case, device, figures)
     release()

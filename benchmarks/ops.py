@@ -16,12 +16,11 @@ from benchmarks.exact import Outputs
 OURS = "igrpo"
 EVERYWHERE = ("cpu", "cuda")
 GPU = ("cuda",)
-# What our own outputs may differ from float64 before a figure is refused. Gradients leave in the
+# How far our own outputs may be from float64 before a figure is refused. Gradients leave in the
 # inputs' dtype: one rounding, and one of the logits' gradient before the products.
 OUR_ERROR = {"fp32": 1e-5, "bf16": 1e-5, "bf16 gradient": 5e-3, "fp32 gradient": 1e-5}
-PEER_ERROR = (
-    0.25  # beyond this a peer computes something else; log-probs rounded to bf16 come near it
-)
+# Beyond this a peer computes something else; log-probs rounded to bf16 come near it.
+PEER_ERROR = 0.25
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ SCORES = Op(
         "torch.compile": Peer(peers_logits.compiled_scores),
         "TRL": Peer(peers_logits.trl_scores),
         "Liger Triton": Peer(peers_logits.liger_scores, GPU, "log-probs without entropy"),
+        "QuACK CE": Peer(peers_logits.quack_scores, GPU, "log-probs without entropy"),
     },
     partial(logits_bytes, times=1),
 )
@@ -118,6 +118,7 @@ LOGITS_LOSS = Op(
         "torch.compile": Peer(peers_logits.compiled_loss),
         "TRL": Peer(peers_logits.trl_loss),
         "Liger Triton": Peer(peers_logits.liger_loss, GPU),
+        "QuACK CE": Peer(peers_logits.quack_loss, GPU),
     },
     partial(logits_bytes, times=2),
 )
@@ -132,6 +133,17 @@ CLIPPED = Op(
     },
     lambda case: case.tokens * (5 * 4 + 8),  # the mask is int64, as TRL's is
 )
+LOSS = Op(
+    ("loss",),
+    batches.make_logprobs,
+    exact.policy_loss,
+    {
+        OURS: Peer(peers_logits.igrpo_policy_loss),
+        "TRL": Peer(peers_logits.trl_policy_loss),
+        "torch.compile": Peer(peers_logits.compiled_policy_loss),
+    },
+    lambda case: case.tokens * (3 * 4 + 8),
+)
 LINEAR_SCORES = Op(
     ("logprobs",),
     batches.make_linear,
@@ -141,6 +153,7 @@ LINEAR_SCORES = Op(
         "torch": Peer(peers_linear.torch_logprobs),
         "torch.compile": Peer(peers_linear.compiled_logprobs),
         "TRL": Peer(peers_linear.trl_logprobs),
+        "torch linear CE": Peer(peers_linear.torch_linear_logprobs),
         "Liger scaled CE": Peer(peers_linear.liger_scaled_logprobs),
     },
     head_bytes,
@@ -155,6 +168,7 @@ LINEAR_LOSS = Op(
         "torch": Peer(peers_linear.torch_loss),
         "torch.compile": Peer(peers_linear.compiled_loss),
         "TRL": Peer(peers_linear.trl_loss),
+        "torch linear CE": Peer(peers_linear.torch_linear_loss),
         "Liger": Peer(peers_linear.liger_loss),
         "Liger Triton": Peer(peers_linear.liger_triton_loss, GPU),
         "Liger scaled CE": Peer(peers_linear.liger_scaled_loss, GPU),
@@ -172,6 +186,7 @@ OPS = {
     ("token_logprobs", FORWARD): SCORES,
     ("token_logprobs", BOTH): LOGITS_LOSS,
     ("clipped_policy_loss", BOTH): CLIPPED,
+    ("policy_loss", BOTH): LOSS,
     **{("linear_token_logprobs", passes): LINEAR_SCORES for passes in (FORWARD, BOTH, FROZEN)},
     **{("linear_policy_loss", passes): LINEAR_LOSS for passes in (BOTH, FROZEN)},
 }
@@ -183,7 +198,7 @@ def op_of(case: Case) -> Op:
 
 
 def allowed_error(peer: str, output: str, dtype: str) -> float:
-    """What an output may differ from float64 before the peer's figure is refused."""
+    """How far an output may be from float64 before the peer's figure is refused."""
     if peer != OURS:
         return PEER_ERROR
     return OUR_ERROR[f"{dtype} gradient" if output.endswith("gradient") else dtype]

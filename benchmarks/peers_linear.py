@@ -52,6 +52,21 @@ def compiled_loss(batch: Batch) -> Tensor:
     return compiled(torch_loss)(batch)
 
 
+def torch_linear_logprobs(batch: Batch) -> Tensor:
+    """torch 2.13's chunked linear cross entropy, per token."""
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.functional import linear_cross_entropy
+
+    hidden, targets = batch.hidden.flatten(0, 1), batch.targets.flatten()
+    options = LinearCrossEntropyOptions()
+    rows = linear_cross_entropy(hidden, batch.weight, targets, reduction="none", options=options)
+    return -rows.view_as(batch.targets)
+
+
+def torch_linear_loss(batch: Batch) -> Tensor:
+    return clipped_token_mean(torch_linear_logprobs(batch), batch)
+
+
 def trl_rows(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 

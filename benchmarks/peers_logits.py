@@ -5,7 +5,8 @@ from torch import Tensor
 
 from benchmarks.batches import CLIP, Batch, clipped_token_mean
 from benchmarks.peers_linear import compiled
-from igrpo_kernels import Clip, TokenMean, clipped_policy_loss, policy_loss, token_logprobs
+from igrpo_kernels import Clip, TokenMean, clipped_policy_loss, token_logprobs
+from igrpo_kernels.loss_from_logprobs import policy_loss
 
 Scores = tuple[Tensor, ...]
 
@@ -98,6 +99,18 @@ def liger_loss(batch: Batch) -> Tensor:
     )[0]
 
 
+def quack_scores(batch: Batch) -> Scores:
+    """QuACK's cross entropy per token (CuTe, rows over clusters), which gives no entropy."""
+    from quack.cross_entropy import cross_entropy
+
+    rows = cross_entropy(batch.logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+    return (-rows.view_as(batch.targets),)
+
+
+def quack_loss(batch: Batch) -> Tensor:
+    return clipped_token_mean(quack_scores(batch)[0], batch)
+
+
 class Padded(torch.autograd.Function):
     """The tensor of which the logits are a view, with the gradient led to the logits."""
 
@@ -119,6 +132,26 @@ def igrpo_clipped(batch: Batch) -> Tensor:
         clip_low=CLIP,
         clip_high=CLIP,
     )
+
+
+def igrpo_policy_loss(batch: Batch) -> Tensor:
+    return policy_loss(
+        batch.logprobs,
+        batch.advantages,
+        batch.mask,
+        surrogate=Clip(CLIP, CLIP),
+        aggregate=TokenMean(),
+        old_logprobs=batch.old_logprobs,
+    ).loss
+
+
+def trl_policy_loss(batch: Batch) -> Tensor:
+    """TRL 1.16's lines, which are plain torch."""
+    return clipped_token_mean(batch.logprobs, batch)
+
+
+def compiled_policy_loss(batch: Batch) -> Tensor:
+    return compiled(trl_policy_loss)(batch)
 
 
 def trl_clipped(batch: Batch) -> Tensor:

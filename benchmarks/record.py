@@ -1,31 +1,34 @@
-"""Measure every op beside its peers, and write, draw and compare what came out.
+"""Measure every op beside its peers; write, draw and compare the figures.
 
     python -m benchmarks.record                      # this machine's grid: six minutes on a CPU
     python -m benchmarks.record --quick              # its most important cases
     python -m benchmarks.record --only 'frozen'      # cases whose line holds this
 
 Writes one dated JSON under benchmarks/results/ after every case, so that an interrupted run loses
-nothing, and plots beside it.
+nothing, and a plot beside it.
 """
 
 import argparse
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import cases, results
+from benchmarks import cases, compare, results
 from benchmarks.cases import Case
 from benchmarks.measure import Figure, measure, measure_ceilings
+from benchmarks.ops import OURS
 from benchmarks.results import Record
 
-SECONDS = {"cpu": 300.0, "cuda": 420.0}  # after which no case is started
+SECONDS = {"cpu": 300.0, "cuda": 420.0}  # no case is started that would end later
 QUICK_SECONDS = {"cpu": 120.0, "cuda": 75.0}
+CLOCK = {"cpu": 8.0, "cuda": 2.0}  # seconds of readings of one case
+FAR_BEHIND, DEAR_MS = 5.0, 100.0  # times the fastest, and milliseconds, of a peer left out later
 print_at_once = partial(print, flush=True)
-CLOCK = {"cpu": 8.0, "cuda": 2.0}  # of the readings of one case
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--small", action="store_true", help="tiny sizes, to try the machinery")
     options.add_argument("--only", default="", help="cases whose line contains this")
     options.add_argument("--without", action="append", default=[], help="a peer to leave out")
-    options.add_argument("--seconds", type=float, help="start no further case after so many")
+    options.add_argument("--seconds", type=float, help="start no case that would end later")
     options.add_argument("--threads", type=int, help="of torch on the CPU")
     options.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     options.add_argument("--no-plots", action="store_true")
@@ -82,24 +85,46 @@ def run_cases(
     record["ceilings"] = vars(ceilings)
     budget = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)[device.type]
     clock = 0.1 if options.small else CLOCK[device.type]
-    without = list(options.without)
-    if options.quick and device.type == "cuda":
-        without.append("torch.compile")  # which compiles for longer than all others run
+    without: dict[str, dict[str, str]] = defaultdict(dict)  # by op
     began = time.monotonic()
+    longest = 0.0
     for number, case in enumerate(chosen):
-        if time.monotonic() - began > budget:
+        start = time.monotonic() - began
+        if start + longest > budget:
             record["left_out"] = [str(case) for case in chosen[number:]]
             say(f"out of time: {len(chosen) - number} cases left out")
             break
-        say(f"{time.monotonic() - began:4.0f} s  {case}")
+        say(f"{start:4.0f} s  {case}")
+        some = unwanted(options) | without[case.op]
         memory = not options.no_memory
-        figures = measure(case, device, ceilings, clock, memory=memory, without=without)
+        figures = measure(case, device, ceilings, clock, memory=memory, without=some)
         for figure in figures:
             say(show(figure))
+        without[case.op] |= far_behind(figures)
         results.add(record, figures)
         results.write(record, path)
+        longest = max(longest, time.monotonic() - began - start)
     record["finished"] = True
     results.write(record, path)
+
+
+def unwanted(options: argparse.Namespace) -> dict[str, str]:
+    """Peers that this run leaves out from the start."""
+    named = dict.fromkeys(options.without, "left out of this run")
+    if options.quick and options.device == "cuda":
+        named["torch.compile"] = "left out: it compiles for longer than all others run"
+    return named
+
+
+def far_behind(figures: Sequence[Figure]) -> dict[str, str]:
+    """Peers that cost more time than their later figures would be worth, and how far they are."""
+    medians = {figure.peer: figure.ms["median"] for figure in figures if figure.ms}
+    fastest = min(medians.values(), default=0.0)
+    return {
+        peer: f"left out: {median / fastest:.0f} times the fastest before"
+        for peer, median in medians.items()
+        if median > max(FAR_BEHIND * fastest, DEAR_MS) and peer != OURS
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,16 +141,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report(options: argparse.Namespace, record: Record, path: Path) -> int:
     """Compare, draw, and say what was wrong."""
     print(f"written: {path}")
-    past = results.last_before(record, path)
-    if past is not None:
-        lines = results.fallen(record, past[1])
-        print(f"against {past[0].name}: {len(lines) or 'no'} figures fell by more than the spread")
-        print("\n".join(f"    {line}" for line in lines))
+    record["compared"] = compare.against_baseline(record)
+    results.write(record, path)
+    print("\n    ".join(record["compared"]))
     if not options.no_plots:
         from benchmarks.draw import draw  # matplotlib may be missing where only figures are wanted
 
-        print("\n".join(f"drawn: {plot}" for plot in draw(record, path.with_suffix(""))))
-    wrong = [f for f in record["figures"] if f["peer"] == "igrpo" and f["not_run"]]
+        print(f"drawn: {draw(record, path.with_suffix('.png'))}")
+    wrong = [f for f in record["figures"] if f["peer"] == OURS and f["not_run"]]
     for figure in wrong:
         print(f"RED: {figure['op']}, {figure['passes']}, {figure['dtype']}: {figure['not_run']}")
     return int(bool(wrong))

@@ -4,14 +4,16 @@ import ctypes
 import gc
 import multiprocessing
 import multiprocessing.connection
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from benchmarks.cases import SEQUENCES, Case
 from benchmarks.ops import op_of
 
-PRELOADED = ["torch", "benchmarks.ops", "liger_kernel.chunked_loss", "trl.trainer.utils"]
+PRELOADED = ("torch", "benchmarks.ops", "liger_kernel.chunked_loss", "trl.trainer.utils")
 
 
 def resident(name: str) -> int:
@@ -21,9 +23,52 @@ def resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _peak(
-    case: Case, peer: str, threads: int, answer: multiprocessing.connection.Connection
+def peak_during(step: Callable[[], object]) -> int:
+    """Peak of this process during a step, above what stands before it."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")  # resets the peak
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
+
+
+def in_fresh_process(
+    function: Callable[..., Any], *arguments: Any, preload: Sequence[str] = PRELOADED
+) -> Any:
+    """What a function returns in a new process; None where the process ends without an answer.
+
+    Args:
+        function: One that pickle finds by its name.
+        preload: Modules that are imported once for all such processes.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(there, function, *arguments))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        return None
+    finally:
+        process.join()
+
+
+def _send(
+    answer: multiprocessing.connection.Connection, function: Callable[..., Any], *arguments: Any
 ) -> None:
+    answer.send(function(*arguments))
+
+
+def peak_in_fresh_process(case: Case, peer: str) -> int | None:
+    """Peak of a peer's step above what stands before it."""
+    return in_fresh_process(_peak, case, peer, torch.get_num_threads())
+
+
+def _peak(case: Case, peer: str, threads: int) -> int:
     torch.set_num_threads(threads)
     op, cpu = op_of(case), torch.device("cpu")
     batch = op.make(case, 1, cpu)
@@ -35,26 +80,4 @@ def _peak(
     op.step(op.peers[peer], warm, case)
     warm.clear()
     del warm
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as peak:
-        peak.write("5")  # resets the peak
-    before = resident("VmRSS")
-    op.step(op.peers[peer], batch, case)
-    answer.send(resident("VmHWM") - before)
-
-
-def peak_in_fresh_process(case: Case, peer: str) -> int | None:
-    """Peak above what stands before the step; None where the process ends without an answer."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_peak, args=(case, peer, torch.get_num_threads(), there))
-    process.start()
-    there.close()
-    try:
-        return here.recv()
-    except EOFError:
-        return None
-    finally:
-        process.join()
+    return peak_during(lambda: op.step(op.peers[peer], batch, case))

@@ -1,136 +1,45 @@
 """Stage 2 trained with its prompt shared, beside the same step on a padded and on a packed batch.
 
-    python -m benchmarks.shared_prompt            # minutes; --quick for a look, --device cuda
+    python -m benchmarks.shared_prompt    # minutes; --quick for a look, --device cuda
+    python -m benchmarks.shared_prompt --prompts 32 --refinements 4 --tokens 64
 
-times forward and backward of a small Qwen3 over one prompt, q' = question + draft, and its G
-completions, up to the gradients of all weights, through `linear_policy_loss` in every form:
+times forward and backward of a small Qwen3 over P prompts, q' = question + draft, and the G
+completions of each, up to the gradients of all weights, through `linear_policy_loss` in every form:
 
-    shared  q' once, the completions after it
-    padded  G sequences side by side through transformers' "sdpa", which needs no mask for them
-    packed  G sequences in one row, each attended to by itself: what a varlen kernel computes
+    shared  each q' once, its completions after it, all in one row
+    padded  P G sequences side by side through transformers' "sdpa", which needs no mask for them
+    packed  P G sequences in one row, each attended to by itself: what a varlen kernel computes
             (transformers' own packed rows need a dense [S, S] mask where there is no such kernel)
 
-Times are medians over rounds that run the forms in turn, with quartiles; ratios are medians over
-the rounds. The peak memory above weights and gradients is that of a fresh process on the CPU. All
-completions are of equal length, so that the padded form has no padding, unless `--spread` is given.
+Times are medians over rounds in which the forms take turns, with quartiles; ratios are medians over
+the rounds. The peak memory is what a step takes above weights and gradients, on a CPU in a fresh
+process. All completions are equally long, so that the padded form has no padding; `--spread` varies
+them.
 """
 
 import argparse
-import gc
-import json
-import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from benchmarks import machine
-from benchmarks.models import random_qwen3
-from igrpo_algo.shared_prompt.packing import SharedPromptRow, pack_shared_prompt
-from igrpo_algo.trainers.transformers import enable_shared_prompt, shared_prompt_hidden
-from igrpo_kernels import Clip, SequenceMean, linear_policy_loss
+from benchmarks import machine, results
+from benchmarks.cases import DTYPES
+from benchmarks.draw import Bar, draw_bars
+from benchmarks.resident import in_fresh_process, peak_during
+from benchmarks.shared_prompt_forms import FORMS, Case, Problem, make_problem
 
-RESULTS = Path(__file__).resolve().parent / "results"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-QUESTION = 0.25  # of a completion
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model and one group of completions; lengths are in tokens of a completion."""
-
-    refinements: int = 8
-    draft: float = 1.0
-    tokens: int = 256
-    spread: float = 0.0
-    width: int = 512
-    layers: int = 4
-    vocabulary: int = 4096
-    dtype: str = "fp32"
-    device: str = "cpu"
-    threads: int = 1
-
-
-@dataclass(frozen=True)
-class Problem:
-    model: PreTrainedModel
-    prompt: list[int]
-    completions: list[list[int]]
-    advantages: Tensor
-
-
-def make_problem(case: Case) -> Problem:
-    model = random_qwen3(
-        width=case.width,
-        layers=case.layers,
-        vocabulary=case.vocabulary,
-        positions=16 * case.tokens,
-        device=case.device,
-        dtype=DTYPES[case.dtype],
-    )
-    enable_shared_prompt(model)  # which is transformers' "sdpa" for the other forms
-    shares = torch.linspace(1 - case.spread, 1 + case.spread, case.refinements)
-
-    def ids(count: float) -> list[int]:
-        return torch.randint(1, case.vocabulary, (round(count),)).tolist()
-
-    prompt = ids((QUESTION + case.draft) * case.tokens)
-    completions = [ids(share * case.tokens) for share in shares.tolist()]
-    advantages = torch.where(torch.arange(case.refinements) % 2 == 0, 1.0, -1.0)
-    return Problem(model, prompt, completions, advantages.to(case.device))
-
-
-def loss_of(problem: Problem, inputs: dict[str, Tensor]) -> Tensor:
-    return linear_policy_loss(
-        **inputs,
-        weight=problem.model.lm_head.weight,
-        advantages=problem.advantages,
-        surrogate=Clip(),
-        aggregate=SequenceMean(),
-    ).loss
-
-
-def shared(problem: Problem) -> Tensor:
-    (row,) = pack_shared_prompt([problem.prompt], [problem.completions])
-    row = row.to(problem.model.device)
-    return loss_of(problem, row.loss_inputs(shared_prompt_hidden(problem.model, row)))
-
-
-def packed(problem: Problem) -> Tensor:
-    """Sequences in one row, as prompts without completions where attention is concerned."""
-    count = len(problem.completions)
-    (row,) = pack_shared_prompt([problem.prompt] * count, [[c] for c in problem.completions])
-    alone = tuple((sum(group),) for group in row.lengths)
-    apart: SharedPromptRow = replace(row, lengths=alone).to(problem.model.device)
-    return loss_of(problem, apart.loss_inputs(shared_prompt_hidden(problem.model, apart)))
-
-
-def padded(problem: Problem) -> Tensor:
-    device, first = problem.model.device, len(problem.prompt)
-    tails = [torch.tensor(completion) for completion in problem.completions]
-    targets = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True)
-    lengths = torch.tensor([len(tail) for tail in tails])
-    mask = torch.arange(targets.shape[1]) < lengths[:, None]
-    prompts = torch.tensor(problem.prompt).expand(len(tails), -1)
-    ids = torch.cat([prompts, targets], 1).to(device)
-    hidden = problem.model.get_decoder()(ids, use_cache=False).last_hidden_state
-    rows = {"hidden": hidden[:, first - 1 : -1], "targets": targets.to(device)}
-    return loss_of(problem, {**rows, "mask": mask.to(device)})
-
-
-FORMS: dict[str, Callable[[Problem], Tensor]] = {
-    "shared": shared,
-    "padded": padded,
-    "packed": packed,
-}
+TITLES = (
+    "time over the other batch's (left of 1: sharing is faster)",
+    "peak memory over the other's",
+)
 
 
 def step(form: str, problem: Problem) -> None:
@@ -177,31 +86,16 @@ def peak_bytes(form: str, case: Case) -> int:
         before = torch.cuda.memory_allocated()
         step(form, problem)
         return torch.cuda.max_memory_allocated() - before
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_send_peak, args=(form, case, queue))
-    process.start()
-    result = queue.get()
-    process.join()
-    return result
+    return in_fresh_process(_peak, form, case, preload=["benchmarks.shared_prompt_forms"])
 
 
-def _send_peak(form: str, case: Case, queue: multiprocessing.Queue) -> None:
+def _peak(form: str, case: Case) -> int:
     torch.set_num_threads(case.threads)
     problem = make_problem(case)
-    small = replace(problem, prompt=problem.prompt[:2], completions=[[1, 2]] * case.refinements)
+    groups = [[[1, 2]] * case.refinements] * case.prompts
+    small = replace(problem, prompts=[[1, 2]] * case.prompts, completions=groups)
     step(form, small)  # imports, thread pools and gradients are no part of the peak
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
-    before = _resident("VmRSS")
-    step(form, problem)
-    queue.put(_resident("VmHWM") - before)
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
+    return peak_during(lambda: step(form, problem))
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
@@ -225,36 +119,16 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high}
 
 
-def draw(record: dict[str, Any], path: Path) -> None:
-    """Time and memory of the unshared forms over the shared one, by length of the draft."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    sizes = sorted({row["refinements"] for row in record["rows"]})
-    colors = dict(zip(sizes, ["#56B4E9", "#0072B2", "#D55E00", "#009E73"], strict=False))
-    for size in sizes:
-        rows = [row for row in record["rows"] if row["refinements"] == size]
-        drafts = [row["draft"] for row in rows]
-        for form, style in {"padded": "-", "packed": "--"}.items():
-            results = [row["forms"][form] for row in rows]
-            ratios = [result["speedup_of_shared"] for result in results]
-            middle = [ratio["median"] for ratio in ratios]
-            low = [ratio["median"] - ratio["q1"] for ratio in ratios]
-            high = [ratio["q3"] - ratio["median"] for ratio in ratios]
-            look = {"color": colors[size], "linestyle": style, "marker": "o", "markersize": 4}
-            left.errorbar(drafts, middle, [low, high], label=f"G = {size}, {form}", **look)
-            right.plot(drafts, [result["memory_over_shared"] for result in results], **look)
-    for axes, what in ((left, "time"), (right, "peak memory")):
-        axes.axhline(1.0, color="#999999", linewidth=0.8)
-        axes.set_title(f"{what.capitalize()} of a step, unshared over shared")
-        axes.set_xlabel("draft length / completion length")
-        axes.set_xticks(sorted({row["draft"] for row in record["rows"]}))
-        axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.plot([1.0], [1.6], "k_", markersize=14, label="bar for G = 8: 1.6")
-    left.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=150)
+def bars(record: results.Record) -> Iterator[Bar]:
+    """The shared row over the padded and the packed batch."""
+    for row in record["rows"]:
+        label = f"G={row['refinements']}, draft {row['draft']:g} of T={row['tokens']:,}"
+        if row.get("prompts", 1) > 1:
+            label = f"P={row['prompts']}, " + label
+        for form, result in row["forms"].items():
+            if form != "shared":
+                ratios = result["speedup_of_shared"]["median"], result["memory_over_shared"]
+                yield Bar(f"over {form}", label, 1 / ratios[0], memory=1 / ratios[1])
 
 
 def main() -> None:
@@ -263,8 +137,8 @@ def main() -> None:
     parser.add_argument("--drafts", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one small case, three rounds")
-    parser.add_argument("--output", type=Path, help="without ending; default: under results/")
-    for name in ("tokens", "width", "layers", "vocabulary"):
+    parser.add_argument("--output", type=Path, help="the JSON; default: under results/")
+    for name in ("prompts", "tokens", "width", "layers", "vocabulary"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Case, name))
     parser.add_argument("--spread", type=float, default=Case.spread)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -280,7 +154,7 @@ def main() -> None:
         sizes, drafts, rounds, case = [8], [1.0], 3, replace(case, tokens=64, layers=2)
     torch.set_num_threads(case.threads)
     device = torch.device(case.device)
-    record: dict[str, Any] = {
+    record: results.Record = {
         "date": date.today().isoformat(),
         "commit": machine.commit("igrpo_algo", "igrpo_kernels"),
         "hardware": machine.hardware(device),
@@ -288,9 +162,8 @@ def main() -> None:
         "rounds": rounds,
         "rows": [],
     }
-    name = f"{record['date']}-shared-prompt-{case.device}"
-    output = options.output or RESULTS / name
-    output.parent.mkdir(parents=True, exist_ok=True)
+    name = f"{record['date']}-shared-prompt-{case.device}.json"
+    output = options.output or results.RESULTS / name
     for size in sizes:
         for draft in drafts:
             row = measure(replace(case, refinements=size, draft=draft), rounds)
@@ -304,8 +177,10 @@ def main() -> None:
                     f"{result['memory_over_shared']:.2f} in memory",
                     flush=True,
                 )
-            output.with_name(output.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(record, output.with_name(output.name + ".png"))
+            results.write(record, output)
+    if len(record["rows"]) > 1:
+        title = f"Stage 2 with its prompt shared: {record['hardware']['name']}, {record['date']}"
+        draw_bars(list(bars(record)), title, output.with_suffix(".png"), TITLES)
 
 
 if __name__ == "__main__":

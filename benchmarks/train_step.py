@@ -4,9 +4,10 @@
     python -m benchmarks.train_step --small                   # tries the machinery on a CPU
 
 A step is the model's forward, the loss from its last hidden states, the backward and AdamW; weights
-are random. The forms take turns, after a gate: each one's gradient of the head is held against that
-of all logits in fp32. On a GPU the peak is the allocator's over one step, weights and the
-optimizer's state included, and `--longest` seeks the longest completion whose step still fits.
+are random. Before the clock runs, each form's gradient of the head is held against that of all
+logits in fp32; then the forms take turns. On a GPU the peak is the allocator's over one step,
+weights and the optimizer's state included, and `--longest` seeks the longest completion whose step
+still fits.
 """
 
 import argparse
@@ -107,7 +108,9 @@ def make_model(case: Case) -> PreTrainedModel:
         device=case.device,
         dtype=DTYPES[case.dtype],
     )
-    model.activation_checkpointing_enable()
+    # transformers 5.17 has the old name alone, and later versions warn of it
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)()
     return model.train()
 
 

@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def simulate_all(setting: Setting, seeds: int, *, quick: bool) -> dict[str, Any]:
-    """Run all that is asked of the simulation, by the name of what is asked."""
+    """Run every setting of the simulation, by its name."""
     early = ("early selection",)
     two = ("barrier", "stream", "early selection")
     asked: dict[str, tuple[Setting, tuple[str, ...]]] = {

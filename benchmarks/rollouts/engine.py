@@ -43,7 +43,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Workload:
-    """What P prompts would be answered, whoever asks and when.
+    """The answers that P prompts would get, whoever asks and whenever.
 
     Attributes:
         question: Tokens of a question.
@@ -66,7 +66,7 @@ class Workload:
 
 
 class Draw(NamedTuple):
-    """One completion to come: which prompt's, the how many-th of it, its length and text."""
+    """A completion that will be drawn: its prompt, its number there, its length and its text."""
 
     index: int
     number: int
@@ -115,7 +115,7 @@ class _Sequence:
 
 
 class SimulatedEngine:
-    """A sampler with `sample_one` and `stream_one`; `costs` are paid in the loop's seconds.
+    """A sampler with `sample_one` and `stream_one`, whose work takes the loop's seconds.
 
     Args:
         costs: What its work takes.

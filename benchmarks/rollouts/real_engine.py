@@ -1,4 +1,4 @@
-"""What a real vLLM engine takes: for its steps, and for the variants on prescribed lengths.
+"""Time the steps of a real vLLM engine, and the variants on prescribed lengths.
 
     python -m benchmarks.rollouts.real_engine OUT.json --repeats 3
 
@@ -57,7 +57,7 @@ class CountedSteps:
 
 
 class PlannedVllm:
-    """Draws with vLLM; how long and how right each completion is, the workload says.
+    """Draws with vLLM; the workload sets how long each completion is, and whether it is right.
 
     Attributes:
         refined: Prompt tokens of Stage 2, and those of them that the prefix cache served.

@@ -15,7 +15,7 @@ from .workloads import make_workload
 
 
 class Run(NamedTuple):
-    """What a rollout took, which share of Stage 2's prompts was cached, and what came of it."""
+    """The cost of a rollout, the share of Stage 2's prompts that was cached, and the result."""
 
     seconds: float
     steps: float
@@ -26,7 +26,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """An engine and what it is asked for.
+    """An engine and its load.
 
     Attributes:
         costs: Time of its work.

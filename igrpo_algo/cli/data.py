@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..answers import extract_gold
+from ..rewards.answers import extract_gold
 
 Row = dict[str, Any]
 
@@ -51,7 +51,7 @@ def load_prompts(
 
     Each row becomes `{"prompt": ..., "answer": ..., **other columns}`. The question is the first
     column present of prompt, question, problem; the answer the first of answer, solution,
-    final_answer, ground_truth, of which `igrpo_algo.answers.extract_gold` keeps the final answer.
+    final_answer, ground_truth, of which `rewards.answers.extract_gold` keeps the final answer.
     These two must be in every row. Of any other column a row may lack its cell: that is None. A set
     without an answer column yields rows without `answer`: a reward of your own may not need one.
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..trainers.head_speed import faster_head
 from .extras import pip_line
 
 PACKAGES = {
@@ -62,6 +63,7 @@ def examine() -> dict[str, Any]:
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "packages": versions,
         "ops": dict.fromkeys(OPS, _path(has_triton=versions["triton"] is not None)),
+        "fused_head": {name: faster_head(torch.device(name))._asdict() for name in _device_names()},
         "commands": {command: _readiness(modules) for command, modules in NEEDS.items()},
     }
 
@@ -80,6 +82,10 @@ def _memory() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):  # not a POSIX system
         return None
+
+
+def _device_names() -> list[str]:
+    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
 
 
 def _device(index: int) -> dict[str, Any]:
@@ -126,6 +132,9 @@ def print_findings(findings: dict[str, Any]) -> None:
     print("\nops")
     for op, path in findings["ops"].items():
         print(f"  {op:24}{path}")
+    print('\nfused_head="auto" of the trainer')
+    for name, choice in findings["fused_head"].items():
+        print(f"  {name:24}{choice['choice']}: {choice['reason']}")
     print("\ncommands")
     for command, state in findings["commands"].items():
         lines = " and ".join(state["install"])

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..math_judge import shared_judge
 from ..prompts import check_chat_template_kwargs
 from ..rewards import exact_match_reward, load_reward, math_reward
+from ..rewards.judge import shared_judge
 from ..rollouts.scoring import Reward
 from .data import PAPER_SYSTEM_PROMPT, Row, load_prompts
 

@@ -1,4 +1,4 @@
-"""What the samplers do alike: prompts to token ids, seeds to requests."""
+"""What all samplers do alike: prompts become token ids here."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,13 +6,12 @@ from typing import Any
 from igrpo_kernels.checks import check_count
 
 from ..drafts.markers import marker_tokens
-from ..prompts import Prompt, check_chat_template_kwargs, encode_prompt
-from ..rollouts.sampling import check_prompts
+from ..prompts import Prompt, check_chat_template_kwargs, check_prompts, encode_prompt
 from ..seeds import derive_seed
 
 
 class EngineSampler:
-    """A sampler that turns prompts into token ids itself, whatever draws from them.
+    """A sampler that renders and tokenizes prompts itself, so that all engines see the same ids.
 
     Attributes:
         tokenizer: The model's tokenizer.
@@ -33,8 +32,9 @@ class EngineSampler:
 
     @property
     def control_tokens(self) -> frozenset[str]:
-        """The strings that a prompt's text must not hold: they would end or begin a turn."""
-        return frozenset(marker_tokens(self.tokenizer))
+        """The strings that begin or end a turn of this model; a draft must not hold them."""
+        template = self.chat_template_kwargs.get("chat_template")
+        return frozenset(marker_tokens(self.tokenizer, template))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Give the token ids that the model sees for a prompt. See `encode_prompt`."""

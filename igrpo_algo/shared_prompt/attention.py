@@ -2,7 +2,8 @@
 
 A prompt attends to itself; its completions attend, as a batch, to the prompt's keys and to their
 own. Nothing of the size of the row squared exists: completions of T tokens share one mask of size
-[T, P + T], and a prompt has one, of [P, P], only where a window cuts it.
+[T, P + T], and a prompt has one, of [P, P], only where a window cuts it. On CUDA one kernel does
+all of it (`flex`).
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from .flex import attend_flex, suits_flex
 
 MOST_PADDING = 0.25
 """Completions are attended together while none would be padded by more than this share."""
@@ -53,6 +56,8 @@ def attend_shared_prompt(
     Returns:
         Shape [1, S, heads, D].
     """
+    if suits_flex(query, value, dropout):
+        return attend_flex(query, key, value, lengths, scale=scale, window=window)
     if query.device.type != "cpu":  # CUDA's kernels take a mask or grouped heads, not both
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     sizes = [size for group in lengths for size in group]

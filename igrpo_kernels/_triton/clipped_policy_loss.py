@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..row_chunks import NAMESPACE
+from ..row_checks import NAMESPACE
 from ..surrogates.base import MAX_LOG_RATIO
 
 BLOCK = 1024

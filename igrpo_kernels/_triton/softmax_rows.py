@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import describe
-from ..softmax_rows import LogitTransform
-from ..softmax_statistics import RowStatistics, SoftmaxStatistics
+from ..relative_softmax import LogitTransform
+from ..row_statistics import RowStatistics, SoftmaxStatistics
 from ..vocabulary_shard import VocabularyShard
 from .online_softmax import FLOOR, LEAST, cap, fold, merge, row_start, transform
 
@@ -244,8 +244,8 @@ def softmax_rows_backward(
             targets,
             mask,
             transform.temperature,
-            statistics.maximum,
-            statistics.normalizer,
+            statistics.reference,
+            statistics.total,
             statistics.entropy,
             grad_logprobs.contiguous(),
             None if grad_entropy is None else grad_entropy.contiguous(),
@@ -350,6 +350,6 @@ def softmax_rows_(
         products, targets, None, transform, entropy=entropy, is_slice=shard is not None
     )
     if shard is not None:
-        own = SoftmaxStatistics(found.maximum, found.normalizer, found.logprobs, found.entropy)
+        own = SoftmaxStatistics(found.reference, found.total, found.logprobs, found.entropy)
         found = shard.merge(own).rows
     return TritonSoftmaxRows(products, targets, transform, found)

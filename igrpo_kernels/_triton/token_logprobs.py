@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from ..softmax_rows import LogitTransform
-from ..softmax_statistics import RowStatistics
+from ..relative_softmax import LogitTransform
+from ..row_statistics import RowStatistics
 from .softmax_rows import softmax_rows_backward, softmax_rows_forward, with_row_layout
 
 

@@ -23,9 +23,9 @@ from igrpo_kernels import (
     SequenceMean,
     TokenMean,
     linear_policy_loss,
-    policy_loss,
     token_logprobs,
 )
+from igrpo_kernels.loss_from_logprobs import policy_loss
 
 NAN = math.nan
 VOCABULARY = 20

@@ -62,3 +62,23 @@ def test_the_longest_is_not_sought_on_a_cpu(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train_step.main()
     assert "--longest needs --device cuda" in capsys.readouterr().err
+
+
+def test_layers_are_checkpointed_under_either_name(monkeypatch):
+    called = []
+
+    class Old:
+        def gradient_checkpointing_enable(self):
+            called.append("old")
+
+        def train(self):
+            return self
+
+    class New(Old):
+        def activation_checkpointing_enable(self):
+            called.append("new")
+
+    for model in (Old, New):
+        monkeypatch.setattr(train_step, "random_qwen3", lambda model=model, **sizes: model())
+        train_step.make_model(SMALL)
+    assert called == ["old", "new"]

@@ -17,16 +17,21 @@ from igrpo_kernels import (
     TokenMean,
     VocabularyShard,
     clipped_policy_loss,
+    head_softmax,
     linear_policy_loss,
-    linear_policy_pass,
     token_logprobs,
 )
-from igrpo_kernels import softmax_rows as twin
 from igrpo_kernels._triton import clipped_policy_loss as clipped
+from igrpo_kernels._triton import head_softmax as head_kernels
 from igrpo_kernels._triton import softmax_rows as kernels
 from igrpo_kernels._triton import token_logprobs as on_logits
-from igrpo_kernels.softmax_rows import LogitTransform
-from igrpo_kernels.softmax_statistics import RowStatistics, SoftmaxStatistics
+from igrpo_kernels.relative_softmax import (
+    LogitTransform,
+    SoftmaxRows,
+    TargetColumns,
+    softmax_of_logits,
+)
+from igrpo_kernels.row_statistics import RowStatistics, SoftmaxStatistics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMS = {
@@ -44,6 +49,35 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rows(vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (torch.randn(3, vocabulary) * 3).to(dtype), torch.randint(0, vocabulary, (3,))
+
+
+class Twin:
+    """The softmax of the CPU over the whole chunk: what the kernels are compared with."""
+
+    def __init__(
+        self, products: Tensor, targets: Tensor, transform: LogitTransform, entropy: bool = False
+    ) -> None:
+        logits = transform.apply(products.clone())
+        at = TargetColumns(targets)
+        self.rows = SoftmaxRows(
+            softmax_of_logits(logits, at, entropy=entropy, out=logits), at, transform, logits
+        )
+        self.statistics = self.rows.statistics
+
+    def keep_(self, rows: Tensor) -> "Twin":
+        self.rows = self.rows.keep_(rows)
+        self.statistics = self.rows.statistics
+        return self
+
+    def gradient_(self, by_logprob: Tensor, by_entropy: Tensor | None = None) -> Tensor:
+        matrix = self.rows.exponentials
+        found = self.rows.gradient_(by_logprob, by_entropy, dtype=matrix.dtype)
+        kept = found.multiplied(matrix.dtype)
+        if found.rows is None:
+            return kept
+        every = torch.zeros_like(matrix)
+        every[found.rows] = kept
+        return every
 
 
 def check_scores(got: RowStatistics, wanted: RowStatistics, tolerance: float = 1e-6) -> None:
@@ -64,7 +98,7 @@ def test_forward_and_backward(
 ) -> None:
     transform = LogitTransform(**TRANSFORMS[name])
     products, targets = rows(vocabulary, dtype)
-    wanted = twin.softmax_rows_(products.clone().float(), targets, transform, entropy=entropy)
+    wanted = Twin(products.float(), targets, transform, entropy)
     got = kernels.softmax_rows_(products, targets, transform, entropy=entropy)
     check_scores(got.statistics, wanted.statistics, 2e-6)
     upstream = torch.tensor([1.0, -0.5, 2.0])
@@ -85,7 +119,7 @@ def test_vocabulary_not_a_multiple_of_the_block_verl_2656(
     products = -30 - torch.rand(3, vocabulary)
     targets = torch.tensor([0, 4096, vocabulary - 1])
     transform = LogitTransform(torch.ones(1))
-    wanted = twin.softmax_rows_(products.clone(), targets, transform, entropy=True)
+    wanted = Twin(products, targets, transform, True)
     got = kernels.softmax_rows_(products, targets, transform, entropy=True)
     assert (got.statistics.logprobs <= 0).all()
     check_scores(got.statistics, wanted.statistics, 2e-6)
@@ -109,7 +143,7 @@ def test_lanes_that_see_nothing_and_logits_of_minus_infinity() -> None:
     products[2, ::2] = -2.0
     targets = torch.tensor([130, 1, 1])
     transform = LogitTransform(torch.ones(1))
-    wanted = twin.softmax_rows_(products.clone(), targets, transform, entropy=True)
+    wanted = Twin(products, targets, transform, True)
     got = kernels.softmax_rows_(products, targets, transform, entropy=True)
     check_scores(got.statistics, wanted.statistics)
     upstream = torch.ones(3), torch.ones(3)
@@ -132,7 +166,7 @@ def test_rows_that_are_not_contiguous(view: str) -> None:
     flat = logits.reshape(-1, logits.shape[-1])
     targets = torch.randint(0, flat.shape[-1], flat.shape[:1])
     transform = LogitTransform(torch.ones(1))
-    wanted = twin.softmax_rows_(flat.clone(), targets, transform)
+    wanted = Twin(flat, targets, transform)
     got = kernels.softmax_rows_forward(walked, targets, None, transform, entropy=False)
     check_scores(got, wanted.statistics)
     grad = torch.full_like(walked, torch.nan, memory_format=torch.contiguous_format)
@@ -156,7 +190,7 @@ def test_rows_left_out_and_rows_of_no_gradient_are_written_prime_rl_1525() -> No
     kernels.softmax_rows_backward(grad, products, targets, mask, transform, got, upstream, None)
     assert (grad[1:3] == 0).all()
     kept = torch.tensor([0, 3])
-    wanted = twin.softmax_rows_(products[kept], targets[kept], transform, entropy=True)
+    wanted = Twin(products[kept], targets[kept], transform, entropy=True)
     check_scores(got.take(kept), wanted.statistics)
     torch.testing.assert_close(grad[kept], wanted.gradient_(torch.ones(2)), rtol=1e-5, atol=1e-6)
 
@@ -170,7 +204,7 @@ def test_keeping_rows_and_narrowing_in_place(
     products, targets = rows(vocabulary, torch.float32)
     memory = products.untyped_storage()
     transform = LogitTransform(torch.tensor([0.5, 1.0, 2.0]))
-    wanted = twin.softmax_rows_(products.clone(), targets, transform, entropy=True)
+    wanted = Twin(products, targets, transform, True)
     got = kernels.softmax_rows_(products, targets, transform, entropy=True)
     upstream = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.1, 0.0])
     if kept is not None:
@@ -238,7 +272,7 @@ def test_slices_of_the_vocabulary(cuts: list[int], name: str, entropy: bool) -> 
     products[1, 131:] = -torch.inf  # the whole of a slice
     targets = torch.tensor([0, 130, 506])
     products[1, 130] = products[2, 506] = -1.0  # below the zero of a column that is not there
-    wanted = twin.softmax_rows_(products.clone(), targets, transform, entropy=entropy)
+    wanted = Twin(products, targets, transform, entropy)
     parts = [(products[:, a:b], targets - a) for a, b in pairwise([0, *cuts, 507])]
     seen = []
     for part, local in parts:
@@ -360,13 +394,13 @@ def test_linear_policy_loss_over_the_kernels(
             old_logprobs=old_logprobs,
             softcap=softcap,
             temperature=torch.linspace(0.5, 1.5, 12).view(3, 4),
-            with_entropy=True,
+            return_entropy=True,
             shard=shard,
         )
         grads = torch.autograd.grad(out.loss, (hidden, weight))
         return [out.loss, *grads, *out.metrics.values()]
 
     wanted = run()
-    monkeypatch.setattr(linear_policy_pass, "softmax_rows_", kernels.softmax_rows_)
+    monkeypatch.setattr(head_softmax, "implementation", lambda head: head_kernels)
     for value, exact in zip(run(), wanted, strict=True):
         torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-6)

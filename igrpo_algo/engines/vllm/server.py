@@ -1,4 +1,4 @@
-"""A sampler over vLLM's OpenAI-compatible servers: spread by load, and without those that died."""
+"""A sampler over vLLM's OpenAI-compatible servers: the idlest is asked, dead ones are left out."""
 
 import asyncio
 import secrets
@@ -25,18 +25,18 @@ PADDING = 4096  # more than any model pads its vocabulary beyond its tokenizer's
 
 
 class VllmServerSampler(EngineSampler):
-    """Draws completions from vLLM servers, each with the log-probs it was drawn at.
+    """Draws completions from vLLM servers, together with their log-probs.
 
-    As `VllmSampler`, over HTTP: on the same weights the same seeds give the same samples (up to
-    rounding). Prompts are encoded here and sent as token ids, so none is cut and no template runs
-    on the server. Each prompt goes to the server that has the fewest completions to draw. One that
-    does not answer (no connection, a broken one, a status of 5xx) is left out for `rest` seconds,
-    and its requests go to another one; where all are busy (429, 503) they are asked again later.
-    An error names each server and what it said. To cancel `sample_one` closes the connection, and
-    the server drops the request.
+    `VllmSampler` over HTTP: the same weights and seeds give the same samples (up to rounding).
+    Prompts are sent as token ids, so none is cut and no template runs on a server. Each prompt goes
+    to the server with the fewest completions to draw. A server that does not answer (no connection,
+    a broken one, a status of 5xx) is left out for `rest` seconds, and another one gets its
+    requests; if all are busy (429, 503) they are asked again later. Answers are checked, and an
+    error names each server and what it said. Cancelling `sample_one` closes the connection, and the
+    server drops the request.
 
     Start the servers with `--logprobs-mode processed_logprobs`, or for a cut distribution with
-    `raw_logprobs`, their default; two requests of one token find out which a server gives. With
+    `raw_logprobs`, their default: two requests of one token find out which a server gives. With
     `--scheduling-policy priority`, requests of lower `priority` go first. `sync_weights` needs
     VLLM_SERVER_DEV_MODE=1 in their environment; keep such servers off public networks.
 
@@ -48,13 +48,13 @@ class VllmServerSampler(EngineSampler):
         top_p: Draws from the fewest tokens whose probabilities add up to this, in (0, 1].
         top_k: Draws from this many tokens; 0 from all.
         min_p: Draws from tokens of at least this share of the highest probability, in [0, 1].
-        logprobs: False gives completions without log-probs, for which any server and distribution
-            will do (an evaluation, say).
+        logprobs: False gives completions without log-probs, as an evaluation needs them: any server
+            and distribution will do.
         stop_token_ids: Tokens that end a completion; None takes all those of the model's generation
             config, as the server reads it, and the tokenizer's end of sequence.
-        chat_template_kwargs: Passed to the chat template: {"enable_thinking": False}, say.
+        chat_template_kwargs: Passed to the chat template, for example {"enable_thinking": False}.
         model: The name under which it is served; None takes the first that a server lists.
-        headers: Sent with each request: {"Authorization": "Bearer ..."}, say.
+        headers: Sent with each request, for example {"Authorization": "Bearer ..."}.
         timeout: Seconds for the whole answer to a request; None waits for ever.
         rest: Seconds for which a server that did not answer is left out.
         max_retries: Times that a request is sent again where all servers are busy: after the
@@ -76,7 +76,11 @@ class VllmServerSampler(EngineSampler):
             servers differ in their model, or a server gives log-probs that no loss can use.
 
     Examples:
-        `VllmServerSampler(["http://a:8000", "http://b:8000"], tokenizer, max_new_tokens=512)`
+        ```python
+        urls = ["http://a:8000", "http://b:8000"]
+        sampler = VllmServerSampler(urls, tokenizer, max_new_tokens=512)
+        sample_group(["2 + 2 ="], sampler, 4).texts
+        ```
     """
 
     is_shared = True
@@ -203,23 +207,23 @@ class VllmServerSampler(EngineSampler):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def sync_weights(self, weights: Weights | str | Path) -> None:
-        """Take over weights on every server, all of them or none; empty their prefix caches.
+        """Load new weights on every server, all of them or none, and empty the prefix caches.
 
         Names and shapes are compared with those of the files that the servers name as their
-        model's, which must be readable here. Then each server is paused (what it has begun it
-        ends), reads the folder, empties its cache and goes on. If one cannot be paused, none
-        is written. If one fails later, the sampler refuses all further requests. A server that does
-        not answer, now or after a sync, gets no request until a later sync reaches it, since it may
-        come back with old weights; one that does not answer now is named in a warning.
+        model's, which must be readable here. Then each server pauses (it ends what it has begun),
+        reads the folder, empties its cache and goes on. If one cannot pause, none reads. If one
+        fails later, the sampler refuses all further requests. A server that does not answer, now or
+        after a sync, may come back with old weights: it gets no request until a later sync reaches
+        it, and a warning names it.
 
         Args:
             weights: A folder with `*.safetensors` files that the servers can read under the same
-                path, or a state dict, which is written to `sync_folder` for the while.
+                path, or a state dict, which is written to a folder in `sync_folder` first.
 
         Raises:
             ConnectionError: No server answers.
             FileNotFoundError: The folder holds no safetensors file.
-            TypeError: `weights` is neither, or a value of it is no whole tensor.
+            TypeError: `weights` is neither, or one of its values is not a whole tensor.
             ValueError: A weight is missing, unknown, or of another shape.
             RuntimeError: A server refused a step, now or in an earlier sync.
         """

@@ -14,6 +14,8 @@ from igrpo_algo.cli import doctor as command
 from igrpo_algo.cli.app import app
 from igrpo_algo.cli.extras import EXTRAS, pip_line
 
+DEVICE = ("name", "capability", "memory_gib")
+
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -37,6 +39,18 @@ def test_doctor_reports_this_machine_as_json() -> None:
         "token_logprobs", "linear_token_logprobs", "clipped_policy_loss", "linear_policy_loss",
     }  # fmt: skip
     assert findings["memory_gib"] > 0.1
+    assert findings["fused_head"]["cpu"]["choice"] == "igrpo"
+
+
+def test_doctor_says_whose_head_is_faster_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(command.torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(command, "_device", lambda index: dict.fromkeys(DEVICE, "?"))
+    done = CliRunner().invoke(app, ["doctor"])
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    at = lines.index('fused_head="auto" of the trainer')
+    assert lines[at + 1].startswith("cpu                     igrpo: ours took 0.")
+    assert lines[at + 2] == "cuda:0                  trl: nothing was measured on capability (7, 5)"
 
 
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

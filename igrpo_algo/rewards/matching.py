@@ -1,0 +1,274 @@
+r"""Rewards that compare a completion's final answer with a reference."""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+
+from .answers import CompletionLike, completion_text, extract_answer, extract_gold, normalize_answer
+from .judge import NoVerdictError, shared_judge
+from .rules import VALUE_WORDS
+from .units import split_words
+
+_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
+_PRODUCT = re.compile(r"[abcxyz]{2}|[b-df-hj-np-tv-z]{2}", re.IGNORECASE)
+_SENTENCE_WORDS = frozenset(
+    {"is", "are", "was", "has", "have", "get", "gets", "gives", "means", "equals", "we", "so"}
+    | {"hence", "thus", "since", "because", "therefore", "then", "let", "there"}
+)
+_MAX_WORDS = 12
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:](?= )) *(.+)")  # (B) 5, B) 5, B: 5
+_NEXT_CHOICE = re.compile(r"(?:^|[\s,;{])\(?[A-Z]\)")
+_BASED = re.compile(r"\(?(\d[0-9A-Za-z]*)\)?_(?:(\d)|\{\(?(\d\d?)\)?\})")
+_INTEGER = re.compile(r"[-+]?\d+")
+_DIGITS = re.compile("[0-9A-Za-z]+")
+# What no judge should read: two numbers with nothing between them (math-verify adds them up), and
+# lists that are not written out.
+_UNREADABLE = re.compile(r"\d \d|\\ldots")
+
+
+def math_reward(
+    completions: Sequence[CompletionLike],
+    *,
+    answer: Sequence[object] | None = None,
+    solution: Sequence[object] | None = None,
+    **columns: object,
+) -> list[float | None]:
+    r"""Score 1 where the final answer equals the reference, 0 where it does not.
+
+        R(o) = 1[extract(o) = a]
+
+    `extract_answer` finds both sides (answer tags, `\boxed{}`, `####`, "the answer is") and
+    `normalize_answer` brings them to one spelling. Equal spellings are equal; anything else is
+    decided by math-verify, in a process that is killed at a deadline (0.5 equals \frac{1}{2}).
+
+    A known unit (`split_words`) is dropped where the other side has none or the same; "5 km" is
+    not "5 m". Other words behind a number ("2 thirds", "8 pm", "72 clips") must be the same on
+    both sides. A reference made of words is compared as text, without regard to case; two letters
+    are a product ("xy" equals "yx") where both are consonants or of a, b, c, x, y, z, and a word
+    ("no") otherwise. "(B) 5" counts as B against a letter and as 5 against a value. A subscript is
+    a base: 52_8 equals 42, and is not 52_9; against the reference 52_8, an answer without a base
+    (52) is taken to be in that base, and one in another base is wrong. math-verify is lenient:
+    50\% equals both 50 and 0.5, 3/4 equals 3:4, x = 2 equals 2, 1 < x < 2 equals (1, 2), and b
+    equals B.
+
+    A completion that states no answer scores 0, and so does one whose answer is no mathematics,
+    has more than 1,000 characters or stands for a number of more than 100,000 digits. None is the
+    score of what cannot be judged: the reference is empty, no mathematics or a worked solution
+    that marks no answer, and the completion is not spelled like it; or math-verify comes to no
+    verdict in time. A verdict is remembered, a missing one is not.
+
+    Source: iGRPO, arXiv:2602.09000, Eq. 6; the reading of answers is ours.
+
+    Args:
+        completions: One per row: a string or a list of messages.
+        answer: Reference answers.
+        solution: Worked solutions, or answers under that name; read where `answer` is not given
+            or empty in that row.
+        **columns: Whatever else a trainer passes; ignored.
+
+    Returns:
+        One score per completion.
+
+    Raises:
+        ModuleNotFoundError: math-verify is needed and not installed.
+        TypeError: A completion or a reference is of a type that holds no text.
+        ValueError: Neither column is given, or a column's length differs from that of
+            `completions`, or a reference is a number that cannot be written out.
+
+    Examples:
+        >>> math_reward([r"\boxed{\frac{1}{2}}", "#### 3", "Hm."], answer=["0.5", "4", "1"])
+        [1.0, 0.0, 0.0]
+    """
+    golds = _references("math_reward", completions, answer, solution, columns)
+    return [
+        _score_math(gold, extract_answer(completion_text(completion)))
+        for completion, gold in zip(completions, golds, strict=True)
+    ]
+
+
+def _score_math(gold: str | None, answer: str | None) -> float | None:
+    if gold is None:
+        return None
+    try:
+        equal = _equal_answers(normalize_answer(gold), normalize_answer(answer or ""))
+    except NoVerdictError:  # an exception, for the cache below remembers whatever is returned
+        return None
+    return None if equal is None else float(equal)
+
+
+@functools.lru_cache(maxsize=16384)
+def _equal_answers(gold: str, answer: str) -> bool | None:
+    if gold == answer:
+        return True
+    gold_letter, gold_value = split_choice(gold)
+    letter, value = split_choice(answer)
+    if gold_letter and letter:
+        return gold_letter == letter
+    if gold_letter:
+        gold = gold_letter if _is_letter(answer) else gold_value
+    if letter:
+        answer = letter if _is_letter(gold) else value
+    return _equal_measures(gold, answer)
+
+
+def _equal_measures(gold: str, answer: str) -> bool | None:
+    """Compare values with the units or other words behind them."""
+    gold_value, gold_words, gold_known = split_words(gold)
+    value, words, known = split_words(answer)
+    if gold_words != words and ((gold_words and words) or not (gold_known and known)):
+        return None if _is_prose(gold) else False
+    return _equal_values(gold_value, value)
+
+
+def _equal_values(gold: str, answer: str) -> bool | None:
+    if gold == answer:
+        return True
+    if _is_prose(gold) or _UNREADABLE.search(gold):
+        return None
+    if _is_text(gold):
+        return gold.casefold() == answer.casefold()
+    if _UNREADABLE.search(answer):
+        return False
+    gold_base, gold_number = read_base(gold)
+    base, number = read_base(answer, default=gold_base)
+    if gold_base != 10 and gold_number is not None:
+        return (base, number) == (gold_base, gold_number)
+    if number is not None and gold_number is not None:
+        return number == gold_number
+    return shared_judge().equal(gold, answer if number is None else str(number))
+
+
+def split_choice(answer: str) -> tuple[str, str]:
+    r"""Split "(B) 5" into the letter of a choice and its value; ("", answer) for anything else.
+
+    Args:
+        answer: What `normalize_answer` returned.
+
+    Returns:
+        The letter and the value.
+
+    Examples:
+        >>> split_choice("(B) 5"), split_choice("(A) 5 (B) 6")
+        (('B', '5'), ('', '(A) 5 (B) 6'))
+    """
+    choice = _CHOICE.fullmatch(answer)
+    if not choice or _NEXT_CHOICE.search(choice[3]):
+        return "", answer
+    return choice[1] or choice[2], choice[3]
+
+
+def read_base(answer: str, *, default: int = 10) -> tuple[int, int | None]:
+    """Read an integer with its base as a subscript.
+
+    Args:
+        answer: What `normalize_answer` returned.
+        default: The base of an integer without one.
+
+    Returns:
+        The base and the integer; None for the integer where it is none in that base.
+
+    Examples:
+        >>> read_base("52_{8}"), read_base("52"), read_base("52_3")
+        ((8, 42), (10, 52), (3, None))
+    """
+    based = _BASED.fullmatch(answer)
+    digits, base = (based[1], int(based[2] or based[3])) if based else (answer, default)
+    if not based and not (_INTEGER if default == 10 else _DIGITS).fullmatch(answer):
+        return default, None
+    try:
+        return base, int(digits, base)
+    except ValueError:
+        return base, None
+
+
+def _is_letter(answer: str) -> bool:
+    return len(answer) == 1 and answer.isalpha()
+
+
+def _is_text(answer: str) -> bool:
+    if not _WORDS.fullmatch(answer):
+        return False
+    return max(map(len, re.split("[ '-]", answer))) >= 2 and not _PRODUCT.fullmatch(answer)
+
+
+def _is_prose(gold: str) -> bool:
+    """Return whether a reference is sentences, which state no answer to compare with."""
+    words = [word.lower() for word in _WORD.findall(gold)]
+    until_last_number = re.match(r"[\s\S]*(?=\d)", gold)
+    before = _WORD.findall(until_last_number[0]) if until_last_number else []
+    before = [word for word in before if len(word) > 2 and word not in VALUE_WORDS]
+    return (
+        len(words) > _MAX_WORDS
+        or not _SENTENCE_WORDS.isdisjoint(words)
+        or len(before) > 1
+        or (len(before) == 1 and ", " in gold)
+    )
+
+
+def exact_match_reward(
+    completions: Sequence[CompletionLike],
+    *,
+    answer: Sequence[object] | None = None,
+    solution: Sequence[object] | None = None,
+    **columns: object,
+) -> list[float | None]:
+    """Score 1 where the final answer is spelled like the reference, 0 where it is not.
+
+    As `math_reward`, without any mathematics: both sides are cut out by `extract_answer` (the
+    whole completion where it marks no answer) and compared after their blanks are collapsed.
+
+    Args:
+        completions: One per row: a string or a list of messages.
+        answer: Reference answers; goes before `solution` where both are given.
+        solution: Worked solutions, or answers under that name.
+        **columns: Whatever else a trainer passes; ignored.
+
+    Returns:
+        One score per completion; None where the reference is empty.
+
+    Raises:
+        TypeError: A completion or a reference is of a type that holds no text.
+        ValueError: Neither column is given, or its length differs from that of `completions`.
+
+    Examples:
+        >>> exact_match_reward(["The answer is  Oslo.", "Bergen"], answer=["Oslo", "Oslo"])
+        [1.0, 0.0]
+    """
+    golds = _references("exact_match_reward", completions, answer, solution, columns)
+    scores: list[float | None] = []
+    for completion, gold in zip(completions, golds, strict=True):
+        text = completion_text(completion)
+        stated = extract_answer(text) or text
+        scores.append(None if gold is None else float(stated.split() == gold.split()))
+    return scores
+
+
+def _references(
+    reward: str,
+    completions: Sequence[CompletionLike],
+    answer: Sequence[object] | None,
+    solution: Sequence[object] | None,
+    columns: Mapping[str, object],
+) -> list[str | None]:
+    """Return the reference of each row, from the first column that holds one."""
+    given = {
+        name: column
+        for name, column in (("answer", answer), ("solution", solution))
+        if column is not None
+    }
+    if not given:
+        raise ValueError(
+            f"{reward} needs a column 'answer' or 'solution', got {sorted(columns) or 'no columns'}"
+        )
+    golds: list[str | None] = [None] * len(completions)
+    for name, column in given.items():
+        if len(column) != len(completions):
+            raise ValueError(
+                f"{name} must have one entry per completion = {len(completions)}, got {len(column)}"
+            )
+        golds = [
+            extract_gold(value, name=f"{name}[{row}]") if gold is None else gold
+            for row, (gold, value) in enumerate(zip(golds, column, strict=True))
+        ]
+    return golds

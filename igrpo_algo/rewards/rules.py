@@ -1,0 +1,240 @@
+r"""The table of rules by which answers are read, each with its cases beside it.
+
+`STATED` cuts an answer out of the words around it ("therefore 72, in total"). `WRITTEN` brings its
+spelling to one form, so that most equal answers become equal texts and math-verify can read the
+rest. A rule is a regular expression with what replaces its matches; it changes how an answer is
+written, not what it is worth. The tests run every case with its rule and without.
+"""
+
+# ruff: noqa: RUF001  (characters that look alike are what it is about)
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+Replacement = str | Callable[[re.Match[str]], str]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rewriting of an answer.
+
+    Attributes:
+        pattern: What it looks for.
+        replacement: What it puts there, as in `re.sub`.
+        cases: Answers, each with what the whole table makes of it. An answer that changes would
+            come out differently without this rule; the others are to stay as they are.
+    """
+
+    pattern: re.Pattern[str]
+    replacement: Replacement
+    cases: dict[str, str]
+
+
+def _rule(pattern: str, replacement: Replacement, cases: dict[str, str]) -> Rule:
+    return Rule(re.compile(pattern), replacement, cases)
+
+
+def apply_rules(rules: Iterable[Rule], text: str) -> str:
+    """Rewrite a text by each rule in turn, again and again until none changes it."""
+    previous = None
+    while previous != text:
+        previous = text
+        for rule in rules:
+            text = rule.pattern.sub(rule.replacement, text)
+    return text
+
+
+VALUE_WORDS = frozenset(
+    {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "or", "and", "to", "percent", "choose", "mod"}
+    | {"hundred", "thousand", "million", "billion", "trillion", "dozen"}
+)
+"""Words that are part of a value, or that join several."""
+
+_REASONS = frozenset({"which", "as", "because", "since", "so", "hence", "thus", "therefore"})
+_DOUBTS = frozenset(
+    {"or", "but", "not", "if", "unless", "either", "neither", "maybe", "perhaps", "possibly"}
+    | {"other", "another", "also", "both", "except", "instead", "rather", "plus", "minus", "times"}
+    | {"squared", "cubed", "over", "divided", "almost", "nearly", "about"}
+)
+_VALUE = re.compile(r"[\d$\\]|(?<!')\b(?![aI]\b)[A-Za-z]\b")
+_SYMBOLS = {
+    "−‐‑–—": "-", "×": r"\times ", "·⋅∙": r"\cdot ", "÷": "/", "≤⩽": r"\le ", "≥⩾": r"\ge ",
+    "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∞": r"\infty ", "π": r"\pi ", "°": r"^\circ ",
+    "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∠": r"\angle ",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}",
+    "ℂ": r"\mathbb{C}", "⁄": "/", "。": ".", "\u200b": "",
+}  # fmt: skip
+_SYMBOL = {symbol: latex for symbols, latex in _SYMBOLS.items() for symbol in symbols}
+_DEGREES = {"": "degrees", "C": "celsius", "F": "fahrenheit"}
+_TEXT = r"\\(?:text(?:bf|rm|it)?|math(?:rm|bf|it)|mbox)"
+_NUMBER = r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)"
+
+
+def _drop_remark(match: re.Match[str]) -> str:
+    """Drop words behind a value, unless they may name another value or belong to this one."""
+    value, remark = match.string[: match.start()], match[0]
+    words = re.findall("[a-z]+", remark.lower())
+    is_value = re.search(r"\d", value) or not re.search(
+        "[A-Za-z]{2}", re.sub(r"\\[A-Za-z]+", "", value)
+    )
+    doubtful = _DOUBTS.intersection(words) or words[0] in VALUE_WORDS - {"and", "to"}
+    has_value = words[0] not in _REASONS and _VALUE.search(remark)
+    return "" if value and is_value and not doubtful and not has_value else remark
+
+
+def _plain(match: re.Match[str]) -> str:
+    return unicodedata.normalize("NFKC", match[0])
+
+
+def _unwrap(match: re.Match[str]) -> str:
+    r"""Take words out of \text{...}, with blanks where they would touch a value."""
+    words, before, after = match[1], match.string[: match.start()], match.string[match.end() :]
+    if words[:1].isalpha() and words not in ("e", "i") and re.search(r"[\w)}]$", before):
+        words = " " + words
+    return words + " " if words[-1:].isalpha() and re.match(r"[\w\\]", after) else words
+
+
+def _fraction(match: re.Match[str]) -> str:
+    above, _, below = _plain(match).partition("⁄")
+    return rf"\frac{{{above}}}{{{below}}}"
+
+
+STATED = (
+    # Words before the answer.
+    _rule(
+        r"(?i)^(?:[\s:*]*(?:therefore|thus|hence|then|so|indeed|simply|just|clearly|exactly"
+        r"|precisely|approximately|equal to|given by"
+        r"|(?:the |my )?(?:final |correct )?answer(?: is\b)?)\b[\s:\uff1a,*=]*)+(?=.)",
+        "",
+        {
+            "therefore 72": "72",
+            "thus, $72$": "$72$",
+            "**Answer:** 42": "42",
+            "The answer is 42": "42",
+            "so": "so",
+        },
+    ),
+    # Words behind it, set off by punctuation, by a bracket or by the word that they begin with.
+    _rule(
+        r"(?:\s*[,;:.]\s+|\s+[-–—]+\s+|\s*—\s*|\s+(?=\()"
+        r"|\s+(?=(?:and [A-Za-z]{2}|which|as|because|since|so|hence|thus|in (?:total|all))))"
+        r"\(?(?:[A-Za-z]{2}|[aI] ).*",
+        _drop_remark,
+        {
+            "72, which is the total": "72",
+            "$72$, as required": "$72$",
+            "72; done": "72",
+            "42 (the answer)": "42",
+            "42 and the steps above confirm that": "42",
+            "15 because 3 * 5 = 15": "15",
+            "-3 — a loss": "-3",
+            "72 or 73": "72 or 73",
+            "72, or maybe 73": "72, or maybe 73",
+            "5 and $6$": "5 and $6$",
+            "x = 1, y = 2": "x = 1, y = 2",
+            "5 feet, 3 inches": "5 feet, 3 inches",
+            "3 (mod 7)": "3 (mod 7)",
+            "7, squared": "7, squared",
+            "72, Tom has 6 of them": "72, Tom has 6 of them",
+            "(A) and (C)": "(A) and (C)",
+            "2, 3 and 5, which are prime": "2, 3 and 5",
+            "Oslo, Norway": "Oslo, Norway",
+        },
+    ),
+)
+
+WRITTEN = (
+    # Unicode becomes LaTeX.
+    _rule("[¼-¾⅐-⅞]", _fraction, {"½": r"\frac{1}{2}", "2½": r"2\frac{1}{2}"}),
+    _rule("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda m: f"^{{{_plain(m)}}}", {"x²": "x^{2}", "10⁻³": "10^{-3}"}),
+    _rule("[₀-₉]+", lambda m: f"_{{{_plain(m)}}}", {"101₂": "101_{2}"}),
+    _rule(
+        r"([√∛])\s*(?:\(((?:[^()]|\([^()]*\))*)\)|(\d+(?:\.\d+)?|[A-Za-z]))",
+        lambda m: rf"\sqrt{'[3]' * (m[1] == '∛')}{{{m[2] or m[3]}}}",
+        {"10 - 2√5": r"10 - 2\sqrt{5}", "√(x+1)": r"\sqrt{x+1}", "∛8": r"\sqrt[3]{8}"},
+    ),
+    _rule(
+        f"[{''.join(_SYMBOL)}]",
+        lambda m: _SYMBOL[m[0]],
+        {"−3": "-3", "x ≤ 3": r"x \le 3", "(−∞, 2π)": r"(-\infty , 2\pi )"},
+    ),
+    _rule("[^\x00-\x7f]+", _plain, {"（1，2）": "(1,2)", "１２％": "12%"}),
+    # What does not print, or is one thing in several spellings.
+    _rule(r"\.{3,}|\\[cdlh]?dots[bcimo]?(?![A-Za-z])", r"\\ldots", {"1, ...": r"1, \ldots"}),
+    _rule(r"\\(?:left|right)(?![A-Za-z.])|\\displaystyle", "", {r"\left(1, 2\right)": "(1, 2)"}),
+    _rule(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", {r"\dfrac{1}{2}": r"\frac{1}{2}"}),
+    _rule(r"(?<=[\w)}])\*\*(?=[\w({])", "^", {"x**2": "x^2"}),
+    _rule(
+        r"\*\*|(?<!\\)\\[()\[\]]|\\?\$|[€£¥]",
+        "",
+        {"**42**": "42", r"\(42\)": "42", r"$\$18$": "18", "€5": "5", "$a$ and $b$": "a and b"},
+    ),
+    _rule(
+        rf"(?:{_TEXT}\{{|\{{\\rm )([^{{}}\\]*)\}}",
+        _unwrap,
+        {
+            r"\text{red}": "red",
+            r"\mathbf{7}": "7",
+            r"\mathrm{e}^2": "e^2",
+            r"{\rm e}^2": "e^2",
+            r"52_{\text{8}}": "52_{8}",
+            r"5\text{cm}^2": "5 cm^2",
+            r"5\text{or}6": "5 or 6",
+            r"\textbf{(B)}\ 5": "(B) 5",
+        },
+    ),
+    # Numbers.
+    _rule(
+        r"(?<=\d)(?:,\\!\s*|\\!,(?:\\!)?|\{,\}|\\[,;:]|~)(?=\d{3}(?!\d))",
+        "",
+        {r"11,\! 111,\!100": "11111100", "1{,}234": "1234", r"x+12\,345": "x+12345"},
+    ),
+    _rule(
+        r"^([-+]?\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+))(?=$|\.\d|[ ~]*[A-Za-z\\%])",
+        lambda m: re.sub("[, ]", "", m[1]),
+        {"1,234.5": "1234.5", "1 000 000": "1000000", "1,200 km": "1200 km", "1,2": "1,2"},
+    ),
+    _rule(
+        rf"^({_NUMBER})[eE]([-+]?\d{{1,3}})$",
+        lambda m: f"{m[1]}*10^{{{int(m[2])}}}",
+        {"1e3": "1*10^{3}", "-2.5E-07": "-2.5*10^{-7}"},
+    ),
+    _rule(r"(?<=\d) ?[xX] ?(?=10\^)", r"\\times ", {"1.6 x 10^5": r"1.6\times 10^5"}),
+    _rule(r"\^ ?(-\d+|-[A-Za-z])(?!\d)", r"^{\1}", {"10^-19": "10^{-19}"}),
+    _rule(
+        r"(?<![\d.,/^_{])(\d+)(?:\\? |~|\\[,;])(\d+)/(\d+)(?![\d./])",
+        r"\1\\frac{\2}{\3}",
+        {"1 1/4": r"1\frac{1}{4}", "-3 1/2 cm": r"-3\frac{1}{2} cm"},
+    ),
+    _rule(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", {"2pi": r"2\pi", "pip": "pip"}),
+    _rule(r"^(\w+),? ?\(?(?:in )?base[- ]?(\d\d?)\)?$", r"\1_{\2}", {"52 (base 8)": "52_{8}"}),
+    _rule(
+        rf"^({_NUMBER}) ?\^ ?(?:\{{\\circ ?\}}|\\circ) ?([CF]?)$",
+        lambda m: f"{m[1]} {_DEGREES[m[2]]}",
+        {"30°": "30 degrees", r"30^{\circ}": "30 degrees", r"20^\circ\text{C}": "20 celsius"},
+    ),
+    # Sets and choices.
+    _rule(
+        r"^\\\{ ?([a-z]) ?(?:\\in ?\\mathbb\{R\} ?)?(?:\||:|\\mid) ?(.+)\\\}$",
+        r"\2",
+        {r"\{x \mid x < 3\}": "x < 3"},
+    ),
+    _rule(
+        r"^(?:\\mathbb\{R\}|(?:all )?real numbers|all reals)$",
+        r"(-\\infty,\\infty)",
+        {"ℝ": r"(-\infty,\infty)", "all real numbers": r"(-\infty,\infty)"},
+    ),
+    _rule(
+        r"^(?:[Oo]ption|[Cc]hoice)? ?\(?([A-Z])\)?$",
+        r"\1",
+        {r"\text{(B)}": "B", "option C": "C", "Choice (D)": "D"},
+    ),
+    _rule(r"^\\approx ?", "", {"≈ 3.14": "3.14"}),
+    # Blanks, and punctuation at the end.
+    _rule(r"(?<!\\)\\[,;:> ]|\\q?quad(?![A-Za-z])|~", " ", {r"(1,\,2)": "(1, 2)"}),
+    _rule(r"\\!", "", {r"1\!2": "12"}),
+    _rule(r"\s+", " ", {"a\n b": "a b"}),
+    _rule(r"^ | $|(?<!\\)[.,;: ]+$", "", {" 42. ": "42", "7,": "7"}),
+)  # fmt: skip

@@ -1,0 +1,213 @@
+"""From hidden states to loss and gradients in one pass: a chunk of rows from products to gradients.
+
+The gradients are taken in the forward, while a chunk's exponentials are at hand: three matrix
+products per row (6 TVH operations) where computing the logits again in the backward takes four.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .head_softmax import is_one_chunk, softmax_chunks
+from .linear_head import HeadGradients, LinearHead
+from .loss_terms import TokenInputs, TokenObjective, TokenTerms
+from .row_selection import Rows, working_dtype
+from .row_statistics import RowStatistics
+
+
+class Share(NamedTuple):
+    """The share of some rows in the loss.
+
+    Attributes:
+        loss: The share.
+        by_logprob: Its gradient by the log-probs, where gradients are wanted. Shape [N].
+        by_entropy: Its gradient by the entropies, where they have a coefficient. Shape [N].
+        terms: The terms of each row.
+        sums: What is logged, added up.
+    """
+
+    loss: Tensor
+    by_logprob: Tensor | None
+    by_entropy: Tensor | None
+    terms: TokenTerms
+    sums: Tensor
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """The loss of each row of a batch as a function of its log-prob and entropy.
+
+    Attributes:
+        objective: What the loss of a row is made of.
+        inputs: What the rows are given.
+        weights: The aggregate's weight of each row, in a shape that broadcasts to the tokens.
+    """
+
+    objective: TokenObjective
+    inputs: TokenInputs
+    weights: Tensor
+
+    @property
+    def owner(self) -> Tensor | None:
+        """The sequence of each row, where no chunk may cut through one. Shape [N]."""
+        if self.objective.surrogate.scope != "sequence":
+            return None
+        return self.inputs.sequences.owners.reshape(-1)
+
+    def may_be_nonzero(self) -> Tensor | None:
+        """Mark the rows whose loss may differ from zero; None: any may. Shape of the tokens."""
+        surrogate, inputs = self.objective.surrogate, self.inputs
+        if self.objective.needs_every_row:
+            return None
+        marked = inputs.advantages != 0
+        if inputs.importance_weights is not None and not surrogate.folds_importance_weights:
+            marked = marked & (inputs.importance_weights != 0)
+        if surrogate.scope != "token":
+            # the log-prob of a row enters the losses of its whole sequence
+            sequences = inputs.sequences
+            marked = sequences.spread(sequences.sum(marked.long()) > 0)
+        return marked.expand_as(inputs.sequences.mask)
+
+    def share(self, rows: Rows, found: RowStatistics, *, gradients: bool) -> Share:
+        """Return the share of some rows, from their log-probs and entropies."""
+        inputs = self.inputs.take(rows)
+        weights = self.inputs.sequences.pick(self.weights, rows, inputs.sequences.owners)
+        logprobs, entropy = found.logprobs, found.entropy
+        leaves: list[Tensor] = []
+        with torch.set_grad_enabled(gradients):
+            if gradients:
+                logprobs = logprobs.detach().requires_grad_()
+                leaves = [logprobs]
+                if entropy is not None and self.objective.entropy_coef != 0:
+                    entropy = entropy.detach().requires_grad_()
+                    leaves.append(entropy)
+            terms = self.objective(inputs.tokens(logprobs), inputs.ref_logprobs, entropy)
+            losses = terms.losses
+            if losses.shape != logprobs.shape:
+                losses = losses.expand_as(logprobs)
+        slopes: list[Tensor | None] = [None, None]
+        if gradients:
+            found_slopes = torch.autograd.grad(losses, leaves, weights.expand_as(losses))
+            slopes[: len(leaves)] = found_slopes
+        loss = (weights * losses).sum()
+        return Share(loss, slopes[0], slopes[1], terms, terms.sums(inputs.sequences))
+
+
+@dataclass(frozen=True)
+class FusedLoss:
+    """One pass over the rows of a batch.
+
+    Attributes:
+        losses: The losses of the rows.
+        head: The head.
+        targets: Target of each row. Shape [N].
+        rows: The rows that count and whose loss may differ from zero.
+        more: Further rows, which the metrics alone want.
+        with_entropy: Whether to take the entropy too.
+        metrics: Where `run` puts the means of what is logged.
+        scores: Where it puts log-prob and entropy of each row, 0 where it computed none. [N] each.
+    """
+
+    losses: RowLosses
+    head: LinearHead
+    targets: Tensor
+    rows: Rows
+    more: Rows
+    with_entropy: bool
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    scores: list[Tensor | None] = field(default_factory=list)
+
+    def loss(self, hidden: Tensor) -> Tensor:
+        """Return the loss, through which the gradient flows to hidden, weight and bias."""
+        if not torch.is_grad_enabled():
+            return self.run(hidden, [False] * 3)[0]
+        return FusedLossFunction.apply(hidden, self.head.weight, self.head.bias, self)
+
+    def run(self, hidden: Tensor, needed: list[bool]) -> tuple[Tensor, list[Tensor]]:
+        """Return the loss and the gradients that are needed, of hidden, weight and bias."""
+        keeps = any(needed)
+        one_chunk = is_one_chunk(self.head, self.rows, keeps=keeps)
+        gradients = HeadGradients(self.head, hidden, needed, one_chunk=one_chunk)
+        shares, found = [], []
+        for rows, some, softmax in self._chunks(hidden, self.rows, keeps=keeps):
+            share = self.losses.share(rows, softmax.statistics, gradients=keeps)
+            found.append((rows, softmax.statistics))
+            if keeps:
+                slopes = share.by_logprob, share.by_entropy
+                gradients.add(rows, some, softmax.gradient_(*slopes, dtype=gradients.matrix_dtype))
+            shares.append(share)
+        for rows, _, softmax in self._chunks(hidden, self.more, keeps=False):  # a loss of zero
+            shares.append(self.losses.share(rows, softmax.statistics, gradients=False))
+            found.append((rows, softmax.statistics))
+        if not shares:
+            none = hidden.new_empty(0, dtype=working_dtype(hidden.dtype))
+            nothing = RowStatistics.zeros(none, none.dtype, entropy=self.with_entropy)
+            shares = [self.losses.share(range(0), nothing, gradients=False)]
+            found = [(range(0), nothing)]
+        first, count = shares[0], len(self.rows) + len(self.more)
+        sums = sum((share.sums for share in shares[1:]), first.sums)
+        self.metrics.update(first.terms.means(sums, count))
+        self.scores[:] = self._scores(found)
+        return sum((share.loss for share in shares[1:]), first.loss), gradients.finish()
+
+    def _scores(self, found: list[tuple[Rows, RowStatistics]]) -> Iterator[Tensor | None]:
+        """Lay the log-probs of all chunks out by row, and then the entropies."""
+        for name in ("logprobs", "entropy"):
+            parts = [(rows, getattr(statistics, name)) for rows, statistics in found]
+            if parts[0][1] is None:
+                yield None
+                continue
+            every = parts[0][1].new_zeros(len(self.targets))
+            for rows, part in parts:
+                where = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
+                every[where] = part.detach()
+            yield every
+
+    def _chunks(self, hidden: Tensor, rows: Rows, *, keeps: bool) -> Any:
+        return softmax_chunks(
+            self.head,
+            hidden,
+            self.targets,
+            rows,
+            owner=self.losses.owner if rows is self.rows else None,
+            entropy=self.with_entropy,
+            keeps=keeps,
+        )
+
+
+class FusedLossFunction(torch.autograd.Function):
+    """Runs the pass in the forward; the backward multiplies by the upstream scalar."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, fused: FusedLoss
+    ) -> Tensor:
+        """Return the loss. `weight` and `bias` are those of the pass' head."""
+        ctx.needed = list(ctx.needs_input_grad[:3])
+        loss, gradients = fused.run(hidden, ctx.needed)
+        ctx.save_for_backward(*gradients)
+        ctx.dtype = hidden.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Multiply by the upstream scalar: in place, unless a second backward may follow."""
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            scaled = [gradient * grad_loss for gradient in ctx.saved_tensors]
+        else:
+            scaled = scale_(list(ctx.saved_tensors), grad_loss)
+        found = iter(scaled)
+        return *(next(found).to(ctx.dtype) if need else None for need in ctx.needed), None
+
+
+def scale_(gradients: list[Tensor], scalar: Tensor) -> list[Tensor]:
+    """Multiply gradients by the upstream scalar, in place; mostly it is 1, and costs nothing."""
+    if scalar.is_cuda or scalar.item() != 1:
+        for gradient in gradients:
+            gradient.mul_(scalar)
+    return gradients

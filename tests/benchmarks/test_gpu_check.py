@@ -1,0 +1,75 @@
+"""The one command for a GPU, tried without one: what it runs, reads, records and says."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_check, record
+
+NOTHING_ELSE = [
+    *("--small", "--device", "cpu", "--no-tests", "--only", "clipped"),
+    *("--no-memory", "--no-plots", "--without", "torch.compile"),
+]
+
+
+def test_the_report_of_a_red_test_is_read(tmp_path: Path) -> None:
+    suite = tmp_path / "test_it.py"
+    suite.write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
+    outcome = gpu_check.run_suite([str(suite)], 120)
+    assert outcome["exit_code"] == 1
+    assert (outcome["tests"], outcome["failures"]) == (2, 1)
+    ((name, message),) = outcome["failed"].items()
+    assert name.endswith("::test_bad")
+    assert "assert 1 == 2" in message
+
+
+def test_a_part_that_takes_too_long_is_stopped() -> None:
+    outcome = gpu_check.run_module(["timeit", "-n1", "-r1", "import time; time.sleep(60)"], 1)
+    assert outcome["exit_code"] == "stopped after 1 s"
+    assert outcome["seconds"] < 30
+
+
+def test_quick_and_small_choose_fewer_tests() -> None:
+    parser = record.parser()
+    full = gpu_check.suites(parser.parse_args(["--device", "cuda"]))
+    quick = gpu_check.suites(parser.parse_args(["--device", "cuda", "--quick"]))
+    assert list(full) == ["on the device", "without it"]
+    assert list(quick) == ["on the device"]
+    assert "gpu" in full["on the device"]
+    assert "not gpu" in gpu_check.suites(parser.parse_args(["--device", "cpu"]))["on the device"]
+
+
+@pytest.mark.parametrize(("device", "count"), [("cuda", 3), ("cpu", 2)])
+def test_whole_steps_write_beside_the_record(device: str, count: int, tmp_path: Path) -> None:
+    options = record.parser().parse_args(["--device", device])
+    found = dict(gpu_check.steps(options, tmp_path / "run.json"))
+    assert len(found) == count
+    for name, (module, *arguments) in found.items():
+        assert importlib.util.find_spec(module)
+        assert arguments[-2:] == ["--output", str(tmp_path / f"run-{name}.json")]
+
+
+@pytest.mark.parametrize(
+    ("step", "code"), [(["json.tool", "--help"], 0), (["json.tool", "no such file"], 1)]
+)
+def test_the_whole_command_is_red_if_a_step_fails(
+    step: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    monkeypatch.setattr(gpu_check, "steps", lambda options, path: [("train-step", step)])
+    path = tmp_path / "run.json"
+    assert gpu_check.main([*NOTHING_ELSE, "--output", str(path)]) == code
+    written = json.loads(path.read_text())
+    assert (written["steps"]["train-step"]["exit_code"] != 0) == code
+    assert {"hardware", "versions", "commit", "date"} <= written.keys()
+    assert written["finished"]
+    assert f"{'RED' if code else 'green'} after" in capfd.readouterr().out
+
+
+def test_a_gpu_is_demanded_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    if gpu_check.torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--device", "cuda"])
+    assert "--device cpu --small" in capsys.readouterr().err
