@@ -128,7 +128,11 @@ def test_a_rewards_own_column_of_drafts_stands_beside_ours(make_trainer: MakeTra
 
 
 def test_the_table_shows_the_advantages_that_are_trained_on(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(reward_funcs=digit_reward, advantage=center_by_group)
+    trainer = make_trainer(
+        reward_funcs=digit_reward,
+        advantage=center_by_group,
+        per_device_train_batch_size=16,  # rows that the table keeps
+    )
     batch, _ = run_stages(trainer, DRAFTS, REFINED)
     assert batch["advantages"].tolist() == [-1.5, -0.5, 0.5, 1.5, -0.5, -0.5, -0.5, 1.5]
     assert [*trainer._logs["advantages"]] == batch["advantages"].tolist()
