@@ -80,9 +80,8 @@ def decode_completion(ids: Sequence[int], tokenizer: Any) -> str:
     Returns:
         The text.
     """
-    # A mark that the tokenizer does not know has the id of the unknown token.
-    marks = {tokenizer.convert_tokens_to_ids(mark) for mark in THINKING_MARKS}
-    marks.discard(getattr(tokenizer, "unk_token_id", None))
+    known = map(tokenizer.convert_tokens_to_ids, THINKING_MARKS)
+    marks = {token for token in known if token != tokenizer.unk_token_id}
     if marks.isdisjoint(ids):
         return str(tokenizer.decode(ids, skip_special_tokens=True))
     added = tokenizer.added_tokens_decoder

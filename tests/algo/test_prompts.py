@@ -109,3 +109,13 @@ def test_options_of_the_chat_template_leave_alone_what_each_prompt_sets():
         check_chat_template_kwargs({"tokenize": False, "add_generation_prompt": True})
     with pytest.raises(TypeError, match="chat_template_kwargs must be a mapping, got list"):
         check_chat_template_kwargs([("thinks", False)])
+
+
+def test_the_unknown_token_is_no_thinking_mark():
+    """A tokenizer without such marks calls them its unknown token, which stays out of the text."""
+    words = {"<unk>": 0, "7": 1, "8": 2}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    assert tokenizer.convert_tokens_to_ids("<think>") == 0
+    assert decode_completion([1, 0, 2], tokenizer) == "7 8"
