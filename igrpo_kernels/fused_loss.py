@@ -14,8 +14,10 @@ from torch.autograd.function import once_differentiable
 from .head_softmax import is_one_chunk, softmax_chunks
 from .linear_head import HeadGradients, LinearHead
 from .loss_terms import TokenInputs, TokenObjective, mean_logged
+from .relative_softmax import ProductGradient, RowSoftmax
 from .row_selection import Rows, take
 from .row_statistics import RowStatistics
+from .upstream import times_upstream
 
 
 class Upstream(NamedTuple):
@@ -116,12 +118,11 @@ class FusedLoss:
         gradients = HeadGradients(self.head, hidden, needed, one_chunk=one_chunk)
         shares, logged = [], []
         for rows, some, softmax in self._chunks(hidden, self.rows, keeps=keeps):
-            upstream, sums = self.losses.differentiate(rows, softmax.statistics, gradients=keeps)
-            shares.append(upstream.loss)
+            share, sums, gradient = self._step(rows, softmax, gradients if keeps else None)
+            shares.append(share)
             logged.append(sums)
-            if keeps:
-                slopes = upstream.by_logprob, upstream.by_entropy
-                gradients.add(rows, some, softmax.gradient_(*slopes, dtype=gradients.matrix_dtype))
+            if gradient is not None:
+                gradients.add(rows, some, gradient)
         for rows, _, softmax in self._chunks(hidden, self.more, keeps=False):
             logged.append(self.losses.differentiate(rows, softmax.statistics, gradients=False)[1])
         if not logged:
@@ -132,6 +133,24 @@ class FusedLoss:
         self.metrics.update(mean_logged(logged, count))
         loss = self.losses.weights.new_zeros(()) if not shares else sum(shares[1:], shares[0])
         return loss, gradients.finish()
+
+    def _step(
+        self, rows: Rows, softmax: RowSoftmax, gradients: HeadGradients | None
+    ) -> tuple[Tensor, dict[str, Tensor], ProductGradient | None]:
+        """Take a chunk from log-probs to the gradient of its products, where that is wanted."""
+        scales = gradients is not None and gradients.needs_weight
+        if self.losses.objective.has_kernel(self.losses.weights):
+            from ._triton.head_softmax import HeadSoftmax
+
+            if isinstance(softmax, HeadSoftmax) and not softmax.lacks_slope:
+                return softmax.clip(self.losses, rows, scales_hidden=scales)
+        found, keeps = softmax.statistics, gradients is not None
+        upstream, sums = self.losses.differentiate(rows, found, gradients=keeps)
+        if gradients is None:
+            return upstream.loss, sums, None
+        slopes, dtype = (upstream.by_logprob, upstream.by_entropy), gradients.matrix_dtype
+        gradient = softmax.gradient_(*slopes, dtype=dtype, scales_hidden=scales)
+        return upstream.loss, sums, gradient
 
     def _chunks(self, hidden: Tensor, rows: Rows, *, keeps: bool) -> Any:
         return softmax_chunks(
@@ -162,18 +181,10 @@ class FusedLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Multiply by the upstream scalar: in place, unless a second backward may follow."""
-        may_follow = torch._C._autograd._get_current_graph_task_keep_graph()
-        scale = torch.mul if may_follow else scale_
+        """Multiply by the upstream scalar."""
         gradients = iter(ctx.saved_tensors)
         scaled = [
-            scale(next(gradients), grad_loss).to(ctx.dtype) if need else None for need in ctx.needed
+            times_upstream(next(gradients), grad_loss).to(ctx.dtype) if need else None
+            for need in ctx.needed
         ]
         return *scaled, None
-
-
-def scale_(gradient: Tensor, scalar: Tensor) -> Tensor:
-    """Multiply a gradient by the upstream scalar, in place; mostly it is 1, and costs nothing."""
-    if not scalar.is_cuda and scalar == 1:
-        return gradient
-    return gradient.mul_(scalar)

@@ -145,7 +145,7 @@ def _score_rows(
     """Return log-probs, entropies (or nothing), references and totals of all rows."""
     check_rows(targets, mask, temperature, logits.shape[-1])
     if logits.is_cuda:
-        from ._triton import token_logprobs as kernels
+        from ._triton import logit_rows as kernels
 
         return kernels.forward(logits, targets, mask, temperature, with_entropy).tensors
     logits, rows = _flat(logits), rows_where(len(targets), mask)
@@ -201,7 +201,7 @@ def _write_gradient(
     statistics = RowStatistics.of_tensors(known)
     upstream = grad_logprobs, grad_entropy
     if logits.is_cuda:
-        from ._triton import token_logprobs as kernels
+        from ._triton import logit_rows as kernels
 
         kernels.write_gradient(grad, logits, targets, mask, temperature, statistics, *upstream)
         return

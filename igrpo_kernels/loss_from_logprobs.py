@@ -106,7 +106,15 @@ def policy_loss(
         ref_logprobs=ref_logprobs,
         importance_weights=importance_weights,
         per_token_weights=surrogate.folds_importance_weights,
-    ).masked()
+    )
+    if entropy is None and objective.has_kernel(logprobs):
+        from ._triton.clip_terms import ClippedLoss, logged
+
+        weights = aggregate.weights(sequences, dtype)
+        loss, sums = ClippedLoss.apply(logprobs, inputs, weights, objective)
+        count = sequences.mask.sum().clamp(min=1)
+        return PolicyLoss(loss, logged(sums / count, inputs)[1])
+    inputs = inputs.masked()
     if entropy is not None:
         check_shape("entropy", check_floating("entropy", entropy), logprobs.shape, "of logprobs")
         entropy = sequences.select(entropy.to(dtype))

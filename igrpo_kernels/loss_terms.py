@@ -12,10 +12,11 @@ from torch import Tensor
 
 from .aggregates import Aggregate
 from .checks import check_floating, check_number, check_shape, describe
-from .kl import KlEstimator
+from .kl import K3, KlEstimator
 from .row_selection import Rows, take
 from .sequences import Sequences
 from .surrogates.base import Scope, Surrogate, Tokens
+from .surrogates.clipped import Clip
 
 
 def check_parts(surrogate: object, aggregate: object, kl: object) -> None:
@@ -121,6 +122,15 @@ class TokenObjective:
             "importance_weight": weights,
         }
         return TokenTerms(losses, {k: v.detach() for k, v in logged.items() if v is not None})
+
+    def has_kernel(self, logprobs: Tensor) -> bool:
+        """Whether one CUDA kernel runs it: `Clip` in fp32, with k3 or none.
+
+        A compiler fuses the formulas itself, and is given those.
+        """
+        clips = type(self.surrogate) is Clip and type(self.kl) is K3 and self.entropy_coef == 0
+        on_cuda = logprobs.is_cuda and logprobs.dtype != torch.float64
+        return clips and on_cuda and not torch.compiler.is_compiling()
 
     @property
     def needs_every_row(self) -> bool:
