@@ -60,7 +60,16 @@ POINTERS = {
 }
 OTHER_FLAGS = ("HAS_SOFTCAP", "STORES_SLOPE", "NARROWS", "IS_WEIGHED")
 FLAGS = (*POINTERS, *OTHER_FLAGS)
-OF_DTYPE = ("x_ptr", "w_ptr", "bias_ptr", "e_ptr", "scaled_ptr", "out_ptr", "logits_ptr", "grad_ptr")
+OF_DTYPE = (
+    "x_ptr",
+    "w_ptr",
+    "bias_ptr",
+    "e_ptr",
+    "scaled_ptr",
+    "out_ptr",
+    "logits_ptr",
+    "grad_ptr",
+)
 TYPES = {"targets_ptr": "*i64", "rows_ptr": "*i64", "mask_ptr": "*i1"}
 SCALARS = ("scale", "softcap", "low", "high", "dual", "kl_coef")
 
@@ -172,7 +181,11 @@ def for_target(launch: Variant, target: str) -> Variant:
     blocks = exp_product.blocks(tile, rich=bool(rich)) | {"PROGRAMS": 132}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return Variant(
-        launch.kernel, launch.dtype, launch.flags, launch.constants | blocks, options | launch.options
+        launch.kernel,
+        launch.dtype,
+        launch.flags,
+        launch.constants | blocks,
+        options | launch.options,
     )
 
 

@@ -42,8 +42,10 @@ def _check_denominator(denominator: float | Tensor | None) -> None:
 
 def _reciprocal(denominator: float | Tensor, like: Tensor) -> Tensor:
     """1 / denominator, and 0 where that is zero; a 0-d tensor, without a host sync."""
-    value = torch.as_tensor(denominator, dtype=like.dtype, device=like.device).reshape(())
-    return torch.where(value == 0, 0.0, 1 / value)
+    if not isinstance(denominator, Tensor):
+        return like.new_full((), 1 / denominator if denominator else 0.0)
+    value = denominator.to(like.device, like.dtype).reshape(())
+    return torch.where(value == 0, 0.0, value.reciprocal())
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ class TokenMean:
 
     def weights(self, sequences: Sequences, dtype: torch.dtype) -> Tensor:
         """Return the weight, one for all tokens: shape []."""
-        like = sequences.mask.new_empty((), dtype=dtype)
-        tokens = sequences.mask.sum() if self.denominator is None else self.denominator
-        return _reciprocal(tokens, like)
+        if self.denominator is None:
+            return sequences.mask.sum(dtype=dtype).clamp_(min=1).reciprocal_()
+        return _reciprocal(self.denominator, sequences.mask.new_empty((), dtype=dtype))
 
 
 @dataclass(frozen=True)

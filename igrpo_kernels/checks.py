@@ -63,6 +63,17 @@ def require(holds: Tensor, message: str) -> None:
         raise ValueError(message)
 
 
+def require_within(values: Tensor, bounds: tuple[float, float], message: str) -> None:
+    """Raise ValueError unless all values lie in [low, high); see `require` for a GPU."""
+    if not values.numel():
+        return
+    (lowest, highest), (low, high) = values.aminmax(), bounds
+    if values.is_cuda:
+        torch._assert_async((lowest >= low) & (highest < high), message)
+    elif not (low <= lowest.item() and highest.item() < high):
+        raise ValueError(message)
+
+
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int], legend: str) -> Tensor:
     """Return `tensor` if it has `shape`, which `legend` spells in axis letters ("[P, N]")."""
     if list(tensor.shape) != list(shape):

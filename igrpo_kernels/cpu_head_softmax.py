@@ -9,11 +9,11 @@ from .linear_head import LinearHead
 from .relative_softmax import (
     LogitTransform,
     SoftmaxRows,
-    exponentiate_,
-    relative_sums_,
-    softmax_,
+    exponentials,
+    relative_sums,
+    softmax_of_logits,
 )
-from .row_selection import working_dtype
+from .row_selection import row_slices, take, working_dtype
 from .row_statistics import LARGEST, RowStatistics
 
 # fp32 logits held at a time. Larger chunks spend less on accumulating dW, smaller ones hold less.
@@ -46,18 +46,23 @@ def softmax_of_rows(
     at = head.columns(targets)
     products = head.products_(memory, hidden)
     if known is not None:
-        exponentiate_(products, transform, known.reference)
+        for some in row_slices(products):
+            piece, reference = take(products, some), take(known.reference, some)[:, None]
+            exponentials(piece, transform.take(some), reference, out=piece)
         return SoftmaxRows(known, at, transform, products)
-    reference = transform.apply_(at.read(products)[:, None])[:, 0]
+    reference = transform.apply(at.read(products))
     if head.shard is not None:
         reference = head.shard.add(reference)
-    sums = relative_sums_(products, at, transform, reference, entropy=entropy).over(head.shard)
-    found = RowStatistics.of_sums(reference, *sums)
-    in_range = sums.others < LARGEST
-    if not in_range.all():
-        rows = (~in_range).nonzero().squeeze(1)
-        logits = head.products_(new_memory(head, len(rows), keeps), hidden[rows])
-        logits = transform.take(rows).apply_(logits)
-        found.put_(rows, softmax_(logits, at.take(rows), entropy=entropy, shard=head.shard))
+    sums = relative_sums(products, at, transform, reference, entropy=entropy, out=products)
+    sums = sums.over(head.shard)
+    found = RowStatistics.of_sums(reference.squeeze(1), *sums)
+    if not sums.others.max().item() < LARGEST:  # or there is a NaN
+        rows = (~(sums.others < LARGEST)).nonzero().squeeze(1)
+        again = head.products_(new_memory(head, rows.shape[0], keeps), hidden[rows])
+        logits = transform.take(rows).apply(again, out=again)
+        safe = softmax_of_logits(
+            logits, at.take(rows), entropy=entropy, shard=head.shard, out=logits
+        )
+        found.put_(rows, safe)
         products[rows] = logits
     return SoftmaxRows(found, at, transform, products)

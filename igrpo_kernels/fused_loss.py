@@ -13,19 +13,29 @@ from torch.autograd.function import once_differentiable
 
 from .head_softmax import is_one_chunk, softmax_chunks
 from .linear_head import HeadGradients, LinearHead
-from .loss_terms import TokenInputs, TokenObjective, mean_logged
+from .loss_terms import TokenInputs, TokenObjective, named_means
 from .relative_softmax import ProductGradient, RowSoftmax
-from .row_selection import Rows, take
+from .row_selection import Rows, working_dtype
 from .row_statistics import RowStatistics
 from .upstream import times_upstream
 
 
-class Upstream(NamedTuple):
-    """The loss of some rows, and its gradients by their log-probs and entropies."""
+class Share(NamedTuple):
+    """The share of some rows in the loss.
+
+    Attributes:
+        loss: The share.
+        by_logprob: Its gradient by the log-probs, where gradients are wanted. Shape [N].
+        by_entropy: Its gradient by the entropies, where they have a coefficient. Shape [N].
+        names: Of what is logged.
+        sums: What is logged, added up. Shape [K].
+    """
 
     loss: Tensor
     by_logprob: Tensor | None
     by_entropy: Tensor | None
+    names: list[str]
+    sums: Tensor
 
 
 @dataclass(frozen=True)
@@ -34,8 +44,8 @@ class RowLosses:
 
     Attributes:
         objective: What the loss of a row is made of.
-        inputs: What the rows are given, one value per row, packed.
-        weights: The aggregate's weight of each row. Shape [N].
+        inputs: What the rows are given.
+        weights: The aggregate's weight of each row, in a shape that broadcasts to the tokens.
     """
 
     objective: TokenObjective
@@ -44,43 +54,49 @@ class RowLosses:
 
     @property
     def owner(self) -> Tensor | None:
-        """The sequence of each row, where no chunk may cut through one."""
-        return self.inputs.sequences.owner if self.objective.surrogate.scope == "sequence" else None
+        """The sequence of each row, where no chunk may cut through one. Shape [N]."""
+        if self.objective.surrogate.scope != "sequence":
+            return None
+        return self.inputs.sequences.owners.reshape(-1)
 
     def may_be_nonzero(self) -> Tensor | None:
-        """Mark the rows whose loss may differ from zero; None: any may."""
+        """Mark the rows whose loss may differ from zero; None: any may. Shape of the tokens."""
         surrogate, inputs = self.objective.surrogate, self.inputs
         if self.objective.needs_every_row:
             return None
         marked = inputs.advantages != 0
         if inputs.importance_weights is not None and not surrogate.folds_importance_weights:
             marked = marked & (inputs.importance_weights != 0)
-        if surrogate.scope == "token":
-            return marked
-        # the log-prob of a row enters the losses of its whole sequence
-        sequences = inputs.sequences
-        return sequences.spread(sequences.sum(marked.long()) > 0)
+        if surrogate.scope != "token":
+            # the log-prob of a row enters the losses of its whole sequence
+            sequences = inputs.sequences
+            marked = sequences.spread(sequences.sum(marked.long()) > 0)
+        return marked.expand_as(inputs.sequences.mask)
 
-    def differentiate(
-        self, rows: Rows, found: RowStatistics, *, gradients: bool
-    ) -> tuple[Upstream, dict[str, Tensor]]:
-        """Return the share of some rows in the loss with its gradients, and the sums to log."""
+    def share(self, rows: Rows, found: RowStatistics, *, gradients: bool) -> Share:
+        """Return the share of some rows, from their log-probs and entropies."""
         inputs = self.inputs.take(rows)
+        weights = self.inputs.sequences.pick(self.weights, rows, inputs.sequences.owners)
         logprobs, entropy = found.logprobs, found.entropy
-        if not gradients:
+        leaves: list[Tensor] = []
+        with torch.set_grad_enabled(gradients):
+            if gradients:
+                logprobs = logprobs.detach().requires_grad_()
+                leaves = [logprobs]
+                if entropy is not None and self.objective.entropy_coef != 0:
+                    entropy = entropy.detach().requires_grad_()
+                    leaves.append(entropy)
             terms = self.objective(inputs.tokens(logprobs), inputs.ref_logprobs, entropy)
-            upstream = Upstream((take(self.weights, rows) * terms.losses).sum(), None, None)
-            return upstream, terms.sums(inputs.sequences)
-        with torch.enable_grad():
-            given = [logprobs.detach().requires_grad_()]
-            if entropy is not None and self.objective.entropy_coef != 0:
-                given.append(entropy.detach().requires_grad_())
-                entropy = given[1]
-            terms = self.objective(inputs.tokens(given[0]), inputs.ref_logprobs, entropy)
-            loss = (take(self.weights, rows) * terms.losses).sum()
-            by_logprob, *by_entropy = torch.autograd.grad(loss, given)
-        upstream = Upstream(loss.detach(), by_logprob, by_entropy[0] if by_entropy else None)
-        return upstream, terms.sums(inputs.sequences)
+            losses = terms.losses
+            if losses.shape != logprobs.shape:
+                losses = losses.expand_as(logprobs)
+        slopes: list[Tensor | None] = [None, None]
+        if gradients:
+            found_slopes = torch.autograd.grad(losses, leaves, weights.expand_as(losses))
+            slopes[: len(leaves)] = found_slopes
+        loss = (weights * losses).sum()
+        sums = terms.sums(inputs.sequences)
+        return Share(loss, slopes[0], slopes[1], list(terms.logged), sums)
 
 
 @dataclass(frozen=True)
@@ -116,41 +132,39 @@ class FusedLoss:
         keeps = any(needed)
         one_chunk = is_one_chunk(self.head, self.rows, keeps=keeps)
         gradients = HeadGradients(self.head, hidden, needed, one_chunk=one_chunk)
-        shares, logged = [], []
+        shares = []
         for rows, some, softmax in self._chunks(hidden, self.rows, keeps=keeps):
-            share, sums, gradient = self._step(rows, softmax, gradients if keeps else None)
-            shares.append(share)
-            logged.append(sums)
+            share, gradient = self._step(rows, softmax, gradients if keeps else None)
             if gradient is not None:
                 gradients.add(rows, some, gradient)
-        for rows, _, softmax in self._chunks(hidden, self.more, keeps=False):
-            logged.append(self.losses.differentiate(rows, softmax.statistics, gradients=False)[1])
-        if not logged:
-            none = self.losses.weights[:0]
+            shares.append(share)
+        for rows, _, softmax in self._chunks(hidden, self.more, keeps=False):  # a loss of zero
+            shares.append(self.losses.share(rows, softmax.statistics, gradients=False))
+        if not shares:
+            none = hidden.new_empty(0, dtype=working_dtype(hidden.dtype))
             found = RowStatistics.zeros(none, none.dtype, entropy=self.with_entropy)
-            logged.append(self.losses.differentiate(range(0), found, gradients=False)[1])
-        count = max(1, len(self.rows) + len(self.more))
-        self.metrics.update(mean_logged(logged, count))
-        loss = self.losses.weights.new_zeros(()) if not shares else sum(shares[1:], shares[0])
-        return loss, gradients.finish()
+            shares = [self.losses.share(range(0), found, gradients=False)]
+        first, count = shares[0], len(self.rows) + len(self.more)
+        sums = sum((share.sums for share in shares[1:]), first.sums)
+        self.metrics.update(named_means(first.names, sums, count))
+        return sum((share.loss for share in shares[1:]), first.loss), gradients.finish()
 
     def _step(
         self, rows: Rows, softmax: RowSoftmax, gradients: HeadGradients | None
-    ) -> tuple[Tensor, dict[str, Tensor], ProductGradient | None]:
+    ) -> tuple[Share, ProductGradient | None]:
         """Take a chunk from log-probs to the gradient of its products, where that is wanted."""
         scales = gradients is not None and gradients.needs_weight
-        if self.losses.objective.has_kernel(self.losses.weights):
+        if self.losses.objective.has_kernel(softmax.statistics.logprobs):
             from ._triton.head_softmax import HeadSoftmax
 
             if isinstance(softmax, HeadSoftmax) and not softmax.lacks_slope:
-                return softmax.clip(self.losses, rows, scales_hidden=scales)
-        found, keeps = softmax.statistics, gradients is not None
-        upstream, sums = self.losses.differentiate(rows, found, gradients=keeps)
+                loss, names, sums, gradient = softmax.clip(self.losses, rows, scales_hidden=scales)
+                return Share(loss, None, None, names, sums), gradient
+        share = self.losses.share(rows, softmax.statistics, gradients=gradients is not None)
         if gradients is None:
-            return upstream.loss, sums, None
-        slopes, dtype = (upstream.by_logprob, upstream.by_entropy), gradients.matrix_dtype
-        gradient = softmax.gradient_(*slopes, dtype=dtype, scales_hidden=scales)
-        return upstream.loss, sums, gradient
+            return share, None
+        slopes, dtype = (share.by_logprob, share.by_entropy), gradients.matrix_dtype
+        return share, softmax.gradient_(*slopes, dtype=dtype, scales_hidden=scales)
 
     def _chunks(self, hidden: Tensor, rows: Rows, *, keeps: bool) -> Any:
         return softmax_chunks(
@@ -182,9 +196,5 @@ class FusedLossFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Multiply by the upstream scalar."""
-        gradients = iter(ctx.saved_tensors)
-        scaled = [
-            times_upstream(next(gradients), grad_loss).to(ctx.dtype) if need else None
-            for need in ctx.needed
-        ]
-        return *scaled, None
+        found = iter(times_upstream(ctx.saved_tensors, grad_loss))
+        return *(next(found).to(ctx.dtype) if need else None for need in ctx.needed), None

@@ -15,7 +15,8 @@
         hidden: [N, H], contiguous, in the weight's dtype.
         targets: [N], int64, indices of the whole vocabulary; `head.columns(targets)` says where
             they stand in this slice.
-        transform: already taken for these rows (`head.transform` is that of the whole batch).
+        transform: already taken for these rows (`head.transform` is that of the whole batch); its
+            temperature is a number, or a tensor of shape [1] or [N].
         entropy: whether `statistics.entropy` is wanted (needs the moment).
         keeps: whether `gradient_` will be called: E must then stay in memory.
         known: what an earlier call on the same rows has left: nothing is then reduced or sent over
@@ -30,7 +31,7 @@ stored, with -others at the targets (`statistics.others`), and factors [N] in fp
 without an upstream gradient may stay, at a factor of 0, and nothing is compacted.
 
 Three small functions elsewhere run on rows, and are where a kernel may take their place on CUDA:
-`linear_head.scale_rows` (hidden rows times factors, and dX), `fused_loss.RowLosses.differentiate`
+`linear_head.scale_rows` (hidden rows times factors, and dX), `fused_loss.RowLosses.share`
 (from log-probs to loss and upstream gradients) and `fused_loss.scale_` (the upstream scalar).
 """
 

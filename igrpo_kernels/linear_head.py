@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .relative_softmax import LogitTransform, ProductGradient, TargetColumns
-from .row_selection import Rows, compose, working_dtype
+from .row_selection import Rows, compose, take, working_dtype
 from .vocabulary_shard import VocabularyShard
 
 # Rows of a half-precision weight that a CPU casts at a time: few enough to multiply from cache.
@@ -58,7 +58,7 @@ class LinearHead:
 
     def products_(self, memory: Tensor, hidden: Tensor) -> Tensor:
         """Write x @ W.T + b of a chunk of rows to memory. Shape [N, V], in fp32 or fp64."""
-        products = memory[: len(hidden)]
+        products = take(memory, range(len(hidden)))
         if hidden.dtype == products.dtype:
             torch.mm(hidden, self.weight.t(), out=products)
         elif hidden.is_cuda:

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_tensor
-from .head_checks import cast_for_autocast, check_head
+from .head_arguments import HeadBatch, without_autocast
 from .head_softmax import is_one_chunk, softmax_chunks
 from .linear_head import HeadGradients, LinearHead
 from .relative_softmax import LogitTransform
-from .row_checks import NAMESPACE, check_rows, check_targets, row_temperature
+from .row_checks import NAMESPACE, check_rows
 from .row_selection import nonzero, rows_where, take, working_dtype
 from .row_statistics import RowStatistics
 from .vocabulary_shard import VocabularyShard, from_schema, to_schema
@@ -31,6 +30,7 @@ def linear_token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     shard: VocabularyShard | None = None,
+    chunk_bytes: int | None = None,
     return_entropy: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -47,6 +47,7 @@ def linear_token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     shard: VocabularyShard | None = None,
+    chunk_bytes: int | None = None,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -62,6 +63,7 @@ def linear_token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     shard: VocabularyShard | None = None,
+    chunk_bytes: int | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the log-prob of each target from hidden states and the head's weight.
@@ -90,6 +92,8 @@ def linear_token_logprobs(
         logit_scale: Factor on the products before the cap (Cohere, Granite).
         shard: Which slice of the vocabulary `weight` is, of those that the ranks of a process group
             hold. Same results on every rank; see `VocabularyShard`.
+        chunk_bytes: Bytes of logits, or of their exponentials, held at a time, at least one row's.
+            None: 256 MiB on a CPU, 2.5 GiB on CUDA.
         return_entropy: Also return the entropy.
 
     Returns:
@@ -108,28 +112,40 @@ def linear_token_logprobs(
         >>> linear_token_logprobs(hidden, weight, torch.tensor([0, 3]))
         tensor([-1.2143, -2.2143])
     """
-    inputs = [check_tensor("hidden", hidden), check_tensor("weight", weight), bias]
-    head_hidden, head_weight, head_bias = cast_for_autocast(*inputs)
-    assert head_hidden is not None
-    assert head_weight is not None
-    check_head(head_hidden, head_weight, head_bias, softcap, logit_scale, shard)
-    flat, counted = check_targets(targets, mask, hidden.shape[:-1])
-    per_row = row_temperature(temperature, targets, working_dtype(head_weight.dtype))
-    compute = _op if torch.compiler.is_compiling() else _ScoreRows.apply
-    logprobs, entropy, *_ = compute(
-        head_hidden.reshape(-1, hidden.shape[-1]),
-        head_weight,
-        head_bias,
-        flat,
-        counted,
-        per_row,
-        softcap,
-        float(logit_scale),
-        return_entropy,
-        *to_schema(shard),
+    batch = HeadBatch.of(
+        hidden,
+        weight,
+        targets,
+        mask=mask,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        shard=shard,
+        chunk_bytes=chunk_bytes,
     )
-    logprobs = logprobs.view(targets.shape)
-    return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs
+    logprobs, entropy = score(batch, entropy=return_entropy)
+    return logprobs if entropy is None else (logprobs, entropy)
+
+
+def score(batch: HeadBatch, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the log-probs and, on request, the entropies of a batch. Shape of its targets."""
+    head, hidden, targets, mask = batch
+    compute = _op if torch.compiler.is_compiling() else _ScoreRows.apply
+    logprobs, *more = compute(
+        hidden,
+        head.weight,
+        head.bias,
+        targets.flatten(),
+        None if mask is None else mask.flatten(),
+        head.transform.temperature,
+        head.transform.softcap,
+        head.transform.logit_scale,
+        entropy,
+        head.chunk_bytes,
+        *to_schema(head.shard),
+    )
+    return logprobs.view(targets.shape), more[0].view(targets.shape) if entropy else None
 
 
 def _score_rows(
@@ -138,24 +154,26 @@ def _score_rows(
     bias: Tensor | None,
     targets: Tensor,
     mask: Tensor | None,
-    temperature: Tensor,
+    temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
     with_entropy: bool,
+    chunk_bytes: int | None = None,
     slices: list[int] | None = None,
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return log-probs, entropies (or nothing), references and totals of all rows."""
-    transform = LogitTransform(temperature, softcap, logit_scale)
-    head = LinearHead(weight, bias, transform, from_schema(slices, group))
+    transform, shard = LogitTransform(temperature, softcap, logit_scale), from_schema(slices, group)
+    head = LinearHead(weight, bias, transform, shard, chunk_bytes)
     check_rows(targets, mask, temperature, head.whole_vocabulary)
-    rows = rows_where(len(targets), mask)
-    chunks = softmax_chunks(head, hidden, targets, rows, entropy=with_entropy, keeps=False)
-    found = [softmax.statistics for *_, softmax in chunks]
+    rows = rows_where(targets.shape[0], mask)
+    with without_autocast(hidden.device):
+        chunks = softmax_chunks(head, hidden, targets, rows, entropy=with_entropy, keeps=False)
+        found = [softmax.statistics for *_, softmax in chunks]
     if not found:
         dtype = working_dtype(hidden.dtype)
         return RowStatistics.zeros(targets, dtype, entropy=with_entropy).tensors
-    return RowStatistics.join(found).spread(rows, len(targets)).tensors
+    return RowStatistics.join(found).spread(rows, targets.shape[0]).tensors
 
 
 def _differentiate_rows(
@@ -164,35 +182,38 @@ def _differentiate_rows(
     bias: Tensor | None,
     targets: Tensor,
     mask: Tensor | None,
-    temperature: Tensor,
+    temperature: float | Tensor,
     known: list[Tensor],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
+    needed: list[bool],
     softcap: float | None,
     logit_scale: float,
-    needed: list[bool],
+    chunk_bytes: int | None = None,
     slices: list[int] | None = None,
     group: str = "",
 ) -> list[Tensor]:
     """Return the gradients that are needed, of hidden, weight and bias."""
-    transform = LogitTransform(temperature, softcap, logit_scale)
-    head = LinearHead(weight, bias, transform, from_schema(slices, group))
-    rows = rows_where(len(targets), mask, nonzero(grad_logprobs, grad_entropy))
+    transform, shard = LogitTransform(temperature, softcap, logit_scale), from_schema(slices, group)
+    head = LinearHead(weight, bias, transform, shard, chunk_bytes)
+    rows = rows_where(targets.shape[0], mask, nonzero(grad_logprobs, grad_entropy))
     gradients = HeadGradients(head, hidden, needed, one_chunk=is_one_chunk(head, rows))
     statistics = RowStatistics.of_tensors(known)
-    for chunk, some, softmax in softmax_chunks(head, hidden, targets, rows, known=statistics):
-        upstream = take(grad_logprobs, chunk), take(grad_entropy, chunk)
-        gradient = softmax.gradient_(
-            *upstream, dtype=gradients.matrix_dtype, scales_hidden=gradients.needs_weight
-        )
-        gradients.add(chunk, some, gradient)
-    return [gradient.to(hidden.dtype) for gradient in gradients.finish()]
+    with without_autocast(hidden.device):
+        for chunk, some, softmax in softmax_chunks(head, hidden, targets, rows, known=statistics):
+            upstream = take(grad_logprobs, chunk), take(grad_entropy, chunk)
+            found = softmax.gradient_(
+                *upstream, dtype=gradients.matrix_dtype, scales_hidden=gradients.needs_weight
+            )
+            gradients.add(chunk, some, found)
+        return [gradient.to(hidden.dtype) for gradient in gradients.finish()]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.softcap, ctx.logit_scale, ctx.with_entropy = inputs[:9]
-    ctx.shard = inputs[9:]
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, temperature, ctx.softcap, ctx.logit_scale, ctx.with_entropy = inputs[:9]
+    ctx.temperature = None if isinstance(temperature, Tensor) else temperature
+    ctx.rest = inputs[9:]
+    ctx.save_for_backward(*tensors, temperature if ctx.temperature is None else None, *output)
     ctx.set_materialize_grads(False)
 
 
@@ -200,29 +221,29 @@ def _run_backward(
     differentiate: Callable[..., list[Tensor]],
     ctx: Any,
     grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
+    grad_entropy: Tensor | None = None,
     *_: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    needed = list(ctx.needs_input_grad[:3])
-    gradients: list[Tensor | None] = [None, None, None]
     if not ctx.with_entropy:  # an empty tensor, and so is its gradient
         grad_entropy = None
-    if grad_logprobs is not None or grad_entropy is not None:
-        *inputs, logprobs, entropy, reference, total = ctx.saved_tensors
-        computed = iter(
-            differentiate(
-                *inputs,
-                [logprobs, entropy, reference, total],
-                grad_logprobs,
-                grad_entropy,
-                ctx.softcap,
-                ctx.logit_scale,
-                needed,
-                *ctx.shard,
-            )
-        )
-        gradients = [next(computed) if need else None for need in needed]
-    return *gradients, *[None] * 8
+    nothing = (None,) * (9 + len(ctx.rest))
+    if grad_logprobs is None and grad_entropy is None:
+        return nothing
+    *tensors, temperature, logprobs, entropy, reference, total = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[:3])
+    computed = differentiate(
+        *tensors,
+        temperature if ctx.temperature is None else ctx.temperature,
+        [logprobs, entropy, reference, total],
+        grad_logprobs,
+        grad_entropy,
+        needed,
+        ctx.softcap,
+        ctx.logit_scale,
+        *ctx.rest,
+    )
+    found = iter(computed)
+    return *(next(found) if need else None for need in needed), *nothing[3:]
 
 
 class _ScoreRows(torch.autograd.Function):
@@ -233,8 +254,7 @@ class _ScoreRows(torch.autograd.Function):
         """Score the rows."""
         output = _score_rows(*inputs)
         _save_for_backward(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[2:])
-        return output
+        return output[: 1 + ctx.with_entropy]
 
     @staticmethod
     @once_differentiable
@@ -243,9 +263,23 @@ class _ScoreRows(torch.autograd.Function):
         return _run_backward(_differentiate_rows, ctx, *gradients)
 
 
-_op = torch.library.custom_op(f"{NAMESPACE}::linear_token_logprobs", _score_rows, mutates_args=())
+HEAD = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? mask, Tensor temperature"
+)
+REST = "int? chunk_bytes=None, int[]? slices=None, str group=''"
+_op = torch.library.custom_op(
+    f"{NAMESPACE}::linear_token_logprobs",
+    _score_rows,
+    mutates_args=(),
+    schema=f"({HEAD}, float? softcap, float logit_scale, bool with_entropy, {REST}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 _backward_op = torch.library.custom_op(
-    f"{NAMESPACE}::linear_token_logprobs_backward", _differentiate_rows, mutates_args=()
+    f"{NAMESPACE}::linear_token_logprobs_backward",
+    _differentiate_rows,
+    mutates_args=(),
+    schema=f"({HEAD}, Tensor[] known, Tensor? grad_logprobs, Tensor? grad_entropy, bool[] needed, "
+    f"float? softcap, float logit_scale, {REST}) -> Tensor[]",
 )
 _op.register_autograd(partial(_run_backward, _backward_op), setup_context=_save_for_backward)
 
@@ -258,5 +292,5 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @_backward_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> list[Tensor]:
-    inputs = zip((hidden, weight, bias), rest[8], strict=True)
+    inputs = zip((hidden, weight, bias), rest[6], strict=True)
     return [torch.empty_like(x) for x, need in inputs if need and x is not None]

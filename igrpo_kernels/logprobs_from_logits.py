@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import check_floating
-from .relative_softmax import LogitTransform, SoftmaxRows, TargetColumns, exponentiate_, softmax_
+from .relative_softmax import (
+    LogitTransform,
+    SoftmaxRows,
+    TargetColumns,
+    exponentials,
+    softmax_of_logits,
+)
 from .row_checks import NAMESPACE, check_rows, check_targets, row_temperature
 from .row_selection import Rows, nonzero, row_pieces, rows_where, take, working_dtype
 from .row_statistics import RowStatistics
@@ -89,17 +95,21 @@ def token_logprobs(
     check_floating("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {list(logits.shape)}")
-    flat, counted = check_targets(targets, mask, logits.shape[:-1])
+    targets, mask = check_targets(targets, mask, logits.shape[:-1])
     per_row = row_temperature(temperature, targets, working_dtype(logits.dtype))
     if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
         _check_own_memory(logits)
-    logits = logits.unsqueeze(0) if logits.dim() == 1 else logits
     compute = _op if torch.compiler.is_compiling() else _ScoreRows.apply
-    logprobs, entropy, *_ = compute(
-        logits, flat, counted, per_row, return_entropy, inplace_backward
+    logprobs, *more = compute(
+        logits.unsqueeze(0) if logits.dim() == 1 else logits,
+        targets.flatten(),
+        None if mask is None else mask.flatten(),
+        per_row,
+        return_entropy,
+        inplace_backward,
     )
     logprobs = logprobs.view(targets.shape)
-    return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs
+    return (logprobs, more[0].view(targets.shape)) if return_entropy else logprobs
 
 
 def _check_own_memory(logits: Tensor) -> None:
@@ -128,17 +138,17 @@ def _at(logits: Tensor, rows: Rows) -> Any:
     return torch.unravel_index(rows, logits.shape[:-1])
 
 
-def _copy(logits: Tensor, rows: Rows, transform: LogitTransform) -> Tensor:
-    """Return some rows of logits as they enter the softmax, in memory of their own."""
-    chunk = logits[_at(logits, rows)].to(working_dtype(logits.dtype), copy=isinstance(rows, range))
-    return transform.apply_(chunk)
+def _take(logits: Tensor, rows: Rows) -> Tensor:
+    """Return some rows of logits in the dtype of the arithmetic: a view of them, or a copy."""
+    some = take(logits, rows) if logits.dim() == 2 else logits[_at(logits, rows)]
+    return some.to(working_dtype(logits.dtype))
 
 
 def _score_rows(
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
-    temperature: Tensor,
+    temperature: float | Tensor,
     with_entropy: bool,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,23 +157,25 @@ def _score_rows(
     if logits.is_cuda:
         from ._triton import logit_rows as kernels
 
-        return kernels.forward(logits, targets, mask, temperature, with_entropy).tensors
-    logits, rows = _flat(logits), rows_where(len(targets), mask)
+        heat = LogitTransform(temperature).temperature_tensor(logits)
+        return kernels.forward(logits, targets, mask, heat, with_entropy).tensors
+    logits, rows = _flat(logits), rows_where(targets.shape[0], mask)
     transform, found = LogitTransform(temperature), []
     for some in row_pieces(rows, logits.shape[-1]):
-        chunk = _copy(logits, some, transform.take(some))
-        found.append(softmax_(chunk, TargetColumns(take(targets, some)), entropy=with_entropy))
+        chunk = transform.take(some).apply(_take(logits, some))
+        at = TargetColumns(take(targets, some))
+        found.append(softmax_of_logits(chunk, at, entropy=with_entropy))
     if not found:
         dtype = working_dtype(logits.dtype)
         return RowStatistics.zeros(targets, dtype, entropy=with_entropy).tensors
-    return RowStatistics.join(found).spread(rows, len(targets)).tensors
+    return RowStatistics.join(found).spread(rows, targets.shape[0]).tensors
 
 
 def _differentiate_rows(
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
-    temperature: Tensor,
+    temperature: float | Tensor,
     known: list[Tensor],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
@@ -178,7 +190,7 @@ def _differentiate_rows_(
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
-    temperature: Tensor,
+    temperature: float | Tensor,
     known: list[Tensor],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
@@ -192,7 +204,7 @@ def _write_gradient(
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
-    temperature: Tensor,
+    temperature: float | Tensor,
     known: list[Tensor],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
@@ -203,29 +215,32 @@ def _write_gradient(
     if logits.is_cuda:
         from ._triton import logit_rows as kernels
 
-        kernels.write_gradient(grad, logits, targets, mask, temperature, statistics, *upstream)
+        heat = LogitTransform(temperature).temperature_tensor(logits)
+        kernels.write_gradient(grad, logits, targets, mask, heat, statistics, *upstream)
         return
     grad, logits = _flat(grad), _flat(logits)
-    transform, active = (
-        LogitTransform(temperature),
-        rows_where(len(targets), mask, nonzero(*upstream)),
-    )
+    transform, count = LogitTransform(temperature), targets.shape[0]
+    active = rows_where(count, mask, nonzero(*upstream))
     for rows in row_pieces(active, logits.shape[-1]):
         some, scale = statistics.take(rows), transform.take(rows)
-        chunk = _copy(logits, rows, scale)
-        exponentiate_(chunk, LogitTransform(), some.reference)
+        chunk = exponentials(_take(logits, rows), scale, some.reference[:, None])
         softmax = SoftmaxRows(some, TargetColumns(take(targets, rows)), scale, chunk)
-        found = softmax.gradient_(*(take(part, rows) for part in upstream), dtype=chunk.dtype)
-        grad[_at(grad, rows)] = found.multiplied(grad.dtype)
-    if len(active) < len(targets):
+        above = (take(part, rows) for part in upstream)
+        found = softmax.gradient_of_all_(*above, dtype=chunk.dtype)
+        if isinstance(rows, range) and grad.dim() == 2:
+            found.multiplied(grad.dtype, out=take(grad, rows))
+        else:
+            grad[_at(grad, rows)] = found.multiplied(grad.dtype)
+    if len(active) < count:
         others = torch.ones_like(targets, dtype=torch.bool)
         others[active] = False
         grad[others.view(grad.shape[:-1])] = 0
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.with_entropy, ctx.in_place = inputs
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, temperature, ctx.with_entropy, ctx.in_place = inputs
+    ctx.temperature = None if isinstance(temperature, Tensor) else temperature
+    ctx.save_for_backward(*tensors, temperature if ctx.temperature is None else None, *output)
     ctx.set_materialize_grads(False)
 
 
@@ -234,15 +249,16 @@ def _run_backward(
     differentiate_: Callable[..., None],
     ctx: Any,
     grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
+    grad_entropy: Tensor | None = None,
     *_: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     if not ctx.with_entropy:  # an empty tensor, and so is its gradient
         grad_entropy = None
     if grad_logprobs is None and grad_entropy is None:
         return (None,) * 6
-    logits, *others, logprobs, entropy, reference, total = ctx.saved_tensors
-    given = *others, [logprobs, entropy, reference, total], grad_logprobs, grad_entropy
+    logits, targets, mask, temperature, *known = ctx.saved_tensors
+    temperature = temperature if ctx.temperature is None else ctx.temperature
+    given = targets, mask, temperature, known, grad_logprobs, grad_entropy
     if ctx.in_place:
         grad = logits.detach()
         differentiate_(grad, *given)
@@ -259,8 +275,7 @@ class _ScoreRows(torch.autograd.Function):
         """Score the rows."""
         output = _score_rows(*inputs)
         _save_for_backward(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[2:])
-        return output
+        return output[: 1 + ctx.with_entropy]
 
     @staticmethod
     @once_differentiable
@@ -269,12 +284,26 @@ class _ScoreRows(torch.autograd.Function):
         return _run_backward(_differentiate_rows, _differentiate_rows_, ctx, *gradients)
 
 
-_op = torch.library.custom_op(f"{NAMESPACE}::token_logprobs", _score_rows, mutates_args=())
+ROWS = "Tensor targets, Tensor? mask, Tensor temperature"
+KNOWN = "Tensor[] known, Tensor? grad_logprobs, Tensor? grad_entropy"
+_op = torch.library.custom_op(
+    f"{NAMESPACE}::token_logprobs",
+    _score_rows,
+    mutates_args=(),
+    schema=f"(Tensor logits, {ROWS}, bool with_entropy, bool inplace_backward=False) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 _backward_op = torch.library.custom_op(
-    f"{NAMESPACE}::token_logprobs_backward", _differentiate_rows, mutates_args=()
+    f"{NAMESPACE}::token_logprobs_backward",
+    _differentiate_rows,
+    mutates_args=(),
+    schema=f"(Tensor logits, {ROWS}, {KNOWN}) -> Tensor",
 )
 _backward_op_ = torch.library.custom_op(
-    f"{NAMESPACE}::token_logprobs_backward_", _differentiate_rows_, mutates_args=("logits",)
+    f"{NAMESPACE}::token_logprobs_backward_",
+    _differentiate_rows_,
+    mutates_args=("logits",),
+    schema=f"(Tensor(a!) logits, {ROWS}, {KNOWN}) -> ()",
 )
 _op.register_autograd(
     partial(_run_backward, _backward_op, _backward_op_), setup_context=_save_for_backward

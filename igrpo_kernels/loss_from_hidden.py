@@ -4,17 +4,14 @@ import torch
 from torch import Tensor
 
 from .aggregates import Aggregate
-from .checks import check_tensor
 from .fused_loss import FusedLoss, RowLosses
-from .head_checks import cast_for_autocast, check_head, without_autocast
+from .head_arguments import HeadBatch, without_autocast
 from .head_softmax import holds_sequences
 from .kl import K3, KlEstimator
-from .linear_head import LinearHead
-from .logprobs_from_hidden import linear_token_logprobs
+from .logprobs_from_hidden import score
 from .loss_from_logprobs import PolicyLoss, policy_loss
 from .loss_terms import TokenInputs, TokenObjective
-from .relative_softmax import LogitTransform
-from .row_checks import check_rows, check_targets, row_temperature
+from .row_checks import check_rows
 from .row_selection import Rows, rows_where, working_dtype
 from .sequences import Sequences
 from .surrogates.base import Surrogate
@@ -41,6 +38,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     shard: VocabularyShard | None = None,
+    chunk_bytes: int | None = None,
     cu_seqlens: Tensor | None = None,
     return_entropy: bool = False,
     all_metrics: bool = False,
@@ -88,6 +86,8 @@ def linear_policy_loss(
         logit_scale: Factor on the products before the cap (Cohere, Granite).
         shard: Which slice of the vocabulary `weight` is, of those that the ranks of a process group
             hold. Same results on every rank; see `VocabularyShard`.
+        chunk_bytes: Bytes of logits, or of their exponentials, held at a time, at least one row's.
+            None: 256 MiB on a CPU, 2.5 GiB on CUDA.
         cu_seqlens: Packed only: offsets of the sequences. Shape [B + 1].
         return_entropy: Put the entropy into the metrics also where `entropy_coef` is zero.
         all_metrics: Average the metrics over all counted tokens, at the price of a forward of those
@@ -123,23 +123,25 @@ def linear_policy_loss(
     objective = TokenObjective.of(surrogate, aggregate, kl, kl_coef, entropy_coef, ref_logprobs)
     wants_entropy = return_entropy or entropy_coef != 0
 
+    batch = HeadBatch.of(
+        hidden,
+        weight,
+        targets,
+        mask=mask,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        shard=shard,
+        chunk_bytes=chunk_bytes,
+    )
+
     def in_two_passes() -> PolicyLoss:
-        scores = linear_token_logprobs(
-            hidden,
-            weight,
-            targets,
-            mask=mask,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            shard=shard,
-            return_entropy=True,
-        )
+        logprobs, entropy = score(batch, entropy=wants_entropy)
         return policy_loss(
-            scores[0],
+            logprobs,
             advantages,
-            mask,
+            batch.mask,
             surrogate=surrogate,
             aggregate=aggregate,
             old_logprobs=old_logprobs,
@@ -147,26 +149,16 @@ def linear_policy_loss(
             kl_coef=kl_coef,
             kl=kl,
             importance_weights=importance_weights,
-            entropy=scores[1] if wants_entropy else None,
+            entropy=entropy,
             entropy_coef=entropy_coef,
             cu_seqlens=cu_seqlens,
         )
 
     if surrogate.scope == "batch" or torch.compiler.is_compiling():
         return in_two_passes()
-    inputs = [check_tensor("hidden", hidden), check_tensor("weight", weight), bias]
-    head_hidden, head_weight, head_bias = cast_for_autocast(*inputs)
-    assert head_hidden is not None
-    assert head_weight is not None
-    check_head(head_hidden, head_weight, head_bias, softcap, logit_scale, shard)
-    flat, counted = check_targets(targets, mask, hidden.shape[:-1])
-    dtype = working_dtype(head_weight.dtype)
-    per_row = row_temperature(temperature, targets, dtype)
-    transform = LogitTransform(per_row, softcap, logit_scale)
-    head = LinearHead(head_weight, head_bias, transform, shard)
-    unflat = None if counted is None else counted.view(targets.shape)
-    sequences = Sequences.of(targets, unflat, cu_seqlens, name="targets")
-    given = TokenInputs.of(
+    head, dtype = batch.head, working_dtype(batch.head.weight.dtype)
+    sequences = Sequences.of(batch.targets, batch.mask, cu_seqlens, name="targets")
+    inputs = TokenInputs.of(
         sequences,
         dtype,
         advantages,
@@ -176,17 +168,16 @@ def linear_policy_loss(
         per_token_weights=surrogate.folds_importance_weights,
         legend="of targets",
     )
-    weights = aggregate.weights(sequences, dtype).expand(targets.shape).reshape(-1)
-    losses = RowLosses(objective, given.flat(), weights)
-    check_rows(flat, counted, per_row, head.whole_vocabulary)
-    marked, count = losses.may_be_nonzero(), len(flat)
-    rows = rows_where(count, counted, marked)
-    rest: Rows = range(0)
-    if all_metrics and marked is not None:
-        rest = rows_where(count, counted, ~marked)
+    losses = RowLosses(objective, inputs, aggregate.weights(sequences, dtype))
+    check_rows(batch.targets, batch.mask, head.transform.temperature, head.whole_vocabulary)
+    marked, count = losses.may_be_nonzero(), targets.numel()
+    rows = rows_where(count, batch.mask, marked)
     if losses.owner is not None and not holds_sequences(head, rows, losses.owner):
         return in_two_passes()
-    fused = FusedLoss(losses, head, flat, rows, rest, wants_entropy)
+    more: Rows = range(0)
+    if all_metrics and marked is not None:
+        more = rows_where(count, batch.mask, ~marked)
+    fused = FusedLoss(losses, head, batch.targets.flatten(), rows, more, wants_entropy)
     with without_autocast(hidden.device):
-        loss = fused.loss(head_hidden.reshape(-1, hidden.shape[-1]))
+        loss = fused.loss(batch.hidden)
     return PolicyLoss(loss, fused.metrics)

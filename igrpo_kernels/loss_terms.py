@@ -4,6 +4,7 @@ This is the only statement of the loss. `policy_loss` evaluates it on whole batc
 `linear_policy_loss` on the rows of each chunk, and every fused kernel is tested against it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from .aggregates import Aggregate
 from .checks import check_floating, check_number, check_shape, describe
 from .kl import K3, KlEstimator
-from .row_selection import Rows, take
+from .row_selection import Rows
 from .sequences import Sequences
 from .surrogates.base import Scope, Surrogate, Tokens
 from .surrogates.clipped import Clip
@@ -38,27 +39,33 @@ def check_parts(surrogate: object, aggregate: object, kl: object) -> None:
         raise ValueError(f"surrogate.scope must be one of {get_args(Scope)}, got {scope!r}")
 
 
+def constant(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast what is not differentiated."""
+    return (values.detach() if values.requires_grad else values).to(dtype)
+
+
 class TokenTerms(NamedTuple):
     """The loss of each token, and what a trainer logs about it; each broadcasts to the tokens.
 
     Attributes:
         losses: w * surrogate + kl_coef * kl - entropy_coef * entropy.
-        logged: Detached, by the names of the metrics.
+        logged: By the names of the metrics.
     """
 
     losses: Tensor
     logged: dict[str, Tensor]
 
-    def means(self, sequences: Sequences) -> dict[str, Tensor]:
-        """Average over the counted tokens what is logged."""
-        return mean_logged([self.sums(sequences)], sequences.mask.sum())
+    def sums(self, sequences: Sequences) -> Tensor:
+        """Add up over the counted tokens what is logged. Shape [K]."""
+        _, *values = torch.broadcast_tensors(sequences.mask, *self.logged.values())
+        stacked = torch.stack(values)  # the flags among them become numbers
+        return sequences.select(stacked).flatten(1).sum(1)
 
-    def sums(self, sequences: Sequences) -> dict[str, Tensor]:
-        """Add up over the counted tokens what is logged."""
-        values = torch.broadcast_tensors(sequences.mask, *self.logged.values())[1:]
-        stacked = torch.stack([value.to(self.losses.dtype) for value in values])
-        sums = sequences.select(stacked).flatten(1).sum(1).unbind()
-        return dict(zip(self.logged, sums, strict=True))
+
+def named_means(names: Iterable[str], sums: Tensor, count: Tensor | int) -> dict[str, Tensor]:
+    """Name the sums of all parts of a batch, divided by the number of its tokens."""
+    count = count.clamp(min=1) if isinstance(count, Tensor) else max(1, count)
+    return dict(zip(names, (sums / count).unbind(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class TokenObjective:
             "entropy": entropy,
             "importance_weight": weights,
         }
-        return TokenTerms(losses, {k: v.detach() for k, v in logged.items() if v is not None})
+        return TokenTerms(losses, {k: v for k, v in logged.items() if v is not None})
 
     def has_kernel(self, logprobs: Tensor) -> bool:
         """Whether one CUDA kernel runs it: `Clip` in fp32, with k3 or none.
@@ -184,10 +191,10 @@ class TokenInputs:
             if values is None:
                 return None
             check_shape(name, check_floating(name, values), shape, legend)
-            return values.detach().to(dtype)
+            return constant(values, dtype)
 
         def aligned(name: str, values: Tensor) -> Tensor:
-            return sequences.align(name, check_floating(name, values).detach().to(dtype))
+            return sequences.align(name, constant(check_floating(name, values), dtype))
 
         weights = importance_weights
         if weights is not None:
@@ -221,36 +228,18 @@ class TokenInputs:
         old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs
         return Tokens(logprobs, old, self.advantages, self.sequences, self.importance_weights)
 
-    def flat(self) -> "TokenInputs":
-        """One value per row of the batch, [N], in the packed layout."""
-        shape = self.sequences.mask.shape
-
-        def rows(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.expand(shape).reshape(-1)
-
-        return TokenInputs(
-            self.sequences.flat(),
-            self.advantages.expand(shape).reshape(-1),
-            rows(self.old_logprobs),
-            rows(self.ref_logprobs),
-            rows(self.importance_weights),
-        )
-
     def take(self, rows: Rows) -> "TokenInputs":
-        """Select rows that count, of one value per row."""
+        """Select rows that count, by their index among all tokens; they become packed."""
+        some = self.sequences.take(rows)
+        owner = some.owners
+
+        def pick(values: Tensor | None) -> Tensor | None:
+            return None if values is None else self.sequences.pick(values, rows, owner)
+
         return TokenInputs(
-            self.sequences.take(rows),
-            take(self.advantages, rows),
-            take(self.old_logprobs, rows),
-            take(self.ref_logprobs, rows),
-            take(self.importance_weights, rows),
+            some,
+            self.sequences.pick(self.advantages, rows, owner),
+            pick(self.old_logprobs),
+            pick(self.ref_logprobs),
+            pick(self.importance_weights),
         )
-
-
-def mean_logged(parts: list[dict[str, Tensor]], count: Tensor | int) -> dict[str, Tensor]:
-    """Divide what parts of a batch have added up by their tokens; at least one part."""
-    if isinstance(count, Tensor):
-        count = count.clamp(min=1)
-    return {
-        name: sum((part[name] for part in parts[1:]), parts[0][name]) / count for name in parts[0]
-    }

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .row_selection import Rows, nonzero, row_slices, rows_where, take
+from .row_selection import Rows, nonzero, row_slices, take, working_dtype
 from .row_statistics import LOG_FLOOR, RowStatistics
 from .vocabulary_shard import VocabularyShard
 
@@ -37,7 +37,7 @@ class LogitTransform:
     softcap: float | None = None
     logit_scale: float = 1.0
 
-    def take(self, rows: Rows | slice) -> "LogitTransform":
+    def take(self, rows: Rows) -> "LogitTransform":
         """Keep the temperatures of `rows`."""
         if not isinstance(self.temperature, Tensor) or self.temperature.numel() == 1:
             return self
@@ -45,16 +45,25 @@ class LogitTransform:
 
     @property
     def scale(self) -> float | Tensor:
-        """D logits / d products where there is no cap. A number, or shape [1] or [N]."""
+        """The logits over the products where there is no cap. A number, or shape [1] or [N]."""
         return self.logit_scale / self.temperature
 
-    def apply_(self, products: Tensor) -> Tensor:
-        """Overwrite the products by the logits. Shape [N, V]."""
+    def temperature_tensor(self, like: Tensor) -> Tensor:
+        """The temperature as a tensor, for kernels that read it. Shape [1] or [N]."""
+        if isinstance(self.temperature, Tensor):
+            return self.temperature
+        return like.new_full((1,), self.temperature, dtype=working_dtype(like.dtype))
+
+    def apply(self, products: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the logits, in `out` if that is given; products as they are, if nothing changes.
+
+        Shape [N, V].
+        """
         if self.softcap is not None:
-            products.mul_(self.logit_scale / self.softcap).tanh_()
-            return products.mul_(_per_row(self.softcap / self.temperature))
+            logits = torch.mul(products, self.logit_scale / self.softcap, out=out).tanh_()
+            return logits.mul_(_per_row(self.softcap / self.temperature))
         if isinstance(self.temperature, Tensor) or self.scale != 1:
-            products.mul_(_per_row(self.scale))
+            return torch.mul(products, _per_row(self.scale), out=out)
         return products
 
     def slope(self, logits: Tensor) -> Tensor:
@@ -79,17 +88,17 @@ class TargetColumns:
     columns: Tensor
     is_slice: bool = False
 
-    def take(self, rows: Rows | slice) -> "TargetColumns":
+    def take(self, rows: Rows) -> "TargetColumns":
         """Keep the targets of `rows`."""
         return TargetColumns(take(self.columns, rows), self.is_slice)
 
     def read(self, values: Tensor) -> Tensor:
-        """Return each row's value at its target, 0 where that is in another slice. Shape [N]."""
+        """Return each row's value at its target, 0 where that is in another slice. Shape [N, 1]."""
         if not self.is_slice:
-            return values.gather(1, self.columns[:, None]).squeeze(1)
+            return values.gather(1, self.columns[:, None])
         rows = self._own(values)
-        read = values.new_zeros(len(values))
-        read[rows] = values[rows, self.columns[rows]]
+        read = values.new_zeros(len(values), 1)
+        read[rows, 0] = values[rows, self.columns[rows]]
         return read
 
     def write_(self, values: Tensor, written: float | Tensor) -> None:
@@ -127,11 +136,12 @@ class ProductGradient:
     rows: Tensor | None = None
     scaled_hidden: Tensor | None = None
 
-    def multiplied(self, dtype: torch.dtype) -> Tensor:
-        """The gradient as one matrix. Shape [K, V]."""
+    def multiplied(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Return the gradient as one matrix, in `out` if that is given. Shape [K, V]."""
+        if out is None:
+            out = self.matrix.new_empty(self.matrix.shape, dtype=dtype)
         if self.factors is None:
-            return self.matrix.to(dtype)
-        out = self.matrix.new_empty(self.matrix.shape, dtype=dtype)
+            return out.copy_(self.matrix)
         return torch.mul(self.matrix, self.factors[:, None], out=out)
 
 
@@ -203,25 +213,29 @@ class SoftmaxRows:
         multiplied in while the matrix is rounded, in the front of the memory.
         """
         active = nonzero(by_logprob, by_entropy)
-        rows = rows_where(len(active), active)
-        if isinstance(rows, range):
-            return self._gradient_(by_logprob, by_entropy, dtype)
-        kept = self.keep_(rows)._gradient_(take(by_logprob, rows), take(by_entropy, rows), dtype)
+        if active.all():
+            return self.gradient_of_all_(by_logprob, by_entropy, dtype=dtype)
+        rows = active.nonzero().squeeze(1)
+        kept = self.keep_(rows).gradient_of_all_(
+            take(by_logprob, rows), take(by_entropy, rows), dtype=dtype
+        )
         return ProductGradient(kept.matrix, kept.factors, rows)
 
-    def _gradient_(
-        self, by_logprob: Tensor | None, by_entropy: Tensor | None, dtype: torch.dtype
+    def gradient_of_all_(
+        self, by_logprob: Tensor | None, by_entropy: Tensor | None, *, dtype: torch.dtype
     ) -> ProductGradient:
+        """Return the gradient of all rows."""
         found, matrix = self.statistics, self.exponentials
         if by_logprob is None:
             by_logprob = torch.zeros_like(found.logprobs)
-        factors, weights = -self.transform.scale / found.total, None
-        at_target = found.others.neg()
+        weights = None
+        at_target = found.logprobs.expm1().mul_(found.total)  # -others
         if by_entropy is None:
-            factors = factors * by_logprob
+            factors = (by_logprob / found.total).mul_(-self.transform.scale)
         else:
             # by_logprob + by_entropy (log p + entropy), with log p = (z - r) - log total
             assert found.entropy is not None
+            factors = -self.transform.scale / found.total
             log_p = found.logprobs.clamp(min=LOG_FLOOR)
             surprise = log_p.exp() * (log_p + found.entropy)
             at_target = by_logprob * at_target + by_entropy * found.total * surprise
@@ -237,23 +251,23 @@ class SoftmaxRows:
             if narrow is None:
                 return ProductGradient(matrix, factors)
         for some in row_slices(matrix):
-            piece = matrix[some]
+            piece = take(matrix, some)
             if not as_stored:
                 self._weigh_(piece, some, weights)
-                self.targets.take(some).write_(piece, at_target[some])
+                self.targets.take(some).write_(piece, take(at_target, some))
             if narrow is not None:
-                narrow[some] = piece.mul_(factors[some, None]).to(dtype)
+                take(narrow, some).copy_(piece.mul_(take(factors, some)[:, None]).to(dtype))
         return ProductGradient(matrix, factors) if narrow is None else ProductGradient(narrow)
 
-    def _weigh_(self, piece: Tensor, some: slice, weights: tuple[Tensor, Tensor] | None) -> None:
+    def _weigh_(self, piece: Tensor, some: range, weights: tuple[Tensor, Tensor] | None) -> None:
         """Multiply by the entropy's weights and by the cap's slope, both functions of log E."""
         shifted = piece.log().clamp_(min=LOG_FLOOR)
         if self.transform.softcap is not None:
-            logits = shifted + self.statistics.reference[some, None]
+            logits = shifted + take(self.statistics.reference, some)[:, None]
             piece.mul_(self.transform.take(some).slope(logits))
         if weights is not None:
-            of_log, constant = weights
-            piece.mul_(shifted.mul_(of_log[some, None]).add_(constant[some, None]))
+            of_log, constant = (take(part, some)[:, None] for part in weights)
+            piece.mul_(shifted.mul_(of_log).add_(constant))
 
 
 class RelativeSums(NamedTuple):
@@ -276,65 +290,86 @@ class RelativeSums(NamedTuple):
         return RelativeSums(*shard.add(torch.stack([self.others, self.moment])))
 
 
-def exponentiate_(products: Tensor, transform: LogitTransform, reference: Tensor) -> None:
-    """Overwrite products by exp(z - r), the target's too. Shape [N, V], and [N] of r."""
-    for some in row_slices(products):
-        transform.take(some).apply_(products[some]).sub_(reference[some, None]).exp_()
+def exponentials(
+    products: Tensor, transform: LogitTransform, reference: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Return exp(z - r) of all columns, the target's too, in `out` if that is given.
+
+    Args:
+        products: x @ W.T + b, or logits. Shape [N, V].
+        transform: From products to logits.
+        reference: r. Shape [N, 1].
+        out: May be `products`.
+    """
+    logits = transform.apply(products, out)
+    return torch.sub(logits, reference, out=out if logits is products else logits).exp_()
 
 
-def relative_sums_(
+def relative_sums(
     products: Tensor,
     targets: TargetColumns,
     transform: LogitTransform,
     reference: Tensor,
     *,
     entropy: bool,
+    out: Tensor | None = None,
 ) -> RelativeSums:
-    """Overwrite products by exp(z - r), 0 at the targets, and add them up; with the moment?"""
+    """Add up exp(z - r) over the columns but the target's, which is left at 0 in `out`.
+
+    Args:
+        products: x @ W.T + b, or logits. Shape [N, V].
+        targets: Where the targets stand.
+        transform: From products to logits.
+        reference: r. Shape [N, 1].
+        entropy: Whether to take the moment too.
+        out: Where the exponentials go, if they are wanted; may be `products`.
+    """
     others, moments = [], []
     for some in row_slices(products):
-        piece = transform.take(some).apply_(products[some])
+        piece, at = transform.take(some), targets.take(some)
+        memory = take(out, some)
         if entropy:
-            shifted = piece.sub(reference[some, None]).clamp_(min=LOG_FLOOR)
-            torch.exp(shifted, out=piece)
+            shifted = piece.apply(take(products, some), memory) - take(reference, some)
+            found = torch.exp(shifted.clamp_(min=LOG_FLOOR), out=memory)
         else:
-            piece.sub_(reference[some, None]).exp_()
-        targets.take(some).write_(piece, 0.0)
-        others.append(piece.sum(-1))
+            found = exponentials(take(products, some), piece, take(reference, some), memory)
+        at.write_(found, 0.0)
+        others.append(found.sum(-1))
         if entropy:
-            moments.append(torch.linalg.vecdot(piece, shifted))
+            moments.append(torch.linalg.vecdot(found, shifted))
     return RelativeSums(_joined(others), _joined(moments) if entropy else None)
 
 
-def softmax_(
+def softmax_of_logits(
     logits: Tensor,
     targets: TargetColumns,
     *,
     entropy: bool,
     shard: VocabularyShard | None = None,
+    out: Tensor | None = None,
 ) -> RowStatistics:
-    """Take log-probs (and entropy) relative to the rows' maxima, overwriting logits by exp(z - r).
+    """Take log-probs (and entropy) relative to the rows' maxima.
 
     For logits that come from outside, and for rows in which the target's logit would not do.
     """
-    reference, target_logits = row_maximum(logits), targets.read(logits)
+    reference, target_logits = _row_maximum(logits), targets.read(logits)
     if shard is not None:
         reference, target_logits = shard.maximum(reference), shard.add(target_logits)
-    transform = LogitTransform()
-    sums = relative_sums_(logits, targets, transform, reference, entropy=entropy).over(shard)
-    return RowStatistics.of_sums(reference, *sums, gap=target_logits - reference)
+    sums = relative_sums(logits, targets, LogitTransform(), reference, entropy=entropy, out=out)
+    sums = sums.over(shard)
+    gap = (target_logits - reference).squeeze(1)
+    return RowStatistics.of_sums(reference.squeeze(1), *sums, gap=gap)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def row_maximum(logits: Tensor) -> Tensor:
-    """Return each row's maximum, and the least finite number where it has none. Shape [N]."""
-    least = torch.finfo(logits.dtype).min
+def _row_maximum(logits: Tensor) -> Tensor:
+    """Return each row's maximum; -inf where there is no column. Shape [N, 1]."""
     if logits.shape[1] == 0:
-        return logits.new_full(logits.shape[:1], least)
-    return logits.amax(-1).clamp_(min=least)
+        return logits.new_full((logits.shape[0], 1), -torch.inf)
+    return logits.amax(-1, keepdim=True)
 
 
 def _front(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,20 +20,18 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @overload
-def take(values: Tensor, rows: Rows | slice) -> Tensor: ...
+def take(values: Tensor, rows: Rows) -> Tensor: ...
 @overload
-def take(values: None, rows: Rows | slice) -> None: ...
+def take(values: None, rows: Rows) -> None: ...
 @overload
-def take(values: Tensor | None, rows: Rows | slice) -> Tensor | None: ...
-def take(values: Tensor | None, rows: Rows | slice) -> Tensor | None:
+def take(values: Tensor | None, rows: Rows) -> Tensor | None: ...
+def take(values: Tensor | None, rows: Rows) -> Tensor | None:
     """Select rows of an optional tensor."""
     if values is None:
         return None
-    if isinstance(rows, range):
-        if len(rows) == len(values):
-            return values
-        rows = slice(rows.start, rows.stop)
-    return values[rows]
+    if not isinstance(rows, range):
+        return values[rows]
+    return values if len(rows) == values.shape[0] else values[rows.start : rows.stop]
 
 
 def spread(values: Tensor, rows: Rows, count: int) -> Tensor:
@@ -58,8 +56,8 @@ def rows_where(count: int, *marks: Tensor | None) -> Rows:
     given = [mark for mark in marks if mark is not None]
     if not given:
         return range(count)
-    found = reduce(torch.logical_and, given).nonzero().squeeze(1)
-    return range(count) if len(found) == count else found
+    found = reduce(torch.logical_and, given).flatten().nonzero().squeeze(1)
+    return range(count) if found.shape[0] == count else found
 
 
 def nonzero(*gradients: Tensor | None) -> Tensor:
@@ -75,7 +73,10 @@ def row_chunks(rows: Rows, most: int, owner: Tensor | None = None) -> Iterator[R
     """
     if not len(rows):
         return
-    if owner is None or len(rows) <= most:
+    if len(rows) <= most:
+        yield rows
+        return
+    if owner is None:
         chunks = -(-len(rows) // most)
         size = -(-len(rows) // chunks)
         for start in range(0, len(rows), size):
@@ -110,8 +111,9 @@ def row_pieces(rows: Rows, vocabulary: int) -> Iterator[Rows]:
     return row_chunks(rows, max(1, CACHE_BYTES // (4 * vocabulary)))
 
 
-def row_slices(values: Tensor) -> Iterator[slice]:
+def row_slices(values: Tensor) -> Iterator[range]:
     """Cut the rows of a chunk into slices that a CPU's caches hold; one for no rows."""
     step = max(1, CACHE_BYTES // max(1, values.shape[1] * values.element_size()))
-    for start in range(0, max(1, len(values)), step):
-        yield slice(start, start + step)
+    rows = values.shape[0]
+    for start in range(0, max(1, rows), step):
+        yield range(start, min(start + step, rows))

@@ -65,7 +65,7 @@ class RowStatistics:
         """sum_{j != target} exp(z_j - r), to the last digits: total (1 - p), not total - e^gap."""
         return -self.total * self.logprobs.expm1()
 
-    def take(self, rows: Rows | slice) -> "RowStatistics":
+    def take(self, rows: Rows) -> "RowStatistics":
         """Select rows."""
         return RowStatistics(
             take(self.logprobs, rows),

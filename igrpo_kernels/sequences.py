@@ -87,7 +87,7 @@ class Sequences:
         """Counted tokens of each sequence. Shape [B], in int64."""
         if self.owner is None:
             return self.mask.sum(-1)
-        return self.owner.new_zeros(self.count).index_add(0, self.owner, self.mask.long())
+        return self.owner.new_zeros(self.count).index_add_(0, self.owner, self.mask.long())
 
     @property
     def owners(self) -> Tensor:
@@ -100,7 +100,8 @@ class Sequences:
     def select(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Replace what stands in masked slots by `fill`; its gradient is exactly zero."""
         if self.complete:
-            return values.expand(torch.broadcast_shapes(values.shape, self.mask.shape))
+            whole = values.shape[-self.mask.dim() :] == self.mask.shape
+            return values if whole else values.expand_as(self.mask)
         return torch.where(self.mask, values, fill)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -140,17 +141,22 @@ class Sequences:
             return self.select(values)
         return values if self.complete else torch.where(self.spread(self.lengths > 0), values, 0.0)
 
-    def flat(self) -> "Sequences":
-        """View the tokens as packed."""
-        if self.owner is not None:
-            return self
-        owner = self.owners.reshape(-1)
-        return Sequences(self.mask.reshape(-1), self.count, owner, complete=self.complete)
-
     def take(self, rows: Rows) -> "Sequences":
-        """Select rows that count, of packed tokens."""
-        mask, owner = take(self.mask, rows), take(self.owner, rows)
+        """Select tokens that count, by their index among all tokens; they become packed."""
+        mask = self.mask.new_ones(len(rows))
+        if self.owner is not None:
+            owner = take(self.owner, rows)
+        else:
+            if isinstance(rows, range):
+                rows = torch.arange(rows.start, rows.stop, device=mask.device)
+            owner = rows // max(1, self.mask.shape[1])
         return Sequences(mask, self.count, owner, complete=True)
+
+    def pick(self, values: Tensor, rows: Rows, owner: Tensor) -> Tensor:
+        """Select tokens of values that broadcast to them. Shape [N], or [] as it is."""
+        if values.shape == self.mask.shape:
+            return take(values.reshape(-1), rows)
+        return values.reshape(-1)[owner] if values.dim() else values
 
 
 def _check_offsets(cu_seqlens: Tensor, length: int) -> None:

@@ -47,9 +47,7 @@ class Chunk:
     @property
     def temperature(self) -> tuple[Tensor, int]:
         """The temperature in memory, and the step from a row's to the next."""
-        values = self.transform.temperature
-        if not isinstance(values, Tensor):
-            values = self.columns.new_full((1,), values, dtype=torch.float32)
+        values = self.transform.temperature_tensor(self.hidden)
         return values, 0 if values.numel() == 1 else 1
 
     def new_rows(self) -> Tensor:

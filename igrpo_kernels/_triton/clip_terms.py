@@ -24,16 +24,6 @@ from .device_math import expm1
 LARGEST = tl.constexpr(MAX_LOG_RATIO)
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 BLOCK = 2048
-# What the kernels leave of each token, or of each block of them, one under the other
-TERMS = (
-    "loss",
-    "logprob",
-    "ratio",
-    "clip_fraction_low",
-    "clip_fraction_high",
-    "kl",
-    "importance_weight",
-)
 
 
 @triton.jit
@@ -66,14 +56,15 @@ def clip_terms(
 
 @triton.jit
 def clip_tokens_kernel(
-    losses_ptr, slopes_ptr, sums_ptr,  # outputs [N], [N], [7, programs]; None where not wanted
-    logprobs_ptr, old_ptr, ref_ptr, mask_ptr,  # inputs [N]; all but the first may be None
+    losses_ptr, slopes_ptr, sums_ptr,  # outputs [N], [N], [K, programs]; None where not wanted
+    logprobs_ptr, old_ptr, ref_ptr, entropy_ptr, mask_ptr,  # inputs [N]; None but for the first
     advantages_ptr, importance_ptr, weights_ptr,  # inputs [N / span]; the last two may be None
     low, high, dual, kl_coef,  # scalars: 1 - low, 1 + high, the dual clip or infinity
     tokens, advantage_span, importance_span, weight_span,  # sizes
     HAS_MASK: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_IMPORTANCE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_LOSSES: tl.constexpr,
-    HAS_SLOPES: tl.constexpr, HAS_SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    HAS_LOSSES: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SUMS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss of each token, times its weight; its slope; and what a block's tokens add up to."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -104,15 +95,33 @@ def clip_tokens_kernel(
     if HAS_SLOPES:
         tl.store(slopes_ptr + at, tl.where(counts, slope, 0.0), mask=inside)
     if HAS_SUMS:
+        step = tl.num_programs(0)
         sums_ptr += tl.program_id(0)
-        programs = tl.num_programs(0)
         tl.store(sums_ptr, tl.sum(tl.where(counts, loss, 0.0)))
-        tl.store(sums_ptr + programs, tl.sum(logprob))
-        tl.store(sums_ptr + 2 * programs, tl.sum(tl.where(counts, ratio, 0.0)))
-        tl.store(sums_ptr + 3 * programs, tl.sum((counts & is_low).to(tl.float32)))
-        tl.store(sums_ptr + 4 * programs, tl.sum((counts & is_high).to(tl.float32)))
-        tl.store(sums_ptr + 5 * programs, tl.sum(tl.where(counts, k3, 0.0)))
-        tl.store(sums_ptr + 6 * programs, tl.sum(tl.where(counts, importance, 0.0)))
+        tl.store(sums_ptr + step, tl.sum(logprob))
+        tl.store(sums_ptr + 2 * step, tl.sum(tl.where(counts, ratio, 0.0)))
+        tl.store(sums_ptr + 3 * step, tl.sum((counts & is_low).to(tl.float32)))
+        tl.store(sums_ptr + 4 * step, tl.sum((counts & is_high).to(tl.float32)))
+        sums_ptr += 5 * step
+        if HAS_REF:
+            tl.store(sums_ptr, tl.sum(tl.where(counts, k3, 0.0)))
+            sums_ptr += step
+        if HAS_ENTROPY:
+            tl.store(sums_ptr, tl.sum(tl.load(entropy_ptr + at, mask=counts, other=0.0)))
+            sums_ptr += step
+        if HAS_IMPORTANCE:
+            tl.store(sums_ptr, tl.sum(importance))
+
+
+def names_of(inputs: TokenInputs, entropy: Tensor | None) -> list[str]:
+    """What the kernels add up about each token besides its loss, in their order."""
+    given = {
+        "kl": inputs.ref_logprobs,
+        "entropy": entropy,
+        "importance_weight": inputs.importance_weights,
+    }
+    always = ["logprob", "ratio", "clip_fraction_low", "clip_fraction_high"]
+    return [*always, *(name for name, values in given.items() if values is not None)]
 
 
 class ClippedRows(Protocol):
@@ -142,17 +151,6 @@ def clip_numbers(objective: TokenObjective) -> tuple[float, float, float, float]
     return 1.0 - clip.low, 1.0 + clip.high, dual, float(objective.kl_coef)
 
 
-def logged(sums: Tensor, inputs: TokenInputs) -> tuple[Tensor, dict[str, Tensor]]:
-    """Name the sums of `TERMS`: the loss, and what there is to log."""
-    loss, *rest = sums.unbind()
-    named = dict(zip(TERMS[1:], rest, strict=True))
-    if inputs.ref_logprobs is None:
-        del named["kl"]
-    if inputs.importance_weights is None:
-        del named["importance_weight"]
-    return loss, named
-
-
 def span(values: Tensor | None, tokens: int) -> int:
     """How many tokens in a row share one of the values."""
     return 1 if values is None else max(1, tokens // max(1, values.numel()))
@@ -161,8 +159,9 @@ def span(values: Tensor | None, tokens: int) -> int:
 def clip_tokens(
     logprobs: Tensor,
     inputs: TokenInputs,
-    weights: Tensor | None,
     objective: TokenObjective,
+    weights: Tensor | None = None,
+    entropy: Tensor | None = None,
     *,
     losses: bool = False,
     slopes: bool = False,
@@ -170,34 +169,35 @@ def clip_tokens(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch over all tokens; return what is wanted of losses, slopes and sums, in fp32.
 
-    Losses and slopes have the shape of the tokens and are zero where those do not count; the sums,
-    [7], are of `TERMS` over those that do.
+    Losses and slopes have the shape of the tokens and are zero where those do not count. The sums
+    are of the loss and of `names_of` over those that do. Shape [K].
     """
     tokens, sequences = logprobs.numel(), inputs.sequences
-    found = [
-        torch.empty_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
-        if wanted
-        else None
-        for wanted in (losses, slopes)
-    ]
+    options: dict[str, Any] = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
+    found = [torch.empty_like(logprobs, **options) if some else None for some in (losses, slopes)]
     programs = triton.cdiv(tokens, BLOCK)
-    parts = inputs.advantages.new_empty((len(TERMS), programs)) if sums else None
-    optional = (inputs.importance_weights, weights)
+    parts = None
+    if sums:
+        count = 1 + len(names_of(inputs, entropy))
+        parts = logprobs.new_empty((count, programs), dtype=torch.float32)
+    mask = None if sequences.complete else sequences.mask
+    per_token = (logprobs, inputs.old_logprobs, inputs.ref_logprobs, entropy, mask)
+    shared = (inputs.advantages, inputs.importance_weights, weights)
     if tokens:
         # the kernel runs on the current device, which need not be the tensor's
         with torch.cuda.device_of(logprobs):
             clip_tokens_kernel[(programs,)](
                 *found,
                 parts,
-                *map(contiguous, (logprobs, inputs.old_logprobs, inputs.ref_logprobs)),
-                None if sequences.complete else sequences.mask.contiguous(),
-                *map(contiguous, (inputs.advantages, *optional)),
+                *map(contiguous, per_token),
+                *map(contiguous, shared),
                 *clip_numbers(objective),
                 tokens,
-                *(span(values, tokens) for values in (inputs.advantages, *optional)),
-                HAS_MASK=not sequences.complete,
+                *(span(values, tokens) for values in shared),
+                HAS_MASK=mask is not None,
                 HAS_OLD=inputs.old_logprobs is not None,
                 HAS_REF=inputs.ref_logprobs is not None,
+                HAS_ENTROPY=entropy is not None,
                 HAS_IMPORTANCE=inputs.importance_weights is not None,
                 HAS_WEIGHTS=weights is not None,
                 HAS_LOSSES=losses,
@@ -207,6 +207,19 @@ def clip_tokens(
                 enable_fp_fusion=True,
             )
     return found[0], found[1], None if parts is None else parts.sum(1)
+
+
+def clipped_loss(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    inputs: TokenInputs,
+    weights: Tensor,
+    objective: TokenObjective,
+) -> tuple[Tensor, list[str], Tensor]:
+    """Return the loss of a batch, and the names and sums of what is logged about its tokens."""
+    logged = None if entropy is None else entropy.detach()
+    loss, sums = ClippedLoss.apply(logprobs, inputs, objective, weights, logged)
+    return loss, names_of(inputs, entropy), sums[1:]
 
 
 class ClippedLosses(torch.autograd.Function):
@@ -219,7 +232,7 @@ class ClippedLosses(torch.autograd.Function):
         """Return the losses, and keep their slopes."""
         ctx.dtype = logprobs.dtype
         losses, slopes, _ = clip_tokens(
-            logprobs, inputs, None, objective, losses=True, slopes=ctx.needs_input_grad[0]
+            logprobs, inputs, objective, losses=True, slopes=ctx.needs_input_grad[0]
         )
         ctx.save_for_backward(slopes)
         return losses
@@ -240,13 +253,15 @@ class ClippedLoss(torch.autograd.Function):
         ctx: Any,
         logprobs: Tensor,
         inputs: TokenInputs,
-        weights: Tensor,
         objective: TokenObjective,
+        weights: Tensor,
+        entropy: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss and all sums, and keep the slopes of the tokens."""
         ctx.dtype = logprobs.dtype
+        slopes = ctx.needs_input_grad[0]
         _, slopes, sums = clip_tokens(
-            logprobs, inputs, weights, objective, slopes=ctx.needs_input_grad[0], sums=True
+            logprobs, inputs, objective, weights, entropy, slopes=slopes, sums=True
         )
         ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(sums)
@@ -256,5 +271,5 @@ class ClippedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Multiply the slopes by the upstream scalar."""
-        (slopes,) = ctx.saved_tensors
-        return times_upstream(slopes, grad_loss).to(ctx.dtype), None, None, None
+        (slopes,) = times_upstream(ctx.saved_tensors, grad_loss)
+        return slopes.to(ctx.dtype), None, None, None, None

@@ -16,7 +16,7 @@ from ..relative_softmax import ProductGradient
 from ..row_selection import Rows
 from ..row_statistics import RowStatistics
 from .chunk import Chunk, contiguous, where
-from .clip_terms import TERMS, ClippedRows, clip_numbers, clip_terms
+from .clip_terms import ClippedRows, clip_numbers, clip_terms, names_of, span
 from .device_math import LEAST, expm1
 
 
@@ -89,14 +89,16 @@ def gradient_rows_kernel(
 
 @triton.jit(do_not_specialize=["rows", "first"])
 def clip_rows_kernel(
-    terms_ptr, factors_ptr, scaled_ptr, e_ptr,  # outputs [7, N], and as in the kernel above
-    logprobs_ptr, totals_ptr, references_ptr, targets_ptr, x_ptr, temperature_ptr,  # as above
-    rows_ptr, old_ptr, ref_ptr, advantages_ptr, importance_ptr, weights_ptr,  # of the batch
+    terms_ptr, factors_ptr, scaled_ptr, e_ptr,  # outputs [K, N], and as in the kernel above
+    logprobs_ptr, entropy_ptr, totals_ptr, references_ptr, targets_ptr, x_ptr, temperature_ptr,
+    rows_ptr, old_ptr, ref_ptr,  # where the rows stand in the batch, [N] or None; of the batch, [B]
+    advantages_ptr, importance_ptr, weights_ptr,  # of the batch, [B / span]
     low, high, dual, kl_coef, scale, softcap,  # scalars
-    rows, first, vocabulary, width, x_stride, e_stride, temperature_stride,  # sizes
+    rows, first, advantage_span, importance_span, weight_span,  # sizes
+    vocabulary, width, x_stride, e_stride, temperature_stride,
     HAS_ROWS: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_IMPORTANCE: tl.constexpr, HAS_GRADIENT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    SCALES: tl.constexpr, BLOCK_H: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, HAS_GRADIENT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, SCALES: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The whole of a row: ratio, clipped loss, upstream gradient, and what that leaves behind."""
     row = tl.program_id(0).to(tl.int64)
@@ -110,20 +112,28 @@ def clip_rows_kernel(
     if HAS_REF:
         ref_logprob = tl.load(ref_ptr + at)
     if HAS_IMPORTANCE:
-        importance = tl.load(importance_ptr + at)
+        importance = tl.load(importance_ptr + at // importance_span)
+    advantage = tl.load(advantages_ptr + at // advantage_span)
     loss, slope, ratio, is_low, is_high, k3 = clip_terms(
-        logprob, old_logprob, tl.load(advantages_ptr + at), importance, ref_logprob,
-        low, high, dual, kl_coef, HAS_IMPORTANCE, HAS_REF,
+        logprob, old_logprob, advantage, importance, ref_logprob, low, high, dual, kl_coef,
+        HAS_IMPORTANCE, HAS_REF,
     )  # fmt: skip
-    weight = tl.load(weights_ptr + at)
+    weight = tl.load(weights_ptr + at // weight_span)
     terms_ptr += row
     tl.store(terms_ptr, loss * weight)
     tl.store(terms_ptr + rows, logprob)
     tl.store(terms_ptr + 2 * rows, ratio)
     tl.store(terms_ptr + 3 * rows, is_low.to(tl.float32))
     tl.store(terms_ptr + 4 * rows, is_high.to(tl.float32))
-    tl.store(terms_ptr + 5 * rows, k3)
-    tl.store(terms_ptr + 6 * rows, importance)
+    terms_ptr += 5 * rows
+    if HAS_REF:
+        tl.store(terms_ptr, k3)
+        terms_ptr += rows
+    if HAS_ENTROPY:
+        tl.store(terms_ptr, tl.load(entropy_ptr + row))
+        terms_ptr += rows
+    if HAS_IMPORTANCE:
+        tl.store(terms_ptr, importance)
     if HAS_GRADIENT:
         finish_row(
             factors_ptr, scaled_ptr, e_ptr, x_ptr, references_ptr, row, tl.load(targets_ptr + row),
@@ -285,15 +295,20 @@ def clip_rows(
     *,
     scales_hidden: bool,
 ) -> tuple[Tensor, ProductGradient | None]:
-    """Take rows from log-prob to gradient in one launch; return their terms too. Shape [7, N]."""
+    """Take rows from log-prob to gradient in one launch; return their terms too.
+
+    The terms are the loss, and those of `names_of`. Shape [K, N].
+    """
     gradient, stride_of_e = None, 0
     if exponentials is not None:
         gradient = new_gradient(exponentials, chunk, scales_hidden)
         stride_of_e = exponentials.stride(0)
     count = len(chunk.hidden)
-    terms = found.total.new_empty((len(TERMS), count))
     first, index = where(rows)
     inputs = losses.inputs
+    terms = found.total.new_empty((1 + len(names_of(inputs, found.entropy)), count))
+    shared = (inputs.advantages, inputs.importance_weights, losses.weights)
+    tokens = inputs.sequences.mask.numel()
     temperature, stride = chunk.temperature
     clip_rows_kernel[(count,)](
         terms,
@@ -301,20 +316,21 @@ def clip_rows(
         None if gradient is None else gradient.scaled_hidden,
         exponentials,
         found.logprobs,
+        found.entropy,
         found.total,
         found.reference,
         chunk.columns,
         chunk.hidden,
         temperature,
         index,
-        # one value for all rows may have been spread with a stride of 0
-        *map(contiguous, (inputs.old_logprobs, inputs.ref_logprobs, inputs.advantages)),
-        *map(contiguous, (inputs.importance_weights, losses.weights)),
+        *map(contiguous, (inputs.old_logprobs, inputs.ref_logprobs)),
+        *map(contiguous, shared),
         *clip_numbers(losses.objective),
         chunk.scale,
         chunk.softcap,
         count,
         first,
+        *(span(values, tokens) for values in shared),
         *chunk.weight.shape,
         chunk.hidden.stride(0),
         stride_of_e,
@@ -322,6 +338,7 @@ def clip_rows(
         HAS_ROWS=index is not None,
         HAS_OLD=inputs.old_logprobs is not None,
         HAS_REF=inputs.ref_logprobs is not None,
+        HAS_ENTROPY=found.entropy is not None,
         HAS_IMPORTANCE=inputs.importance_weights is not None,
         HAS_GRADIENT=gradient is not None,
         HAS_SOFTCAP=chunk.has_cap,

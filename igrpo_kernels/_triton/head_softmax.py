@@ -19,13 +19,13 @@ from ..relative_softmax import (
     ProductGradient,
     RelativeSums,
     TargetColumns,
-    softmax_,
+    softmax_of_logits,
 )
 from ..row_selection import Rows, working_dtype
 from ..row_statistics import LARGEST, RowStatistics
 from ..vocabulary_shard import VocabularyShard
 from .chunk import Chunk, contiguous
-from .clip_terms import ClippedRows, logged
+from .clip_terms import ClippedRows, names_of
 from .exp_product import exp_product, tile_for
 from .exp_rows import exp_rows_, row_totals, target_logits
 from .head_rows import clip_rows, gradient_rows, weigh_rows_
@@ -95,7 +95,7 @@ class HeadSoftmax:
 
     def clip(
         self, losses: ClippedRows, rows: Rows, *, scales_hidden: bool
-    ) -> tuple[Tensor, dict[str, Tensor], ProductGradient | None]:
+    ) -> tuple[Tensor, list[str], Tensor, ProductGradient | None]:
         """Take the clipped-ratio loss of the rows and finish them, in one launch.
 
         Args:
@@ -104,7 +104,7 @@ class HeadSoftmax:
             scales_hidden: As in `gradient_`.
 
         Returns:
-            The share in the loss; the sums of what is logged, by name; the gradient, where E was
+            The share in the loss; the names and sums of what is logged; the gradient, where E was
             kept.
         """
         rest = self.statistics, losses, rows
@@ -112,10 +112,9 @@ class HeadSoftmax:
             terms, gradient = clip_rows(
                 self.exponentials, self.chunk, *rest, scales_hidden=scales_hidden
             )
-        loss, sums = logged(terms.sum(1), losses.inputs)
-        if self.statistics.entropy is not None:
-            sums["entropy"] = self.statistics.entropy.sum()
-        return loss, sums, gradient
+        sums = terms.sum(1)
+        names = names_of(losses.inputs, self.statistics.entropy)
+        return sums[0], names, sums[1:], gradient
 
 
 def softmax_of_rows(
@@ -190,11 +189,13 @@ def _totals_over_slices(
         hidden = chunk.hidden[rows]
         products = head.weight.new_empty((len(rows), head.vocabulary), dtype=torch.float32)
         transform = chunk.transform.take(rows)
-        logits = transform.apply_(head.products_(products, hidden))
+        products = head.products_(products, hidden)
+        logits = transform.apply(products, out=products)
         slope = transform.slope(logits) if stores_slope else 1.0
         at = TargetColumns(chunk.columns[rows], is_slice=True)
         entropy = moments is not None
-        found.put_(rows, softmax_(logits, at, entropy=entropy, shard=head.shard))
+        safe = softmax_of_logits(logits, at, entropy=entropy, shard=head.shard, out=logits)
+        found.put_(rows, safe)
         if exponentials is not None:
             exponentials[rows] = logits.mul_(slope).to(exponentials.dtype)
     return found

@@ -27,7 +27,9 @@ def rescale_kernel(values_ptr, scalar_ptr, count, BLOCK: tl.constexpr):
 
 
 def rescale_(values: Tensor, scalar: Tensor) -> Tensor:
-    """Multiply contiguous values by a scalar, in place."""
+    """Multiply values by a scalar, in place."""
+    if not values.is_contiguous():
+        return values.mul_(scalar)
     programs = min(PROGRAMS, triton.cdiv(values.numel(), BLOCK))
     if programs:
         with torch.cuda.device_of(values):

@@ -12,7 +12,6 @@ surrogate's own weight.
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from ..sequences import Sequences
@@ -90,7 +89,7 @@ def exp_ratio(log_ratio: Tensor) -> Tensor:
 
 def either(condition: Tensor, yes: float, no: float, *, like: Tensor) -> Tensor:
     """Choose one of two numbers by a condition, in the dtype of `like` (where() knows float32)."""
-    return torch.where(condition, like.new_full((), yes), like.new_full((), no))
+    return like.new_full(condition.shape, no).masked_fill_(condition, yes)
 
 
 class Clamped(NamedTuple):

@@ -54,7 +54,7 @@ class Clip:
         ratio, low, high = clamp_where_it_pays(
             tokens.ratio, tokens.advantages, 1 - self.low, 1 + self.high, self.dual
         )
-        return TokenLosses(-ratio * tokens.advantages, low, high)
+        return TokenLosses(ratio * -tokens.advantages, low, high)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class SequenceClip:
             1 - self.low,
             1 + self.high,
         )
-        return TokenLosses(-ratio * tokens.advantages, low, high)
+        return TokenLosses(ratio * -tokens.advantages, low, high)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class SequenceTokenClip:
             1 - self.low,
             1 + self.high,
         )
-        return TokenLosses(-ratio * tokens.advantages, low, high)
+        return TokenLosses(ratio * -tokens.advantages, low, high)
 
 
 @dataclass(frozen=True)
@@ -183,4 +183,4 @@ class Gmpo:
             tokens.log_ratio, tokens.advantages, -self.low, self.high
         )
         ratio = exp_ratio(sequences.mean(log_ratio))
-        return TokenLosses(-sequences.spread(ratio) * tokens.advantages, low, high)
+        return TokenLosses(sequences.spread(ratio) * -tokens.advantages, low, high)

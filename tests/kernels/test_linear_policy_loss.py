@@ -45,7 +45,7 @@ from igrpo_kernels.relative_softmax import (
     ProductGradient,
     SoftmaxRows,
     TargetColumns,
-    softmax_,
+    softmax_of_logits,
 )
 
 B, T, H, V = 4, 5, 3, 11
@@ -588,7 +588,7 @@ def test_rounding_in_place_is_rounding(rows: int, monkeypatch: pytest.MonkeyPatc
 
     def gradient(dtype: torch.dtype) -> Tensor:
         memory, at = products.clone(), TargetColumns(targets)
-        found = softmax_(memory, at, entropy=False)
+        found = softmax_of_logits(memory, at, entropy=False, out=memory)
         softmax = SoftmaxRows(found, at, LogitTransform(), memory)
         return softmax.gradient_(upstream, dtype=dtype).multiplied(dtype)
 
@@ -752,7 +752,7 @@ def test_bad_input() -> None:
         ({"ref_logprobs": case.targets}, TypeError, "ref_logprobs must be a floating-point"),
         ({"importance_weights": torch.ones(9)}, ValueError, "importance_weights must have shape"),
         ({"temperature": 0.0}, ValueError, "temperature must be > 0"),
-        ({"temperature": torch.zeros(B, T)}, ValueError, "temperature must be > 0 and finite"),
+        ({"temperature": torch.zeros(B, T)}, ValueError, r"temperature must be >= 1\.18e-38 and"),
         ({"bias": case.bias[:2]}, ValueError, "bias must have shape"),
         ({"softcap": -1.0}, ValueError, "softcap must be > 0"),
         ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "must have shape"),

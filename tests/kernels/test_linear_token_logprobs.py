@@ -418,7 +418,9 @@ def test_compiles_without_a_graph_break() -> None:
     leaves = (hidden, weight, bias)
     got = torch.autograd.grad(compiled(*leaves), leaves)
     wanted = torch.autograd.grad(loss(*leaves), leaves)
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    for grad, exact in zip(got, wanted, strict=True):
+        # a compiler is given the temperature as a tensor of fp32, and so rounds it
+        torch.testing.assert_close(grad, exact, rtol=1e-6, atol=1e-6)
 
 
 def test_opcheck() -> None:

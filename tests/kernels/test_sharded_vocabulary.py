@@ -263,7 +263,7 @@ def test_opcheck() -> None:
     weight = torch.randn(7, 3, requires_grad=True)
     shard = VocabularyShard.of(weight)
     given = (hidden, weight, None, torch.randint(0, 7, (4,)), None, torch.ones(1), None, 1.0, True)
-    torch.library.opcheck(op, (*given, [shard.rank, *shard.sizes], shard.group_name))
+    torch.library.opcheck(op, (*given, None, [shard.rank, *shard.sizes], shard.group_name))
 
 
 @pytest.mark.usefixtures("alone")

@@ -5,7 +5,7 @@ tile of a few rows and columns and in fp32 (the interpreter's bf16 product over 
 wrong), and the library's with the pass that follows it. The oracle is torch in float64.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -108,7 +108,8 @@ class Problem:
         return torch.autograd.grad(value, products)[0]
 
 
-def check(got: Tensor, wanted: Tensor, rtol: float = 1e-5, atol: float = 1e-5) -> None:
+def check(got: Tensor, wanted: Tensor, rtol: float = 1e-5, atol: float = 3e-5) -> None:
+    """Compare with float64: to 1e-5 of the logits' scale, which is about 10 here."""
     torch.testing.assert_close(got.double(), wanted.double(), rtol=rtol, atol=atol)
 
 
@@ -117,8 +118,7 @@ def check_norm(got: Tensor, wanted: Tensor, limit: float = 1e-5) -> None:
     assert (got.double() - wanted.double()).norm() <= limit * wanted.norm().clamp(min=1e-6)
 
 
-@pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "entropy"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_to_gradients(
@@ -184,17 +184,19 @@ def test_rows_out_of_range_are_done_again(entropy: bool) -> None:
 
 
 def test_rows_in_range_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = far_from_the_target()
+    problem = Problem((20, 131, 4), bias=True)
     assert problem.bias is not None
-    together = problem.run().exponentials.clone()
-    problem.bias[7] = -700.0
-    problem.targets[:] = 5
-    problem.bias[3] = 43.0
+    problem.bias[3], problem.targets[:] = 25.0, 5
     near = problem.run()
-    assert (near.statistics.total > 2**50).all()
-    assert not torch.equal(near.exponentials, together)
-    monkeypatch.setattr(exp_rows.products_tile, "fn", None)  # nothing is multiplied again
-    assert torch.equal(problem.run().exponentials, near.exponentials)
+    assert (near.statistics.total > 2**20).all()
+    problem.hidden[4] *= 100
+    with_one = problem.run()
+    others = torch.arange(20) != 4
+    assert with_one.statistics.reference[4] != near.statistics.reference[4]
+    assert torch.equal(with_one.exponentials[others], near.exponentials[others])
+    problem.hidden[4] /= 100
+    monkeypatch.setattr(exp_rows, "products_tile", None)  # nothing is multiplied again
+    assert torch.equal(problem.run().exponentials[others], near.exponentials[others])
 
 
 @pytest.mark.parametrize("others", [-torch.inf, -200.0])
@@ -250,7 +252,7 @@ def test_bf16_exponentials_take_the_front_half_of_the_products(product: str) -> 
     check_norm(found.matrix * found.factors[:, None], problem.gradient(upstream, None), 8e-3)
 
 
-class Stop(Exception):
+class WaitsError(Exception):
     """A slice waits for the others."""
 
 
@@ -272,7 +274,7 @@ class Replay:
         if self.seen <= len(self.known):
             return self.known[self.seen - 1]
         self.own = merge, values
-        raise Stop
+        raise WaitsError
 
 
 def over_slices(problem: Problem, cuts: list[int], **options: Any) -> list[Any]:
@@ -288,7 +290,7 @@ def over_slices(problem: Problem, cuts: list[int], **options: Any) -> list[Any]:
             shard = Replay(start, known)
             try:
                 done.append(part.run(shard=shard, **options))
-            except Stop:
+            except WaitsError:
                 waiting.append(shard.own)
         if not waiting:
             return done
@@ -324,13 +326,13 @@ def test_slices_of_the_vocabulary(kind: str, cuts: list[int], entropy: bool) -> 
 
 
 @pytest.fixture
-def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Make CPU tensors say that they are CUDA's, from here on."""
 
     def switch() -> None:
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
 
-    yield switch
+    return switch
 
 
 SURROGATES = {

@@ -37,7 +37,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def tokens(shape: tuple[int, int], masked: bool) -> dict[str, Any]:
-    """Log-probs with every side of the clip, beyond the largest log-ratio, and junk where masked."""
+    """Log-probs on every side of the clip and beyond the largest log-ratio; junk where masked."""
     mask = torch.rand(shape) < 0.7 if masked else torch.ones(shape, dtype=torch.bool)
     drawn = -torch.rand(shape)
     old, ref = drawn + torch.randn(shape), drawn + torch.randn(shape)
@@ -86,8 +86,12 @@ def test_policy_loss(
         assert_same(value, exact)
 
 
-@pytest.mark.parametrize(("old", "ref", "importance", "each"), list(product([False, True], repeat=4)))
-def test_what_is_not_given(old: bool, ref: bool, importance: bool, each: bool, on_cuda: Any) -> None:
+@pytest.mark.parametrize(
+    ("old", "ref", "importance", "each"), list(product([False, True], repeat=4))
+)
+def test_what_is_not_given(
+    old: bool, ref: bool, importance: bool, each: bool, on_cuda: Any
+) -> None:
     given = tokens((4, 6), masked=True)
     given["advantages"] = torch.randn((4, 6) if each else (4, 1))
     if not old:
