@@ -64,7 +64,7 @@ class SequenceMean:
     Raises:
         ValueError: `denominator` is negative or has more than one element.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
         >>> SequenceMean().weights(Sequences.of(mask.float(), mask), torch.float32)
         tensor([[0.2500],
@@ -98,7 +98,7 @@ class TokenMean:
     Raises:
         ValueError: `denominator` is negative or has more than one element.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
         >>> TokenMean().weights(Sequences.of(mask.float(), mask), torch.float32)
         tensor(0.2500)
@@ -132,10 +132,10 @@ class FixedLength:
         denominator: Sequences to divide by; None: those of the batch.
 
     Raises:
-        TypeError: `length` is no int.
+        TypeError: `length` is not an int.
         ValueError: `length` < 1, or `denominator` is negative or has more than one element.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
         >>> FixedLength(10).weights(Sequences.of(mask.float(), mask), torch.float32)
         tensor(0.0500)
@@ -167,7 +167,7 @@ class Sum:
     Raises:
         ValueError: `denominator` is negative or has more than one element.
 
-    Example:
+    Examples:
         >>> mask = torch.ones(1, 2)
         >>> Sum().weights(Sequences.of(mask), torch.float32)
         tensor(1.)

@@ -9,19 +9,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+
 
 def describe(value: object) -> str:
     """Name a value in a few words: a tensor by dtype and shape, anything else by its type."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > 256:  # Python may refuse to print it
+        return f"an int of {value.bit_length()} bits"
     shown = repr(value)
     return f"{type(value).__name__} {shown if len(shown) <= 80 else shown[:77] + '...'}"
 
 
 def check_tensor(name: str, value: object) -> Tensor:
-    """Return `value` if it is a tensor; raise TypeError otherwise."""
+    """Return `value` if it is a tensor that holds values; raise TypeError otherwise."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}")
+    if value.device.type == "meta":
+        raise TypeError(f"{name} must hold values, got {describe(value)} on the meta device")
     return value
 
 
@@ -34,7 +40,7 @@ def check_floating(name: str, value: object) -> Tensor:
 
 
 def check_integral(name: str, value: object) -> Tensor:
-    """Return `value` if it is a tensor of integers (bool is none); raise TypeError otherwise."""
+    """Return `value` if it is an integer tensor (not a boolean one); raise TypeError otherwise."""
     tensor = check_tensor(name, value)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {describe(tensor)}")
@@ -44,7 +50,8 @@ def check_integral(name: str, value: object) -> Tensor:
 def check_mask(value: object, shape: Sequence[int], legend: str) -> Tensor:
     """Return a mask of booleans, or of ones and zeros in any dtype, as booleans.
 
-    An additive mask of 0 and -inf means the opposite, and weights are no mask: both are refused.
+    An additive mask (0 and -inf) means the opposite and weights are not a mask: both are refused,
+    on a GPU by a device assertion, which needs no sync. Compiled code does not look.
     """
     mask = check_shape("mask", check_tensor("mask", value), shape, legend)
     if mask.dtype == torch.bool:
@@ -99,7 +106,7 @@ def check_number(
     above: float | None = None,
     at_most: float | None = None,
 ) -> float:
-    """Return `value` as a float if it is a finite number within the bounds."""
+    """Return `value` as a float if it is a number within the bounds that float32 can hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
     bounds = [
@@ -108,15 +115,23 @@ def check_number(
         (f"<= {at_most}", at_most is None or value <= at_most),
     ]
     broken = [text for text, holds in bounds if not holds]
-    if broken or not math.isfinite(value):
-        raise ValueError(f"{name} must be {' and '.join(broken) or 'finite'}, got {value!r}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name} must fit 64 bits, or be a float, got {describe(value)}")
+    if not broken and not math.isfinite(value):
+        broken = ["finite"]
+    elif not broken and abs(value) > LARGEST_FLOAT32:
+        broken = ["in the range of float32"]
+    if broken:
+        raise ValueError(f"{name} must be {' and '.join(broken)}, got {value!r}")
     return float(value)
 
 
 def check_count(name: str, value: object, *, at_least: int = 1) -> int:
-    """Return `value` if it is an int (bool is none) of at least `at_least`."""
+    """Return `value` if it is an int, and not a bool, of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must fit 64 bits, got {describe(value)}")
     if value < at_least:
         raise ValueError(f"{name} must be >= {at_least}, got {value}")
     return value

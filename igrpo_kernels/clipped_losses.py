@@ -48,7 +48,7 @@ def clipped_policy_loss(
         TypeError: An input is not a floating-point tensor.
         ValueError: Shapes do not fit, or a bound is negative.
 
-    Example:
+    Examples:
         >>> import torch
         >>> old = torch.log(torch.tensor([[0.5, 0.5]]))
         >>> new = torch.log(torch.tensor([[0.9, 0.45]]))

@@ -31,6 +31,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     shard: VocabularyShard | None = None,
     chunk_bytes: int | None = None,
+    skip_zero_rows: bool = True,
     return_entropy: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -48,6 +49,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     shard: VocabularyShard | None = None,
     chunk_bytes: int | None = None,
+    skip_zero_rows: bool = True,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -64,6 +66,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     shard: VocabularyShard | None = None,
     chunk_bytes: int | None = None,
+    skip_zero_rows: bool = True,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the log-prob of each target from hidden states and the head's weight.
@@ -71,13 +74,14 @@ def linear_token_logprobs(
     token_logprobs(cap(logit_scale * (hidden @ weight.T + bias)), targets, temperature=temperature)
     with cap(y) = softcap * tanh(y / softcap), or y where softcap is None
 
-    The logits are computed a chunk of rows at a time and again in the backward, accumulate in fp32
-    from bf16 inputs too and stay there up to the softmax. The weight's gradient is summed over
-    chunks in fp32. Rows that the mask leaves out cost nothing, rows whose upstream gradient is
-    exactly zero cost nothing in the backward, and no gradient is computed for an input that needs
-    none (frozen head, frozen trunk). Under torch.autocast the inputs are cast as a linear layer
-    casts them. The same call gives the same bits; how many rows stand beside a row may change its
-    last ones. Once differentiable, in log-probs and entropy. On CUDA not yet measured.
+    Logits are computed a chunk of rows at a time, and again in the backward; from bf16 inputs too
+    they accumulate in fp32 and are never rounded. A confident token keeps its digits: its log-prob
+    is -log1p of the other tokens' odds. The weight's gradient is summed over chunks in fp32. Rows
+    that the mask leaves out cost nothing, rows whose upstream gradient is exactly zero cost nothing
+    in the backward, and an input that needs no gradient (frozen head, frozen trunk) gets none.
+    Under torch.autocast the inputs are cast as a linear layer casts them. The same call gives the
+    same bits; how many rows stand beside a row may change its last ones. Once differentiable, in
+    log-probs and entropy.
 
     Args:
         hidden: Last hidden state of the position that predicts each target. Shape [..., H].
@@ -94,6 +98,9 @@ def linear_token_logprobs(
             hold. Same results on every rank; see `VocabularyShard`.
         chunk_bytes: Bytes of logits, or of their exponentials, held at a time, at least one row's.
             None: 256 MiB on a CPU, 2.5 GiB on CUDA.
+        skip_zero_rows: Find rows whose upstream gradient is exactly zero, and leave them out of the
+            backward. On a GPU the host waits for that; with False and no mask it never waits (CUDA
+            graphs).
         return_entropy: Also return the entropy.
 
     Returns:
@@ -101,13 +108,13 @@ def linear_token_logprobs(
         flows to hidden, weight and bias.
 
     Raises:
-        TypeError: A dtype is wrong, hidden, weight and bias differ in it, or `shard` is no
-            VocabularyShard.
+        TypeError: A dtype is wrong, hidden, weight and bias differ in it, or `shard` is not
+            a VocabularyShard.
         ValueError: Shapes do not fit, a number is out of range, a target is outside the whole
             vocabulary on a row that counts (a device assertion for CUDA tensors), `weight` is not
             the slice that `shard` describes, or the ranks differ in the rows that count.
 
-    Example:
+    Examples:
         >>> hidden, weight = torch.ones(2, 3), torch.eye(4, 3)
         >>> linear_token_logprobs(hidden, weight, torch.tensor([0, 3]))
         tensor([-1.2143, -2.2143])
@@ -124,11 +131,11 @@ def linear_token_logprobs(
         shard=shard,
         chunk_bytes=chunk_bytes,
     )
-    logprobs, entropy = score(batch, entropy=return_entropy)
+    logprobs, entropy = score(batch, entropy=return_entropy, skip_zero_rows=skip_zero_rows)
     return logprobs if entropy is None else (logprobs, entropy)
 
 
-def score(batch: HeadBatch, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
+def score(batch: HeadBatch, *, entropy: bool, skip_zero_rows: bool) -> tuple[Tensor, Tensor | None]:
     """Return the log-probs and, on request, the entropies of a batch. Shape of its targets."""
     head, hidden, targets, mask = batch
     compute = _op if torch.compiler.is_compiling() else _ScoreRows.apply
@@ -142,6 +149,7 @@ def score(batch: HeadBatch, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
         head.transform.softcap,
         head.transform.logit_scale,
         entropy,
+        skip_zero_rows,
         head.chunk_bytes,
         *to_schema(head.shard),
     )
@@ -158,6 +166,7 @@ def _score_rows(
     softcap: float | None,
     logit_scale: float,
     with_entropy: bool,
+    skip_zero_rows: bool = True,
     chunk_bytes: int | None = None,
     slices: list[int] | None = None,
     group: str = "",
@@ -189,6 +198,7 @@ def _differentiate_rows(
     needed: list[bool],
     softcap: float | None,
     logit_scale: float,
+    skip_zero_rows: bool = True,
     chunk_bytes: int | None = None,
     slices: list[int] | None = None,
     group: str = "",
@@ -196,7 +206,8 @@ def _differentiate_rows(
     """Return the gradients that are needed, of hidden, weight and bias."""
     transform, shard = LogitTransform(temperature, softcap, logit_scale), from_schema(slices, group)
     head = LinearHead(weight, bias, transform, shard, chunk_bytes)
-    rows = rows_where(targets.shape[0], mask, nonzero(grad_logprobs, grad_entropy))
+    active = nonzero(grad_logprobs, grad_entropy) if skip_zero_rows else None
+    rows = rows_where(targets.shape[0], mask, active)
     gradients = HeadGradients(head, hidden, needed, one_chunk=is_one_chunk(head, rows))
     statistics = RowStatistics.of_tensors(known)
     with without_autocast(hidden.device):
@@ -266,7 +277,7 @@ class _ScoreRows(torch.autograd.Function):
 HEAD = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? mask, Tensor temperature"
 )
-REST = "int? chunk_bytes=None, int[]? slices=None, str group=''"
+REST = "bool skip_zero_rows=True, int? chunk_bytes=None, int[]? slices=None, str group=''"
 _op = torch.library.custom_op(
     f"{NAMESPACE}::linear_token_logprobs",
     _score_rows,

@@ -60,10 +60,11 @@ def token_logprobs(
     entropy[n] = -sum_j p[n, j] log p[n, j],               p = softmax(z)
 
     The same as `log_softmax(logits.float() / temperature).gather(...)`, a chunk of rows at a time:
-    nothing of the size of the logits is kept for the backward but the logits. Arithmetic is in fp32
-    (fp64 for fp64 logits). Logits of -inf have probability zero and gradient zero; a row in which
-    all are -inf gives NaN, as in torch. The same call gives the same bits; how many rows stand
-    beside a row may change its last ones. Once differentiable, in log-probs and entropy.
+    the backward keeps nothing of the size of the logits but the logits. Arithmetic is in fp32 (fp64
+    for fp64 logits), with the target left out of the sum, so that a confident token keeps its
+    digits. Logits of -inf have probability zero and gradient zero; a row of nothing but -inf gives
+    NaN, as in torch. The same call gives the same bits; how many rows stand beside a row may change
+    its last ones. Once differentiable, in log-probs and entropy.
 
     Args:
         logits: Scores of the vocabulary. Shape [..., V].
@@ -87,7 +88,7 @@ def token_logprobs(
             vocabulary on a row that counts (a device assertion for CUDA tensors), or
             `inplace_backward` would overwrite a leaf or expanded logits.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
         >>> token_logprobs(logits, torch.tensor([3, 0]))
         tensor([-1.3863e+00, -3.7016e-04])

@@ -39,6 +39,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     shard: VocabularyShard | None = None,
     chunk_bytes: int | None = None,
+    skip_zero_rows: bool = True,
     cu_seqlens: Tensor | None = None,
     return_entropy: bool = False,
     all_metrics: bool = False,
@@ -47,20 +48,20 @@ def linear_policy_loss(
 
     policy_loss(linear_token_logprobs(hidden, weight, targets, ...), advantages, mask, ...)
 
-    is the definition, in value and gradient. The logits are computed once: a chunk of rows goes
-    from products to log-probs, loss, gradient of the logits (in the same memory) and on to the
-    gradients of hidden, weight and bias, which the backward only multiplies by the upstream scalar.
-    A surrogate over sequences (GSPO, GMPO, VESPO) is given whole sequences; where one has more
-    logits than a chunk holds (in fp32, 5 GiB on CUDA and 256 MiB on a CPU) it takes the
-    definition's two passes, as surrogates over the batch (Clip-Cov, KL-Cov) and torch.compile do.
+    defines it, in value and gradient. Here each chunk of rows goes through the head once: from
+    exponentials relative to the target's logit to log-probs, loss and the gradients of hidden,
+    weight and bias, which the backward only multiplies by the upstream scalar. A surrogate over
+    sequences (GSPO, GMPO, VESPO) is given whole sequences. Where a sequence is larger than a chunk,
+    for surrogates over the batch (Clip-Cov, KL-Cov) and under torch.compile, the definition's two
+    passes run.
 
-    Rows that cannot matter cost nothing: masked ones; those of zero advantage or zero importance
-    weight (for a surrogate over sequences, sequences in which all are), where neither KL nor
-    entropy has a coefficient; and, after their logits, those whose gradient is exactly zero, such
-    as clipped ones. Half-precision inputs: logits and all sums are in fp32, and
-    every gradient is rounded once for the input's dtype. Masked slots may hold anything, NaN and
-    inf included. Without a counted token the loss is zero and still on the graph. The same call
-    gives the same bits. Once differentiable. On CUDA not yet measured.
+    Rows without a gradient cost nothing: masked ones; those of zero advantage or zero importance
+    weight (for a surrogate over sequences, whole sequences of them), unless KL or entropy has a
+    coefficient; and on a CPU, after their logits, those whose gradient turns out as exactly zero,
+    such as clipped ones. From half-precision inputs, log-probs and all sums are in fp32, and each
+    gradient is rounded once more than its matrix. Masked slots may hold anything, NaN and inf
+    included. Without a counted token the loss is zero and still on the graph. The same call gives
+    the same bits. Once differentiable.
 
     Args:
         hidden: Last hidden state of the position that predicts each target. Shape [B, T, H], or
@@ -78,7 +79,7 @@ def linear_policy_loss(
             `kl_coef=0` it enters the metrics only.
         kl_coef: Weight of the KL term, beta in the papers.
         kl: The estimator and its weighting, such as `RatioWeighted(K3())`.
-        entropy_coef: Weight of the entropy bonus.
+        entropy_coef: Weight of the entropy bonus; below zero, of a penalty on entropy.
         importance_weights: Correction for the sampler, one per token or per sequence. Constants.
         temperature: Divides the logits: a number, or one per token. Treated as a constant.
         bias: The head's bias; with `shard`, this rank's part of it. Shape [V].
@@ -88,24 +89,26 @@ def linear_policy_loss(
             hold. Same results on every rank; see `VocabularyShard`.
         chunk_bytes: Bytes of logits, or of their exponentials, held at a time, at least one row's.
             None: 256 MiB on a CPU, 2.5 GiB on CUDA.
+        skip_zero_rows: Find rows that cannot have a gradient first, and leave them out. On a GPU
+            the host waits for that; with False and no mask it never waits (CUDA graphs).
         cu_seqlens: Packed only: offsets of the sequences. Shape [B + 1].
         return_entropy: Put the entropy into the metrics also where `entropy_coef` is zero.
-        all_metrics: Average the metrics over all counted tokens, at the price of a forward of those
-            that cannot matter; otherwise over those computed.
+        all_metrics: Average the metrics over all counted tokens, which costs a forward of the rows
+            left out; False: over the rows computed.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs), a scalar whose gradient flows to hidden, weight and
         bias; and the metrics of `policy_loss`.
 
     Raises:
-        TypeError: A dtype is wrong, hidden, weight and bias differ in it, or `shard` is no
-            VocabularyShard.
-        ValueError: Shapes do not fit, a number is out of range, `kl_coef` is set without
-            `ref_logprobs`, a target is outside the whole vocabulary on a row that counts (a device
-            assertion for CUDA tensors), `weight` is not the slice that `shard` describes, or the
-            ranks differ in the rows that count.
+        TypeError: A dtype is wrong, hidden, weight and bias differ in it, or `shard` is not
+            a VocabularyShard.
+        ValueError: Shapes do not fit, a number is out of range, `kl_coef` is negative or set
+            without `ref_logprobs`, a target is outside the whole vocabulary on a row that counts (a
+            device assertion for CUDA tensors), `weight` is not the slice that `shard` describes, or
+            the ranks differ in the rows that count.
 
-    Example:
+    Examples:
         >>> from igrpo_kernels import Clip, SequenceMean
         >>> hidden = torch.eye(3).view(1, 3, 3).requires_grad_()
         >>> targets = torch.tensor([[0, 1, 1]])
@@ -137,7 +140,7 @@ def linear_policy_loss(
     )
 
     def in_two_passes() -> PolicyLoss:
-        logprobs, entropy = score(batch, entropy=wants_entropy)
+        logprobs, entropy = score(batch, entropy=wants_entropy, skip_zero_rows=skip_zero_rows)
         return policy_loss(
             logprobs,
             advantages,
@@ -170,7 +173,8 @@ def linear_policy_loss(
     )
     losses = RowLosses(objective, inputs, aggregate.weights(sequences, dtype))
     check_rows(batch.targets, batch.mask, head.transform.temperature, head.whole_vocabulary)
-    marked, count = losses.may_be_nonzero(), targets.numel()
+    marked = losses.may_be_nonzero() if skip_zero_rows else None
+    count = targets.numel()
     rows = rows_where(count, batch.mask, marked)
     if losses.owner is not None and not holds_sequences(head, rows, losses.owner):
         return in_two_passes()

@@ -70,7 +70,7 @@ def policy_loss(
             the denominators alone. One per token or per sequence. Treated as constants.
         entropy: Entropy of each token's distribution, in nats. Shape of `logprobs`. Given with
             `entropy_coef=0` it enters the metrics only.
-        entropy_coef: Weight of the entropy bonus.
+        entropy_coef: Weight of the entropy bonus; below zero, of a penalty on entropy.
         cu_seqlens: Packed only: offsets of the sequences. Shape [B + 1].
 
     Returns:
@@ -78,10 +78,10 @@ def policy_loss(
 
     Raises:
         TypeError: An input has the wrong type or an integer dtype.
-        ValueError: Shapes do not fit, a coefficient is set without the input it weights, or a
-            surrogate that folds the importance weights is given them per sequence.
+        ValueError: Shapes do not fit, `kl_coef` is negative, a coefficient is set without the input
+            it weights, or a surrogate that folds the importance weights is given them per sequence.
 
-    Example:
+    Examples:
         >>> from igrpo_kernels import Clip, TokenMean
         >>> logprobs = torch.tensor([[-1.0, -2.0], [-0.5, -0.1]], requires_grad=True)
         >>> mask = torch.tensor([[1, 1], [1, 0]])
@@ -97,7 +97,7 @@ def policy_loss(
     if entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy_coef={entropy_coef} needs entropy, got None")
     sequences = Sequences.of(check_floating("logprobs", logprobs), mask, cu_seqlens)
-    dtype = working_dtype(logprobs.dtype)  # a sum of bf16 log-ratios is no loss
+    dtype = working_dtype(logprobs.dtype)  # bf16 log-ratios do not add up
     inputs = TokenInputs.of(
         sequences,
         dtype,

@@ -25,7 +25,7 @@ def check_parts(surrogate: object, aggregate: object, kl: object) -> None:
 
     Raises:
         TypeError: One of the three is not what a loss is composed of.
-        ValueError: The surrogate's scope is none.
+        ValueError: The surrogate's scope is unknown.
     """
     for name, value, attribute, example in (
         ("surrogate", surrogate, "scope", "Clip()"),

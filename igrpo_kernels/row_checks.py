@@ -25,7 +25,7 @@ def row_temperature(
 ) -> float | Tensor:
     """Bring a temperature to a number, or to shape [1] (one for all) or [N] (one per row).
 
-    A compiler is given a tensor, so that another number is no other program.
+    A compiler gets a tensor, so that another temperature does not recompile.
     """
     if not isinstance(temperature, Tensor):
         number = check_number("temperature", temperature, above=0)

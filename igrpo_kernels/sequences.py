@@ -24,7 +24,7 @@ class Sequences:
         owner: Packed only: index of the sequence that each token belongs to. Shape [L].
         complete: Every token counts, so that nothing has to be selected.
 
-    Example:
+    Examples:
         >>> sequences = Sequences.of(torch.zeros(2, 3), torch.tensor([[1, 1, 0], [1, 0, 0]]))
         >>> sequences.mean(torch.tensor([[1.0, 3.0, 9.0], [5.0, 9.0, 9.0]]))
         tensor([2., 5.])
@@ -53,7 +53,7 @@ class Sequences:
             name: What errors call `values`.
 
         Raises:
-            TypeError: `mask` is no tensor, or `cu_seqlens` is not of integers.
+            TypeError: `mask` is not a tensor, or `cu_seqlens` is not of integers.
             ValueError: The shapes do not fit each other, or `cu_seqlens` does not rise from 0 to
                 L (looked at on the CPU alone: on a GPU it would cost a synchronization).
         """

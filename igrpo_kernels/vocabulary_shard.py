@@ -43,10 +43,10 @@ class VocabularyShard:
         group_name: The group's `group_name`.
 
     Raises:
-        TypeError: A size or `rank` is no int.
+        TypeError: A size or `rank` is not an int.
         ValueError: A size is negative, all are zero, or `rank` is not below their number.
 
-    Example:
+    Examples:
         On the last of three ranks, of 170, 170 and 167 tokens:
 
         >>> shard = VocabularyShard(sizes=(170, 170, 167), rank=2, group_name="tp")
@@ -86,7 +86,7 @@ class VocabularyShard:
             group: The process group that the vocabulary is cut over; None: the default group.
 
         Raises:
-            TypeError: `weight` is no tensor.
+            TypeError: `weight` is not a tensor.
             ValueError: `weight` has another shape, or this rank is not in the group.
         """
         check_rank("weight", check_tensor("weight", weight), 2, "[size, H]")

@@ -17,7 +17,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from igrpo_kernels import Aggregate, Surrogate
+from igrpo_kernels.aggregates import Aggregate
+from igrpo_kernels.surrogates import Surrogate
 
 from ..advantages import sum_rewards
 from ..markers import marker_tokens

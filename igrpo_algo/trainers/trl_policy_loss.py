@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
-from igrpo_kernels import Aggregate, KlEstimator, PolicyLoss, Surrogate, policy_loss
+from igrpo_kernels import PolicyLoss, policy_loss
+from igrpo_kernels.aggregates import Aggregate
+from igrpo_kernels.kl import KlEstimator
+from igrpo_kernels.surrogates import Surrogate
 
 from .trl_config import IGRPOConfig
 from .trl_head import choose_head

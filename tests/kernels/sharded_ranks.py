@@ -21,23 +21,20 @@ from igrpo_kernels import (
     K3,
     Cispo,
     Clip,
-    DppoTv,
     FixedLength,
-    Gmpo,
     RatioWeighted,
     Reinforce,
     Sapo,
     SequenceClip,
     SequenceMean,
-    SequenceTokenClip,
     Sum,
     TokenMean,
-    Vespo,
     VocabularyShard,
     cpu_head_softmax,
     linear_policy_loss,
     linear_token_logprobs,
 )
+from igrpo_kernels.surrogates import DppoTv, Gmpo, SequenceTokenClip, Vespo
 
 B, T, H, V = 4, 5, 6, 507
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 1, 0], [1, 0, 0, 0, 0]])

@@ -109,3 +109,36 @@ def test_a_forward_reads_nothing_back_but_what_it_checks(name: str) -> None:
     # the targets' bounds, and whether a row is out of range; on a GPU these are asserted there
     assert counted.names.count("aten._local_scalar_dense.default") <= 3
     assert not [call for call in counted.names if "nonzero" in call]
+
+
+def test_rows_are_looked_for_only_where_that_is_asked_for() -> None:
+    """What finds rows makes a GPU's host wait, and no CUDA graph can hold it."""
+    for skip in (False, True):
+        inputs = batch(torch.float32)
+        with Calls() as counted:
+            loss = linear_policy_loss(
+                **given(inputs, "hidden weight targets advantages"), **LOSS, skip_zero_rows=skip
+            ).loss
+            before = len(counted.names)
+            logprobs = linear_token_logprobs(
+                **given(inputs, "hidden weight targets"), skip_zero_rows=skip
+            )
+            (loss + logprobs.sum()).backward()
+        assert before > 0
+        # on a CPU rows whose gradient is zero are dropped behind the softmax: there are none here
+        assert ("aten.nonzero.default" in counted.names) == skip
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_that_are_not_skipped_give_the_same_gradients(masked: bool) -> None:
+    found = []
+    for skip in (False, True):
+        torch.manual_seed(0)
+        inputs = batch(torch.float64)
+        inputs["advantages"] = torch.tensor([0.0, -0.5])
+        names = "hidden weight targets advantages old_logprobs" + " mask" * masked
+        loss = linear_policy_loss(**given(inputs, names), **LOSS, skip_zero_rows=skip).loss
+        leaves = inputs["hidden"], inputs["weight"]
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    for value, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)

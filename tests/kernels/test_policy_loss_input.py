@@ -7,21 +7,17 @@ from igrpo_kernels import (
     K3,
     Cispo,
     Clip,
-    ClipCov,
-    DppoTv,
     FixedLength,
-    Gmpo,
-    KlCov,
     Sapo,
     SequenceClip,
     SequenceMean,
     Sum,
     TokenMean,
-    Vespo,
     clipped_policy_loss,
     linear_policy_loss,
     policy_loss,
 )
+from igrpo_kernels.surrogates import ClipCov, DppoTv, Gmpo, KlCov, Vespo
 
 LOGPROBS = torch.zeros(2, 3)
 ONES = torch.ones(2)

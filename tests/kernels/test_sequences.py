@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from igrpo_kernels import Sequences, Tokens
+from igrpo_kernels.sequences import Sequences
+from igrpo_kernels.surrogates import Tokens
 
 MASK = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]])
 VALUES = torch.tensor([[1.0, 2.0, float("nan")], [float("inf")] * 3, [4.0, 5.0, 6.0]])

@@ -263,7 +263,7 @@ def test_opcheck() -> None:
     weight = torch.randn(7, 3, requires_grad=True)
     shard = VocabularyShard.of(weight)
     given = (hidden, weight, None, torch.randint(0, 7, (4,)), None, torch.ones(1), None, 1.0, True)
-    torch.library.opcheck(op, (*given, None, [shard.rank, *shard.sizes], shard.group_name))
+    torch.library.opcheck(op, (*given, True, None, [shard.rank, *shard.sizes], shard.group_name))
 
 
 @pytest.mark.usefixtures("alone")
@@ -414,6 +414,20 @@ def test_a_slice_without_columns_beside_the_largest_logits() -> None:
         assert rows.statistics.entropy.item() == pytest.approx(math.log(2), rel=1e-6)
     grads = gradients_of(slices, torch.ones(1), torch.ones(1))
     torch.testing.assert_close(grads, torch.tensor([[-0.5, 0.5]]))
+
+
+@pytest.mark.parametrize("margin", [8.0, 17.0, 30.0])
+def test_a_confident_token_keeps_its_digits_in_slices(margin: float) -> None:
+    products = torch.zeros(2, 6)
+    products[0, 4], products[1, 0] = margin, margin
+    others = 5 * math.exp(-margin)
+    slices = in_slices(products, torch.tensor([4, 0]), LogitTransform(), [2, 2, 5])
+    for rows in slices:
+        wanted = torch.full((2,), -math.log1p(others))
+        torch.testing.assert_close(rows.statistics.logprobs, wanted, rtol=1e-5, atol=0)
+    grads = gradients_of(slices, torch.ones(2))
+    at_target = torch.full((2,), others / (1 + others))
+    torch.testing.assert_close(grads[[0, 1], [4, 0]], at_target, rtol=1e-5, atol=0)
 
 
 def test_a_row_of_minus_infinity_alone_gives_nan_as_unsharded() -> None:

@@ -121,6 +121,20 @@ def norm_of(values: Tensor, euclidean: bool) -> Tensor:
     return values.norm() if euclidean else values.abs().max()
 
 
+def in_parts(got: Tensor, wanted: Tensor | Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pair a tensor's rows with those wanted: of 2^31 elements memory does not hold a float64."""
+    if isinstance(wanted, Tensor):
+        assert got.shape == wanted.shape
+        parts = (values.detach().flatten().split(2**27) for values in (got, wanted))
+        yield from zip(*parts, strict=True)
+        return
+    start = 0
+    for part in wanted:
+        yield got.detach()[start : start + len(part)], part
+        start += len(part)
+    assert start == len(got)
+
+
 @pytest.fixture
 def assert_close() -> Callable[..., None]:
     """Compare with float64: values by the largest, gradients by their norms.
@@ -129,12 +143,9 @@ def assert_close() -> Callable[..., None]:
     dtype of its input: it is rounded once, and the gradient of the logits once before a product.
     """
 
-    def check(got: Tensor, wanted: Tensor, *, gradient: bool = False) -> None:
-        assert got.shape == wanted.shape
+    def check(got: Tensor, wanted: Tensor | Iterator[Tensor], *, gradient: bool = False) -> None:
         errors, sizes = [], []
-        # in parts: there may be 2^31 elements, and the memory holds their float64 once
-        parts = (values.detach().flatten().split(2**27) for values in (got, wanted))
-        for mine, exact in zip(*parts, strict=True):
+        for mine, exact in in_parts(got, wanted):
             assert mine.isfinite().all()
             errors.append(norm_of(mine.double() - exact, gradient))
             sizes.append(norm_of(exact, gradient))
