@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from .checks import check_floating
-from .loss_terms import TokenInputs
+from .kl import K3
+from .loss_terms import TokenInputs, TokenObjective
 from .row_selection import working_dtype
 from .sequences import Sequences
 from .surrogates import Clip
@@ -56,13 +57,12 @@ def clipped_policy_loss(
     """
     sequences = Sequences.of(check_floating("logprobs", logprobs), mask, cu_seqlens)
     dtype = working_dtype(logprobs.dtype)
-    inputs = TokenInputs.of(sequences, dtype, advantages, old_logprobs=old_logprobs).masked()
-    tokens = inputs.tokens(sequences.select(logprobs.to(dtype)))
-    clip = Clip(clip_low, clip_high, dual_clip)
-    if logprobs.is_cuda:
-        from ._triton.clipped_policy_loss import losses_and_slopes
+    inputs = TokenInputs.of(sequences, dtype, advantages, old_logprobs=old_logprobs)
+    objective = TokenObjective(Clip(clip_low, clip_high, dual_clip), K3(), 0.0, 0.0)
+    if objective.has_kernel(logprobs):
+        from ._triton.clip_terms import ClippedLosses
 
-        every = tokens.advantages.expand_as(tokens.logprobs)
-        arguments = (tokens.logprobs, tokens.old_logprobs, every, sequences.mask)
-        return losses_and_slopes(*arguments, clip_low, clip_high, dual_clip)[0]
-    return sequences.select(clip(tokens).losses)
+        losses: Tensor = ClippedLosses.apply(logprobs, inputs, objective)
+        return losses
+    tokens = inputs.masked().tokens(sequences.select(logprobs.to(dtype)))
+    return sequences.select(objective.surrogate(tokens).losses)

@@ -14,9 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from .head_softmax import is_one_chunk, softmax_chunks
 from .linear_head import HeadGradients, LinearHead
-from .loss_terms import TokenInputs, TokenObjective, TokenTerms
+from .loss_terms import TokenInputs, TokenObjective, named_means
+from .relative_softmax import ProductGradient, RowSoftmax
 from .row_selection import Rows, working_dtype
 from .row_statistics import RowStatistics
+from .upstream import times_upstream
 
 
 class Share(NamedTuple):
@@ -26,14 +28,14 @@ class Share(NamedTuple):
         loss: The share.
         by_logprob: Its gradient by the log-probs, where gradients are wanted. Shape [N].
         by_entropy: Its gradient by the entropies, where they have a coefficient. Shape [N].
-        terms: The terms of each row.
-        sums: What is logged, added up.
+        names: Of what is logged.
+        sums: What is logged, added up. Shape [K].
     """
 
     loss: Tensor
     by_logprob: Tensor | None
     by_entropy: Tensor | None
-    terms: TokenTerms
+    names: list[str]
     sums: Tensor
 
 
@@ -94,7 +96,8 @@ class RowLosses:
             found_slopes = torch.autograd.grad(losses, leaves, weights.expand_as(losses))
             slopes[: len(leaves)] = found_slopes
         loss = (weights * losses).sum()
-        return Share(loss, slopes[0], slopes[1], terms, terms.sums(inputs.sequences))
+        sums = terms.sums(inputs.sequences)
+        return Share(loss, slopes[0], slopes[1], list(terms.logged), sums)
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,10 @@ class FusedLoss:
         gradients = HeadGradients(self.head, hidden, needed, one_chunk=one_chunk)
         shares, found = [], []
         for rows, some, softmax in self._chunks(hidden, self.rows, keeps=keeps):
-            share = self.losses.share(rows, softmax.statistics, gradients=keeps)
+            share, gradient = self._step(rows, softmax, gradients if keeps else None)
             found.append((rows, softmax.statistics))
-            if keeps:
-                slopes = share.by_logprob, share.by_entropy
-                gradients.add(rows, some, softmax.gradient_(*slopes, dtype=gradients.matrix_dtype))
+            if gradient is not None:
+                gradients.add(rows, some, gradient)
             shares.append(share)
         for rows, _, softmax in self._chunks(hidden, self.more, keeps=False):  # a loss of zero
             shares.append(self.losses.share(rows, softmax.statistics, gradients=False))
@@ -150,9 +152,26 @@ class FusedLoss:
             found = [(range(0), nothing)]
         first, count = shares[0], len(self.rows) + len(self.more)
         sums = sum((share.sums for share in shares[1:]), first.sums)
-        self.metrics.update(first.terms.means(sums, count))
+        self.metrics.update(named_means(first.names, sums, count))
         self.scores[:] = self._scores(found)
         return sum((share.loss for share in shares[1:]), first.loss), gradients.finish()
+
+    def _step(
+        self, rows: Rows, softmax: RowSoftmax, gradients: HeadGradients | None
+    ) -> tuple[Share, ProductGradient | None]:
+        """Take a chunk from log-probs to the gradient of its products, where that is wanted."""
+        scales = gradients is not None and gradients.needs_weight
+        if self.losses.objective.has_kernel(softmax.statistics.logprobs):
+            from ._triton.head_softmax import HeadSoftmax
+
+            if isinstance(softmax, HeadSoftmax) and not softmax.lacks_slope:
+                loss, names, sums, gradient = softmax.clip(self.losses, rows, scales_hidden=scales)
+                return Share(loss, None, None, names, sums), gradient
+        share = self.losses.share(rows, softmax.statistics, gradients=gradients is not None)
+        if gradients is None:
+            return share, None
+        slopes, dtype = (share.by_logprob, share.by_entropy), gradients.matrix_dtype
+        return share, softmax.gradient_(*slopes, dtype=dtype, scales_hidden=scales)
 
     def _scores(self, found: list[tuple[Rows, RowStatistics]]) -> Iterator[Tensor | None]:
         """Lay the log-probs of all chunks out by row, and then the entropies."""
@@ -196,18 +215,6 @@ class FusedLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Multiply by the upstream scalar: in place, unless a second backward may follow."""
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            scaled = [gradient * grad_loss for gradient in ctx.saved_tensors]
-        else:
-            scaled = scale_(list(ctx.saved_tensors), grad_loss)
-        found = iter(scaled)
+        """Multiply by the upstream scalar."""
+        found = iter(times_upstream(ctx.saved_tensors, grad_loss))
         return *(next(found).to(ctx.dtype) if need else None for need in ctx.needed), None
-
-
-def scale_(gradients: list[Tensor], scalar: Tensor) -> list[Tensor]:
-    """Multiply gradients by the upstream scalar, in place; mostly it is 1, and costs nothing."""
-    if scalar.is_cuda or scalar.item() != 1:
-        for gradient in gradients:
-            gradient.mul_(scalar)
-    return gradients

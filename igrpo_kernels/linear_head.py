@@ -119,25 +119,32 @@ class HeadGradients:
         if gradient.rows is not None:
             rows, hidden = compose(rows, gradient.rows), hidden[gradient.rows]
         if self.needs_hidden:
-            self._put_hidden(rows, self._hidden_product(gradient))
+            self._put_hidden(rows, *self._hidden_product(gradient))
         if self.needs_weight:
             self.weight = self._weight_plus(hidden, gradient)
         if self.needs_bias:
             share = _bias_share(gradient)
             self.bias = share if self.bias is None else self.bias.add_(share)
 
-    def _put_hidden(self, rows: Rows, product: Tensor) -> None:
+    def _put_hidden(self, rows: Rows, product: Tensor, factors: Tensor | None) -> None:
         dtype = gradient_dtype(self.like.dtype)
-        if len(rows) == len(self.like):
-            self.hidden = product.to(dtype)
+        every = len(rows) == len(self.like)
+        if every and (factors is None or not product.is_cuda):
+            self.hidden = scale_rows(product, factors, dtype)
             return
         if self.hidden is None:
-            self.hidden = torch.zeros_like(self.like, dtype=dtype)
-        at = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
-        self.hidden[at] = product.to(dtype)
+            new = torch.empty_like if every else torch.zeros_like
+            self.hidden = new(self.like, dtype=dtype)
+        if factors is not None and product.is_cuda:
+            from ._triton.head_rows import put_scaled_rows_
 
-    def _hidden_product(self, gradient: ProductGradient) -> Tensor:
-        """Return the gradient of a chunk's hidden states, summed over the slices.
+            put_scaled_rows_(self.hidden, rows, product, factors)
+            return
+        at = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
+        self.hidden[at] = scale_rows(product, factors, dtype)
+
+    def _hidden_product(self, gradient: ProductGradient) -> tuple[Tensor, Tensor | None]:
+        """Return the gradient of a chunk's hidden states, and the factors that it still lacks.
 
         Of half-precision operands a GPU's leaves in fp32: cuBLAS may split the sum over V, and adds
         up parts in the dtype in which the product leaves.
@@ -151,16 +158,16 @@ class HeadGradients:
         elif matrix.dtype == gradient_dtype(weight.dtype):
             product = torch.mm(matrix, weight.to(matrix.dtype))
         else:
-            return torch.mm(gradient.multiplied(weight.dtype), weight)
-        if gradient.factors is not None:
-            product = scale_rows(product, gradient.factors, product.dtype)
-        return product if shard is None else shard.sum_(product)
+            return torch.mm(gradient.multiplied(weight.dtype), weight), None
+        if shard is not None:
+            return shard.sum_(scale_rows(product, gradient.factors, product.dtype)), None
+        return product, gradient.factors
 
     def _weight_plus(self, hidden: Tensor, gradient: ProductGradient) -> Tensor:
         """Return the weight's gradient so far plus that of a chunk."""
         matrix = gradient.matrix.t()
-        if gradient.factors is None:
-            hidden = hidden.to(matrix.dtype)
+        if gradient.scaled_hidden is not None:
+            hidden = gradient.scaled_hidden
         else:
             hidden = scale_rows(hidden, gradient.factors, matrix.dtype)
         if self.one_chunk:  # its product is the sum, and rounded once
@@ -187,9 +194,9 @@ class HeadGradients:
         return [gradient.to(dtype) for gradient in gradients]
 
 
-def scale_rows(values: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply each row by its factor, in fp32 or fp64, and round once. Shape [N, H]."""
-    return (values * factors[:, None]).to(dtype)
+def scale_rows(values: Tensor, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Multiply each row by its factor (None: 1), in fp32 or fp64, and round once. Shape [N, H]."""
+    return (values if factors is None else values * factors[:, None]).to(dtype)
 
 
 def _bias_share(gradient: ProductGradient) -> Tensor:

@@ -213,7 +213,10 @@ def _differentiate_rows(
     with without_autocast(hidden.device):
         for chunk, some, softmax in softmax_chunks(head, hidden, targets, rows, known=statistics):
             upstream = take(grad_logprobs, chunk), take(grad_entropy, chunk)
-            gradients.add(chunk, some, softmax.gradient_(*upstream, dtype=gradients.matrix_dtype))
+            found = softmax.gradient_(
+                *upstream, dtype=gradients.matrix_dtype, scales_hidden=gradients.needs_weight
+            )
+            gradients.add(chunk, some, found)
         return [gradient.to(hidden.dtype) for gradient in gradients.finish()]
 
 

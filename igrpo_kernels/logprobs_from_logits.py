@@ -156,7 +156,7 @@ def _score_rows(
     """Return log-probs, entropies (or nothing), references and totals of all rows."""
     check_rows(targets, mask, temperature, logits.shape[-1])
     if logits.is_cuda:
-        from ._triton import token_logprobs as kernels
+        from ._triton import logit_rows as kernels
 
         heat = LogitTransform(temperature).temperature_tensor(logits)
         return kernels.forward(logits, targets, mask, heat, with_entropy).tensors
@@ -214,7 +214,7 @@ def _write_gradient(
     statistics = RowStatistics.of_tensors(known)
     upstream = grad_logprobs, grad_entropy
     if logits.is_cuda:
-        from ._triton import token_logprobs as kernels
+        from ._triton import logit_rows as kernels
 
         heat = LogitTransform(temperature).temperature_tensor(logits)
         kernels.write_gradient(grad, logits, targets, mask, heat, statistics, *upstream)

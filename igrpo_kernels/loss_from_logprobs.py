@@ -8,7 +8,7 @@ from torch import Tensor
 from .aggregates import Aggregate
 from .checks import check_floating, check_shape
 from .kl import K3, KlEstimator
-from .loss_terms import TokenInputs, TokenObjective
+from .loss_terms import TokenInputs, TokenObjective, named_means
 from .row_selection import working_dtype
 from .sequences import Sequences
 from .surrogates.base import Surrogate
@@ -111,13 +111,21 @@ def policy_loss(
         ref_logprobs=ref_logprobs,
         importance_weights=importance_weights,
         per_token_weights=surrogate.folds_importance_weights,
-    ).masked()
+    )
     if entropy is not None:
         check_shape("entropy", check_floating("entropy", entropy), logprobs.shape, "of logprobs")
-        entropy = sequences.select(entropy.to(dtype))
+        entropy = entropy.to(dtype)
+    weights = aggregate.weights(sequences, dtype)
+    if objective.has_kernel(logprobs):
+        from ._triton.clip_terms import clipped_loss
+
+        loss, names, sums = clipped_loss(logprobs, entropy, inputs, weights, objective)
+        return PolicyLoss(loss, named_means(names, sums, sequences.mask.sum()))
+    inputs = inputs.masked()
+    entropy = None if entropy is None else sequences.select(entropy)
     tokens = inputs.tokens(sequences.select(logprobs.to(dtype)))
     terms = objective(tokens, inputs.ref_logprobs, entropy)
-    loss = sequences.select(aggregate.weights(sequences, dtype) * terms.losses).sum()
+    loss = sequences.select(weights * terms.losses).sum()
     with torch.no_grad():
-        metrics = terms.means(terms.sums(sequences), sequences.mask.sum())
+        metrics = named_means(terms.logged, terms.sums(sequences), sequences.mask.sum())
     return PolicyLoss(loss, metrics)

@@ -4,6 +4,7 @@ This is the only statement of the loss. `policy_loss` evaluates it on whole batc
 `linear_policy_loss` on the rows of each chunk, and every fused kernel is tested against it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from .aggregates import Aggregate
 from .checks import check_floating, check_number, check_shape, describe
-from .kl import KlEstimator
+from .kl import K3, KlEstimator
 from .row_selection import Rows
 from .sequences import Sequences
 from .surrogates.base import Scope, Surrogate, Tokens
+from .surrogates.clipped import Clip
 
 
 def check_parts(surrogate: object, aggregate: object, kl: object) -> None:
@@ -59,10 +61,11 @@ class TokenTerms(NamedTuple):
         stacked = torch.stack(values)  # the flags among them become numbers
         return sequences.select(stacked).flatten(1).sum(1)
 
-    def means(self, sums: Tensor, count: Tensor | int) -> dict[str, Tensor]:
-        """Name the sums of all parts of a batch, divided by the number of its tokens."""
-        count = count.clamp(min=1) if isinstance(count, Tensor) else max(1, count)
-        return dict(zip(self.logged, (sums / count).unbind(), strict=True))
+
+def named_means(names: Iterable[str], sums: Tensor, count: Tensor | int) -> dict[str, Tensor]:
+    """Name the sums of all parts of a batch, divided by the number of its tokens."""
+    count = count.clamp(min=1) if isinstance(count, Tensor) else max(1, count)
+    return dict(zip(names, (sums / count).unbind(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,15 @@ class TokenObjective:
             "importance_weight": weights,
         }
         return TokenTerms(losses, {k: v for k, v in logged.items() if v is not None})
+
+    def has_kernel(self, logprobs: Tensor) -> bool:
+        """Whether one CUDA kernel runs it: `Clip` in fp32, with k3 or none.
+
+        A compiler fuses the formulas itself, and is given those.
+        """
+        clips = type(self.surrogate) is Clip and type(self.kl) is K3 and self.entropy_coef == 0
+        on_cuda = logprobs.is_cuda and logprobs.dtype != torch.float64
+        return clips and on_cuda and not torch.compiler.is_compiling()
 
     @property
     def needs_every_row(self) -> bool:

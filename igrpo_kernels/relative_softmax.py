@@ -127,11 +127,14 @@ class ProductGradient:
         factors: Shape [K], in fp32 or fp64; None: all are 1.
         rows: Which rows of the chunk these are, of which the others have none; None: all. Shape
             [K].
+        scaled_hidden: The rows' hidden states times the factors, in the dtype of the matrix, where
+            they were taken along. Shape [K, H].
     """
 
     matrix: Tensor
     factors: Tensor | None = None
     rows: Tensor | None = None
+    scaled_hidden: Tensor | None = None
 
     def multiplied(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the gradient as one matrix, in `out` if that is given. Shape [K, V]."""
@@ -151,7 +154,12 @@ class RowSoftmax(Protocol):
         ...
 
     def gradient_(
-        self, by_logprob: Tensor | None, by_entropy: Tensor | None = None, *, dtype: torch.dtype
+        self,
+        by_logprob: Tensor | None,
+        by_entropy: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+        scales_hidden: bool = False,
     ) -> ProductGradient:
         """Return the gradient of the products, in the memory of the chunk; to be called once.
 
@@ -161,6 +169,7 @@ class RowSoftmax(Protocol):
             by_logprob: Upstream gradient of the log-probs; None is zero. Shape [N].
             by_entropy: Upstream gradient of the entropy; None is zero. Shape [N].
             dtype: What the matrix is best in; it may be wider than what was stored.
+            scales_hidden: Whether the hidden states times the factors will be wanted.
         """
         ...
 
@@ -191,7 +200,12 @@ class SoftmaxRows:
         )
 
     def gradient_(
-        self, by_logprob: Tensor | None, by_entropy: Tensor | None = None, *, dtype: torch.dtype
+        self,
+        by_logprob: Tensor | None,
+        by_entropy: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+        scales_hidden: bool = False,
     ) -> ProductGradient:
         """Return the gradient of those rows whose upstream gradient is not exactly zero.
 

@@ -55,7 +55,7 @@ def call(**overrides):
         ),
         ({"surrogate": "grpo"}, TypeError, r"surrogate must be a value .* got str 'grpo'"),
         ({"aggregate": SequenceMean}, TypeError, r"aggregate must be a value such as Sequ"),
-        ({"kl": K3}, TypeError, r"kl must be a value such as K3\(\), got the class"),
+        ({"kl": K3}, TypeError, r"kl must be a value such as K3\(\), got type"),
         (
             {"surrogate": Vespo(), "importance_weights": torch.ones(2)},
             ValueError,
