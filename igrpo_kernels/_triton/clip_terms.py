@@ -234,6 +234,7 @@ class ClippedLosses(torch.autograd.Function):
         losses, slopes, _ = clip_tokens(
             logprobs, inputs, objective, losses=True, slopes=ctx.needs_input_grad[0]
         )
+        assert losses is not None
         ctx.save_for_backward(slopes)
         return losses
 
@@ -263,6 +264,7 @@ class ClippedLoss(torch.autograd.Function):
         _, slopes, sums = clip_tokens(
             logprobs, inputs, objective, weights, entropy, slopes=slopes, sums=True
         )
+        assert sums is not None
         ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(sums)
         return sums[0].clone(), sums

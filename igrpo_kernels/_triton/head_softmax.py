@@ -157,6 +157,7 @@ def softmax_of_rows(
             )
             kept = written if keeps else None
         if known is None:
+            assert sums is not None
             finish = row_totals if head.shard is None else partial(_totals_over_slices, head)
             known = finish(kept, chunk, reference, sums, moments, stores_slope=stores_slope)
     return HeadSoftmax(chunk, kept, chunk.has_cap and not stores_slope, known)
