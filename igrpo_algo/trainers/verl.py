@@ -161,7 +161,8 @@ class IGRPOAgentLoop(SingleTurnAgentLoop):
         draw_plain = functools.partial(super().run, sampling_params, priority, raw_prompt=messages)
         stage_one = functools.partial(self._stage_one, messages, draw_plain, fields)
         uid = fields["uid"]
-        if "session_id" in fields:  # V1
+        in_one_worker = "session_id" in fields or not ray.is_initialized()  # V1 numbers sessions
+        if in_one_worker:
             stage_two = await stage_one(uid)
         else:
             stage_two = await _share_between_workers(uid, stage_one)

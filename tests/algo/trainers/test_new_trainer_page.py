@@ -35,9 +35,9 @@ def test_the_adapter_of_the_page_gives_a_group_its_best_draft():
 
     async def generate(ids: list[int]) -> list[int]:
         asked.append(Characters().decode(ids))
-        number = len(asked)
+        number = str(len(asked))
         await asyncio.sleep(0)
-        return [ord(str(number))]
+        return list(map(ord, number))
 
     def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
         assert set(answer) == {"4"}
@@ -57,4 +57,5 @@ def test_the_adapter_of_the_page_gives_a_group_its_best_draft():
     assert prompt.startswith("2+2?")
     assert "4" in prompt.removeprefix("2+2?")  # the fourth draft was the best
     assert asked[4:] == [prompt] * 3
-    assert sorted(reward for _, _, reward in samples) == [5.0, 6.0, 7.0]
+    assert len(asked) == 4 + 3
+    assert all(reward == int(Characters().decode(ids)) for _, ids, reward in samples)

@@ -35,14 +35,19 @@ QUESTIONS = ["1+1?", "2+2?", "3+3?"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     make_model().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
     path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "VERL_LOGGING_LEVEL": "ERROR"}
     ray.init(num_cpus=16, runtime_env={"env_vars": environment}, include_dashboard=False)
-    yield folder
+    yield
     ray.shutdown()
 
 
@@ -87,7 +92,9 @@ def make_rows(questions: list[str], times: int) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def workers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+def workers(
+    cluster: None, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Path]:
     """Two agent loop workers and one for rewards, and where they write down what was asked."""
     record = tmp_path_factory.mktemp("record")
     config = make_config(model)
@@ -135,6 +142,31 @@ def check_groups(record: Path, trained: list[list[int]], scores: torch.Tensor | 
         ).check(N, G)
 
 
+def test_the_question_is_never_cut(model: Path, tmp_path: Path) -> None:
+    length = len("user:1+1?") + 2 + len("assistant:") + 1
+    room = f"actor_rollout_ref.rollout.prompt_length={length + 4}"
+    run_here(make_config(model, room), tmp_path, model)
+    calls = asked(tmp_path)
+    assert all(prompt[len("<s>user:") :][:4] in QUESTIONS for prompt, *_ in calls)
+    assert max(len(ids) for *_, ids in calls) <= length + 4
+    assert torch.tensor([len(ids) > length for *_, ids in calls]).any()
+    tight = f"actor_rollout_ref.rollout.prompt_length={length - 1}"
+    with pytest.raises(ValueError, match="a question is never cut"):
+        run_here(make_config(model, tight), tmp_path, model)
+
+
+def test_what_can_not_work_is_refused_before_sampling(model: Path, tmp_path: Path) -> None:
+    wanted = {
+        "actor_rollout_ref.rollout.full_determinism=true": "full_determinism must be off",
+        "igrpo.num_drafts=0": "num_drafts",
+        "+igrpo.drafts=3": "unexpected keyword argument 'drafts'",
+    }
+    for override, message in wanted.items():
+        with pytest.raises(Exception, match=message):
+            run_here(make_config(model, override), tmp_path, model)
+    assert not asked(tmp_path)
+
+
 def test_a_group_dealt_to_two_workers_has_one_draft(workers: tuple[Any, Path]) -> None:
     """Three groups of four go to two workers as six and six: the second group is split."""
     manager, record = workers
@@ -162,7 +194,9 @@ def test_validation_is_single_shot(workers: tuple[Any, Path]) -> None:
     assert all(prompt.endswith("?</s><s>assistant:") for prompt, *_ in calls)
 
 
-def test_v1_trains_each_group_on_one_stage_two_prompt(model: Path, tmp_path: Path) -> None:
+def test_v1_trains_each_group_on_one_stage_two_prompt(
+    cluster: None, model: Path, tmp_path: Path
+) -> None:
     config = make_config(model, "transfer_queue.backend.SimpleStorage.num_data_storage_units=1")
     tq.init(config.transfer_queue)
     manager = AgentLoopManagerTQ.create(config, Client(tmp_path, model))
@@ -186,28 +220,3 @@ def test_v1_trains_each_group_on_one_stage_two_prompt(model: Path, tmp_path: Pat
     data = tq.kv_batch_get(keys=keys, partition_id="train")
     prompts = [ids.tolist() for ids in data["prompts"].unbind()]
     check_groups(tmp_path, prompts, None)
-
-
-def test_the_question_is_never_cut(model: Path, tmp_path: Path) -> None:
-    length = len("user:1+1?") + 2 + len("assistant:") + 1
-    room = f"actor_rollout_ref.rollout.prompt_length={length + 4}"
-    run_here(make_config(model, room), tmp_path, model)
-    calls = asked(tmp_path)
-    assert all(prompt[len("<s>user:") :][:4] in QUESTIONS for prompt, *_ in calls)
-    assert max(len(ids) for *_, ids in calls) <= length + 4
-    assert torch.tensor([len(ids) > length for *_, ids in calls]).any()
-    tight = f"actor_rollout_ref.rollout.prompt_length={length - 1}"
-    with pytest.raises(ValueError, match="a question is never cut"):
-        run_here(make_config(model, tight), tmp_path, model)
-
-
-def test_what_can_not_work_is_refused_before_sampling(model: Path, tmp_path: Path) -> None:
-    wanted = {
-        "actor_rollout_ref.rollout.full_determinism=true": "full_determinism must be off",
-        "igrpo.num_drafts=0": "num_drafts",
-        "+igrpo.drafts=3": "unexpected keyword argument 'drafts'",
-    }
-    for override, message in wanted.items():
-        with pytest.raises(Exception, match=message):
-            run_here(make_config(model, override), tmp_path, model)
-    assert not asked(tmp_path)
