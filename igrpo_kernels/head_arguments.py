@@ -16,9 +16,9 @@ from .checks import (
     describe,
 )
 from .linear_head import LinearHead
-from .relative_softmax import LogitTransform
 from .row_checks import check_targets, row_temperature
 from .row_selection import working_dtype
+from .row_softmax import LogitTransform
 from .vocabulary_shard import VocabularyShard, check_slice
 
 
@@ -36,6 +36,11 @@ class HeadBatch(NamedTuple):
     hidden: Tensor
     targets: Tensor
     mask: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic, and of log-probs and losses."""
+        return working_dtype(self.head.weight.dtype)
 
     @classmethod
     def of(

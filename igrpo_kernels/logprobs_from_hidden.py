@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 from .head_arguments import HeadBatch, without_autocast
 from .head_softmax import is_one_chunk, softmax_chunks
 from .linear_head import HeadGradients, LinearHead
-from .relative_softmax import LogitTransform
 from .row_checks import NAMESPACE, check_rows
 from .row_selection import nonzero, rows_where, take, working_dtype
+from .row_softmax import LogitTransform
 from .row_statistics import RowStatistics
 from .vocabulary_shard import VocabularyShard, from_schema, to_schema
 

@@ -5,14 +5,11 @@ from torch import Tensor
 
 from .aggregates import Aggregate
 from .fused_loss import FusedLoss, RowLosses
-from .head_arguments import HeadBatch, without_autocast
-from .head_softmax import holds_sequences
+from .head_arguments import HeadBatch
 from .kl import K3, KlEstimator
 from .logprobs_from_hidden import score
-from .loss_from_logprobs import PolicyLoss, policy_loss
+from .loss_from_logprobs import PolicyLoss, average
 from .loss_terms import TokenInputs, TokenObjective
-from .row_checks import check_rows
-from .row_selection import Rows, rows_where, working_dtype
 from .sequences import Sequences
 from .surrogates.base import Surrogate
 from .vocabulary_shard import VocabularyShard
@@ -139,33 +136,9 @@ def linear_policy_loss(
         chunk_bytes=chunk_bytes,
     )
 
-    def in_two_passes() -> PolicyLoss:
-        logprobs, entropy = score(batch, entropy=wants_entropy, skip_zero_rows=skip_zero_rows)
-        result = policy_loss(
-            logprobs,
-            advantages,
-            batch.mask,
-            surrogate=surrogate,
-            aggregate=aggregate,
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-            kl_coef=kl_coef,
-            kl=kl,
-            importance_weights=importance_weights,
-            entropy=entropy,
-            entropy_coef=entropy_coef,
-            cu_seqlens=cu_seqlens,
-        )
-        found = None if entropy is None else entropy.detach()
-        return result._replace(logprobs=logprobs.detach(), entropy=found)
-
-    if surrogate.scope == "batch" or torch.compiler.is_compiling():
-        return in_two_passes()
-    head, dtype = batch.head, working_dtype(batch.head.weight.dtype)
-    sequences = Sequences.of(batch.targets, batch.mask, cu_seqlens, name="targets")
     inputs = TokenInputs.of(
-        sequences,
-        dtype,
+        Sequences.of(batch.targets, batch.mask, cu_seqlens, name="targets"),
+        batch.dtype,
         advantages,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
@@ -173,20 +146,19 @@ def linear_policy_loss(
         per_token_weights=surrogate.folds_importance_weights,
         legend="of targets",
     )
-    losses = RowLosses(objective, inputs, aggregate.weights(sequences, dtype))
-    check_rows(batch.targets, batch.mask, head.transform.temperature, head.whole_vocabulary)
-    marked = losses.may_be_nonzero() if skip_zero_rows else None
-    count = targets.numel()
-    rows = rows_where(count, batch.mask, marked)
-    if losses.owner is not None and not holds_sequences(head, rows, losses.owner):
-        return in_two_passes()
-    more: Rows = range(0)
-    if all_metrics and marked is not None:
-        more = rows_where(count, batch.mask, ~marked)
-    fused = FusedLoss(losses, head, batch.targets.flatten(), rows, more, wants_entropy)
-    with without_autocast(hidden.device):
-        loss = fused.loss(batch.hidden)
-    logprobs, entropy = (
-        None if values is None else values.view(targets.shape) for values in fused.scores
-    )
-    return PolicyLoss(loss, fused.metrics, logprobs, entropy)
+    if surrogate.scope != "batch" and not torch.compiler.is_compiling():
+        weights = aggregate.weights(inputs.sequences, batch.dtype)
+        losses = RowLosses(objective, inputs, weights)
+        fused = FusedLoss.of(
+            batch, losses, entropy=wants_entropy, every=all_metrics, skips=skip_zero_rows
+        )
+        if fused.holds_sequences:
+            loss = fused.loss(batch.hidden)
+            logprobs, entropy = (
+                None if values is None else values.view(targets.shape) for values in fused.scores
+            )
+            return PolicyLoss(loss, fused.metrics, logprobs, entropy)
+    logprobs, entropy = score(batch, entropy=wants_entropy, skip_zero_rows=skip_zero_rows)
+    result = average(objective, aggregate, inputs, logprobs, entropy)
+    found = None if entropy is None else entropy.detach()
+    return result._replace(logprobs=logprobs.detach(), entropy=found)

@@ -17,12 +17,8 @@ from igrpo_kernels import (
     TokenMean,
     linear_policy_loss,
 )
-from igrpo_kernels.relative_softmax import (
-    LogitTransform,
-    SoftmaxRows,
-    TargetColumns,
-    softmax_of_logits,
-)
+from igrpo_kernels.relative_softmax import SoftmaxRows, softmax_of_logits
+from igrpo_kernels.row_softmax import LogitTransform, TargetColumns
 from tests.kernels.linear_policy_cases import (
     B,
     H,

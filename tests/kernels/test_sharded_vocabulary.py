@@ -27,7 +27,8 @@ import igrpo_kernels.row_checks as row_checks
 from igrpo_kernels import VocabularyShard, linear_policy_loss, linear_token_logprobs
 from igrpo_kernels.head_softmax import is_one_chunk
 from igrpo_kernels.linear_head import HeadGradients, LinearHead
-from igrpo_kernels.relative_softmax import LogitTransform, ProductGradient, SoftmaxRows
+from igrpo_kernels.relative_softmax import SoftmaxRows
+from igrpo_kernels.row_softmax import LogitTransform, ProductGradient
 
 WORKER = Path(__file__).with_name("sharded_ranks.py")
 
