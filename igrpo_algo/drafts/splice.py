@@ -63,6 +63,15 @@ class TokenBudget:
     Raises:
         TypeError: A limit is no int.
         ValueError: A limit is below 1, or there is none, or `keep` is neither.
+
+    Examples:
+        >>> class Bytes:
+        ...     def __call__(self, text, add_special_tokens=True):
+        ...         return {"input_ids": list(text.encode())}
+        ...     def decode(self, ids):
+        ...         return bytes(ids).decode()
+        >>> TokenBudget(Bytes(), max_draft_tokens=4).cut("so it is 42.")
+        ('42.', 8)
     """
 
     tokenizer: Any

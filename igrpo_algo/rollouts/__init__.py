@@ -6,7 +6,6 @@ do to a prompt is in `one_prompt`. `sampling` says what a sampler is, `scoring` 
 """
 
 from .completions import Completion, pack_completions, pad_completions
-from .journal import load_journal
 from .progress import RolloutProgress, StageFinished, StageStarted, show_live
 from .records import Rollout, Rollouts, Stage
 from .sampling import AsyncSampler, Sampler, Samples, sample_group
@@ -28,7 +27,6 @@ __all__ = [
     "Stage",
     "StageFinished",
     "StageStarted",
-    "load_journal",
     "pack_completions",
     "pad_completions",
     "plot_rollout_timeline",

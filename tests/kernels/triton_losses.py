@@ -10,17 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from igrpo_kernels import (
-    Clip,
-    FixedLength,
-    SequenceMean,
-    Sum,
-    TokenMean,
-    clipped_policy_loss,
-    policy_loss,
-)
+from igrpo_kernels import Clip, FixedLength, SequenceMean, Sum, TokenMean, clipped_policy_loss
 from igrpo_kernels._triton import clip_terms as kernels
 from igrpo_kernels._triton import rescale
+from igrpo_kernels.loss_from_logprobs import policy_loss
 
 AGGREGATES = [SequenceMean(), TokenMean(), FixedLength(7), Sum()]
 

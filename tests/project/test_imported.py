@@ -18,7 +18,8 @@ VENDORED_TESTS = (
     "test_policy_loss_input.py",
     "test_sequences.py",
     "test_token_logprobs.py",
-    "triton_interpreted.py",
+    "triton_logits.py",
+    "triton_losses.py",
 )
 HEAVY = ["triton", "transformers", "trl", "matplotlib", "datasets", "accelerate"]
 
@@ -83,9 +84,10 @@ def test_a_vendored_copy_works_under_another_name(tmp_path: Path) -> None:
         "import sys, torch\n"
         "sys.modules['igrpo_kernels'] = sys.modules['igrpo_algo'] = None\n"
         "from otherpkg import _vendored as kernels\n"
+        "from otherpkg._vendored.loss_from_logprobs import policy_loss\n"
         "logits = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)\n"
         "logprobs = kernels.token_logprobs(logits, torch.tensor([2]))\n"
-        "loss = kernels.policy_loss(logprobs[None], torch.tensor([[1.0]]),\n"
+        "loss = policy_loss(logprobs[None], torch.tensor([[1.0]]),\n"
         "    surrogate=kernels.Clip(), aggregate=kernels.SequenceMean()).loss\n"
         "loss.backward()\n"
         "want = torch.log_softmax(logits.detach(), -1)\n"

@@ -131,9 +131,14 @@ def is_protocol(value: object) -> bool:
     return getattr(value, "_is_protocol", False)
 
 
+RECORDS = {"DraftChoice", "Rollout", "Stage", "StageFinished", "StageStarted"}
+
+
 def is_result(value: object) -> bool:
-    """Whether it is a named tuple: never made by a user, shown where a function returns it."""
-    return inspect.isclass(value) and issubclass(value, tuple)
+    """Whether it is never made by a user, but shown where a function returns or raises it."""
+    if not inspect.isclass(value):
+        return False
+    return issubclass(value, tuple | Exception) or value.__name__ in RECORDS
 
 
 def has_signature(value: object) -> bool:

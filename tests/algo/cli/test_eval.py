@@ -15,6 +15,7 @@ from igrpo_algo.cli.app import app
 from igrpo_algo.cli.options import load_tokenizer
 from igrpo_algo.drafts.rules import DraftRules
 from igrpo_algo.engines.base import EngineSampler
+from igrpo_algo.engines.distribution import Distribution
 from igrpo_algo.rollouts.completions import Completion
 
 RANDOM = eval_command.RefinedDraft.RANDOM
@@ -226,7 +227,7 @@ def test_drafts_are_shown_as_in_training(tiny_model: str) -> None:
 
     tokenizer = load_tokenizer(tiny_model, trust_remote_code=False)
     tokenizer.chat_template += "{{ effort }}"
-    sampler = Rambling(tokenizer, 1, {"effort": "much " * 20})
+    sampler = Rambling(tokenizer, Distribution(), 1, {"effort": "much " * 20})
     rules = eval_command.draft_rules(RANDOM, sampler)
     protocol = eval_command.Protocol(1, 1, 1, RANDOM, 2, 1.0, (1,), 0)
     rows = [{"prompt": [{"role": "user", "content": "q"}]}]
