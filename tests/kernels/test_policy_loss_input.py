@@ -51,7 +51,7 @@ def call(**overrides):
         (
             {"surrogate": Clip},
             TypeError,
-            r"surrogate must be a value such as Clip\(\), got the class",
+            r"surrogate must be a value such as Clip\(\), got type",
         ),
         ({"surrogate": "grpo"}, TypeError, r"surrogate must be a value .* got str 'grpo'"),
         ({"aggregate": SequenceMean}, TypeError, r"aggregate must be a value such as Sequ"),
