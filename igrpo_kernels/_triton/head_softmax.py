@@ -30,8 +30,12 @@ from .head_rows import clip_rows, gradient_rows, weigh_rows_
 CHUNK_BYTES = 5 * 2**29
 
 
-def rows_per_chunk(head: LinearHead, keeps: bool) -> int:
-    """How many rows fit the budget; at least one."""
+def rows_per_chunk(head: LinearHead, count: int, keeps: bool) -> int:
+    """How many of some rows go at a time: as many as fit the budget, at least one.
+
+    By default all go at once where that takes no more memory: of several chunks the gradient of the
+    weight is summed in fp32, which for bf16 is 2 VH bytes more, and 10 VH bytes of traffic a chunk.
+    """
     tile = tile_for(head.weight)
     if tile is None:
         row = 4 * head.widest
@@ -40,7 +44,13 @@ def rows_per_chunk(head: LinearHead, keeps: bool) -> int:
     else:  # the sums and moments of the tiles
         row = 8 * -(-head.widest // tile.columns)
     budget = CHUNK_BYTES if head.chunk_bytes is None else head.chunk_bytes
-    return max(1, budget // max(1, row))
+    most = max(1, budget // max(1, row))
+    if keeps and count > most and head.chunk_bytes is None and head.weight.requires_grad:
+        size = -(-count // -(-count // most))
+        wider = 4 - gradient_dtype(head.weight.dtype).itemsize
+        if (count - size) * row <= wider * head.widest * head.weight.shape[1]:
+            return count
+    return most
 
 
 def new_memory(head: LinearHead, rows: int, keeps: bool) -> Tensor:

@@ -143,7 +143,8 @@ def is_result(value: object) -> bool:
 
 def has_signature(value: object) -> bool:
     is_dataclass = inspect.isclass(value) and dataclasses.is_dataclass(value)
-    return inspect.isfunction(value) or is_dataclass or is_result(value)
+    is_tuple = inspect.isclass(value) and issubclass(value, tuple)
+    return inspect.isfunction(value) or is_dataclass or is_tuple
 
 
 @every_name

@@ -94,9 +94,9 @@ def with_out_dtype(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.fixture(params=["interpreter"] if INTERPRETED else REAL_PLACES)
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     if request.param == "interpreter":
-        from igrpo_kernels._triton import softmax_rows
+        from igrpo_kernels._triton import logit_rows
 
-        monkeypatch.setattr(softmax_rows, "BLOCK_V", 128)
+        monkeypatch.setattr(logit_rows, "BLOCK_V", 128)
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
         for name in ("mm", "addmm"):
             monkeypatch.setattr(torch, name, with_out_dtype(getattr(torch, name)))
