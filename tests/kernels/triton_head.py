@@ -379,7 +379,8 @@ def test_linear_policy_loss(
     width = {"fused": 2, "library": 4}[product]
     monkeypatch.setattr(head_softmax, "CHUNK_BYTES", width * 70 * -(-20 // chunks))
     for value, exact in zip(run(), wanted, strict=True):
-        torch.testing.assert_close(value, exact, rtol=2e-5, atol=2e-6)
+        # fp32 throughout; a row where the ratio meets a bound of the clip keeps four digits
+        torch.testing.assert_close(value, exact, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("leaf", ["hidden", "weight", "bias"])
@@ -479,8 +480,8 @@ def test_a_chunk_budget_below_one_row(product: str) -> None:
 def test_rows_go_at_once_where_that_takes_no_more_memory(
     rows: int, vocabulary: int, width: int, trains: bool, chunk: int, product: str
 ) -> None:
-    with torch.device("meta"):
-        weight = torch.empty(vocabulary, width, dtype=torch.bfloat16, requires_grad=trains)
+    weight = torch.zeros(vocabulary, width, dtype=torch.bfloat16, device="meta")
+    weight.requires_grad_(trains)
     if product == "fused":
         head = LinearHead(weight, None, LogitTransform(ONE))
         assert head_softmax.rows_per_chunk(head, rows, keeps=True) == chunk

@@ -155,7 +155,8 @@ def assert_close() -> Callable[..., None]:
             assert error <= 1e-5 * size.clamp(min=1.0)
             return
         limit = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}[got.dtype]
-        limit *= 2 if INTERPRETED else 1  # the interpreter truncates where it should round
+        # the interpreter truncates where it should round: E once, and its log again for an entropy
+        limit *= 3 if INTERPRETED else 1
         assert error <= limit * size
 
     return check
