@@ -23,7 +23,7 @@ ENVIRONMENT = {
 class VllmServer:
     """A server of a model's folder, from its start until it is stopped or killed."""
 
-    def __init__(self, folder: Path, log: Path, logprobs_mode: str = "processed_logprobs") -> None:
+    def __init__(self, folder: Path, log: Path, logprobs_mode: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
