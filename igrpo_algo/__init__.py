@@ -5,20 +5,16 @@ function here. Samplers live in `igrpo_algo.engines`, trainers in `igrpo_algo.tr
 `igrpo_algo.rewards`, and each is imported by name; this import loads nothing but torch and einops.
 """
 
-from igrpo_kernels import policy_loss
+from igrpo_kernels.loss_from_logprobs import policy_loss
 
 from .advantages.baselines import rloo
 from .advantages.of_groups import center_by_group, standardize_by_group, whiten
 from .batch import training_batch
 from .drafts.rules import DraftRules, Fallback, Ties
-from .drafts.select import (
-    select_best_draft,
-    select_random_draft,
-    select_worst_draft,
-    truncate_draft,
-)
+from .drafts.select import select_best_draft, select_random_draft, select_worst_draft
 from .drafts.splice import TextSplice, TokenSplice
 from .drafts.text import DraftTemplate, splice_prompt, strip_thinking
+from .drafts.token_ids import truncate_draft
 from .losses.igrpo import igrpo_loss
 from .metrics import copy_rate, pass_at_k, stage_uplift, zero_variance_rate
 from .rollouts.completions import Completion

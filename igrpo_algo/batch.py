@@ -263,7 +263,7 @@ def training_batch(
     groups = [stage for drawn in trained for stage in drawn]
     completions = [completion for stage in groups for completion in stage.completions]
     sizes = torch.tensor([len(stage.completions) for stage in groups])
-    lengths = torch.tensor([len(completion.token_ids) for completion in completions])
+    lengths = torch.tensor([length for stage in groups for length in stage.lengths])
     batch = TrainingBatch(
         [ids for stage in groups for ids in [_prompt_ids(stage, encode)] * len(stage.completions)],
         completions,

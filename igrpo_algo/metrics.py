@@ -1,18 +1,20 @@
 """What to watch in a two-stage run.
 
-All are pure functions of rewards, with NaN for an unscored one, or of token ids. The tensor ones
-return detached tensors on the rewards' device and never wait for it.
+All are pure functions: of rewards, with NaN for an unscored one, of texts or of token ids. The
+tensor ones return detached tensors on the rewards' device and never wait for it.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import check_count, check_number, check_rank, check_shape
+from igrpo_kernels.checks import check_count, check_number, check_rank, check_shape, describe
 
 from .advantages.moments import Groups, to_scores
+from .drafts.text import strip_thinking
 
 
 def zero_variance_rate(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
@@ -187,30 +189,58 @@ def pass_at_k(rewards: Tensor, k: int, *, threshold: float = 1.0) -> Tensor:
 
 
 def copy_rate(
-    draft_ids: Sequence[Sequence[int] | None], refinement_ids: Sequence[Sequence[Sequence[int]]]
+    drafts: Sequence[str | None],
+    refinements: Sequence[Sequence[str]],
+    *,
+    strip: Callable[[str], str] | None = strip_thinking,
 ) -> float:
-    """Share of refinements that repeat their draft token for token.
+    """Share of refinements that say nothing but the draft that they were shown.
 
-    share = #{(p, j) : o_pj = d_p} / #refinements
+    share = #{(p, j) : strip(o_pj) = d_p} / #refinements
 
-    Prompts without a draft (None) are left out. NaN where no refinement is left.
+    The texts are compared: the draft as it stands in the prompt, without its thinking and control
+    tokens, and what `strip` keeps of the refinement; space at the ends does not count. Token ids
+    would tell a copy apart that stops or thinks in another way. Prompts that show no draft are left
+    out. NaN where no refinement is left.
 
     Args:
-        draft_ids: Token ids of the draft that each prompt was given, or None. P of them.
-        refinement_ids: Token ids of each refinement, by prompt. P lists of any number.
+        drafts: `DraftChoice.draft` of each prompt; None or empty where it shows none. P texts.
+        refinements: The texts of each prompt's refinements. P lists of any number.
+        strip: What was done to the drafts, as in `TextSplice`; None keeps all of a refinement.
 
     Returns:
         Share, from 0 to 1.
 
     Raises:
+        TypeError: They are not lists, `refinements` of lists of text.
         ValueError: The two do not have one entry per prompt.
 
     Examples:
-        >>> copy_rate([[5, 6], None], [[[5, 6], [5, 7]], [[1, 2]]])
+        >>> copy_rate(["It is 5.", None], [["<think>2 + 3</think>It is 5.", "6"], ["7"]])
         0.5
     """
-    pairs = _pairs(draft_ids, refinement_ids)
-    return _share([list(draft) == list(refinement) for draft, refinement in pairs])
+    _check_one_per_draft("refinements", refinements, "drafts", drafts)
+    return _share(
+        [
+            repeats_draft(draft, refinement, strip=strip)
+            for draft, group in zip(drafts, refinements, strict=True)
+            if draft
+            for refinement in group
+        ]
+    )
+
+
+def repeats_draft(
+    draft: str, refinement: str, *, strip: Callable[[str], str] | None = strip_thinking
+) -> bool:
+    """Whether a refinement says nothing but its draft; `copy_rate` says how they are compared.
+
+    Examples:
+        >>> repeats_draft("It is 5.", "<think>2 + 3</think> It is 5.")
+        True
+    """
+    kept = refinement if strip is None else strip(refinement)
+    return kept.strip() == draft.strip()
 
 
 def near_copy_rate(
@@ -245,8 +275,15 @@ def near_copy_rate(
         0.5
     """
     check_number("threshold", threshold, above=0, at_most=1)
-    pairs = _pairs(draft_ids, refinement_ids)
-    return _share([ngram_overlap(*pair, ngram=ngram) >= threshold for pair in pairs])
+    _check_one_per_draft("refinement_ids", refinement_ids, "draft_ids", draft_ids)
+    return _share(
+        [
+            ngram_overlap(draft, refinement, ngram=ngram) >= threshold
+            for draft, group in zip(draft_ids, refinement_ids, strict=True)
+            if draft is not None
+            for refinement in group
+        ]
+    )
 
 
 def ngram_overlap(draft_ids: Sequence[int], refinement_ids: Sequence[int], *, ngram: int) -> float:
@@ -287,16 +324,19 @@ def _rows(name: str, values: Tensor, legend: str) -> Tensor:
     return check_rank(name, to_scores(name, values), 2, legend)
 
 
-def _pairs(
-    draft_ids: Sequence[Sequence[int] | None], refinement_ids: Sequence[Sequence[Sequence[int]]]
-) -> list[tuple[Sequence[int], Sequence[int]]]:
-    if len(draft_ids) != len(refinement_ids):
+def _check_one_per_draft(
+    name: str, refinements: Sequence[Any], of: str, drafts: Sequence[Any]
+) -> None:
+    for each, value in ((of, drafts), (name, refinements)):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"{each} must be a list of one entry per prompt, got {describe(value)}")
+    if len(drafts) != len(refinements):
         raise ValueError(
-            f"refinement_ids must have P = {len(draft_ids)} entries, one per draft, "
-            f"got {len(refinement_ids)}"
+            f"{name} must have P = {len(drafts)} entries, one per draft, got {len(refinements)}"
         )
-    prompts = zip(draft_ids, refinement_ids, strict=True)
-    return [(draft, each) for draft, group in prompts if draft is not None for each in group]
+    for index, group in enumerate(refinements):
+        if isinstance(group, str) or not isinstance(group, Sequence):
+            raise TypeError(f"{name}[{index}] must be a list, got {describe(group)}")
 
 
 def _share(held: list[bool]) -> float:

@@ -6,6 +6,7 @@ rewards and drafts read all goes through `decode_completion`. A tokenizer is any
 interface of Hugging Face's.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from igrpo_kernels.checks import describe
 Prompt = str | list[dict[str, Any]] | list[int]
 
 THINKING_MARKS = ("<think>", "</think>", "[THINK]", "[/THINK]")
-"""Marks around thinking. They stay in a completion's text until somebody strips the thinking."""
+"""Marks around thinking. They stay in a completion's text until the thinking is stripped."""
 
 _SET_HERE = ("add_generation_prompt", "continue_final_message", "return_dict", "tokenize")
 
@@ -88,6 +89,34 @@ def decode_completion(ids: Sequence[int], tokenizer: Any) -> str:
     return str(tokenizer.decode([token for token in ids if token not in hidden]))
 
 
+def check_prompts(prompts: object) -> list[Prompt]:
+    """Return the prompts as a list; name the first one that is not a prompt.
+
+    Raises:
+        TypeError: They are not a list, or one is of another type than a prompt.
+        ValueError: The text of one cannot be encoded.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts must be a list of prompts, got {describe(prompts)}")
+    for index, prompt in enumerate(prompts):
+        if half := _lone_surrogate(prompt):
+            raise ValueError(
+                f"prompts[{index}] holds {half!r}, half of a character, which no tokenizer takes"
+            )
+        if isinstance(prompt, str):
+            continue
+        if isinstance(prompt, list) and prompt:
+            if all(isinstance(message, Mapping) for message in prompt):
+                continue
+            if all(isinstance(token, int) for token in prompt):
+                continue
+        raise TypeError(
+            f"prompts[{index}] must be a string, or a non-empty list of chat messages or of token "
+            f"ids, got {describe(prompt)}"
+        )
+    return list(prompts)
+
+
 def check_chat_template_kwargs(value: object) -> dict[str, Any]:
     """Return what is passed on to the chat template, if it leaves alone what is set here.
 
@@ -120,3 +149,15 @@ def _count_last(ids: list[int], token: int) -> int:
     while count < len(ids) and ids[-1 - count] == token:
         count += 1
     return count
+
+
+def _lone_surrogate(prompt: object) -> str | None:
+    """Find half of a surrogate pair in a prompt's texts, which broken JSON escapes leave behind."""
+    if isinstance(prompt, str):
+        found = re.search("[\ud800-\udfff]", prompt)
+        return None if found is None else found[0]
+    if isinstance(prompt, Mapping):
+        prompt = list(prompt.values())
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        return next(filter(None, map(_lone_surrogate, prompt)), None)
+    return None

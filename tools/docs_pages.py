@@ -27,17 +27,17 @@ REFERENCE = {  # page: title, where its names are defined
     "kernels/logprobs.md": (
         "Log-probs",
         (
-            "igrpo_kernels.token_logprobs",
-            "igrpo_kernels.linear_token_logprobs",
+            "igrpo_kernels.logprobs_from_logits",
+            "igrpo_kernels.logprobs_from_hidden",
             "igrpo_kernels.vocabulary_shard",
         ),
     ),
     "kernels/policy_loss.md": (
         "Policy loss",
         (
-            "igrpo_kernels.policy_loss",
-            "igrpo_kernels.clipped_policy_loss",
-            "igrpo_kernels.linear_policy_loss",
+            "igrpo_kernels.loss_from_logprobs",
+            "igrpo_kernels.clipped_losses",
+            "igrpo_kernels.loss_from_hidden",
             "igrpo_kernels.sequences",
         ),
     ),

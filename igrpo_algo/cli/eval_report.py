@@ -1,6 +1,5 @@
 """The numbers of `igrpo eval` and its table, from the records of its answers."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -9,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..drafts.text import strip_thinking
-from ..metrics import pass_at_k, stage_uplift
+from ..metrics import copy_rate, pass_at_k, stage_uplift
 from .intervals import bounded_mean_interval, mean_interval
 from .metrics_file import Record
 
@@ -57,7 +55,9 @@ def report(
     if "refinements" in scores:
         right = {name: _success(each, success_reward) for name, each in scores.items()}
         results["uplift"] = float(stage_uplift(right["drafts"], right["refinements"]))
-        results["copy_rate"] = _copy_rate(records)
+        shown = [row["shown"] for row in records]
+        texts = [[answer["text"] for answer in row["refinements"]] for row in records]
+        results["copy_rate"] = copy_rate(shown, texts)
     return results
 
 
@@ -85,17 +85,6 @@ def _interval(scores: Tensor, k: int, threshold: float) -> dict[str, float]:
         return bounded_mean_interval(scored, confidence=CONFIDENCE)._asdict()
     mean, low, high = mean_interval(scored, confidence=CONFIDENCE)
     return {"mean": mean, "low": max(low, 0.0), "high": min(high, 1.0)}
-
-
-def _copy_rate(records: Sequence[Record]) -> float:
-    """Share of refinements that repeat the draft they were shown, among prompts with one."""
-    copies = [
-        strip_thinking(answer["text"]).strip() == row["shown"].strip()
-        for row in records
-        if row["shown"]
-        for answer in row["refinements"]
-    ]
-    return fmean(copies) if copies else math.nan
 
 
 def _stage_report(

@@ -1,5 +1,58 @@
-"""Drafts: which one is chosen (`select`, `rules`), and how it gets into the prompt.
+"""Drafts: which one is chosen, and how it gets into the prompt.
 
-`text` splices strings and chat messages, `token_ids` lists of ids, `splice` does either with limits
-of length (`budget`), and `markers` keeps a draft from writing turns of its own.
+`rules` is where both come together. `select` chooses by reward; `text` splices strings and chat
+messages, `token_ids` lists of ids, `splice` does either with limits of length (`budget`); `markers`
+keeps a draft from writing turns of its own.
 """
+
+from .budget import fit_draft
+from .markers import marker_tokens, neutralize
+from .rules import DraftChoice, DraftChoices, DraftRules, Fallback, Ties
+from .select import (
+    SelectedDrafts,
+    random_ties,
+    select_best_draft,
+    select_random_draft,
+    select_worst_draft,
+    shortest_first,
+)
+from .splice import Spliced, TextSplice, TokenBudget, TokenSplice
+from .text import (
+    CONCATENATION,
+    DEFAULT_TEMPLATE,
+    PAPER_TEMPLATE,
+    DraftTemplate,
+    splice_prompt,
+    strip_thinking,
+)
+from .token_ids import draft_budget, splice_prompt_ids, truncate_draft
+
+__all__ = [
+    "CONCATENATION",
+    "DEFAULT_TEMPLATE",
+    "PAPER_TEMPLATE",
+    "DraftChoice",
+    "DraftChoices",
+    "DraftRules",
+    "DraftTemplate",
+    "Fallback",
+    "SelectedDrafts",
+    "Spliced",
+    "TextSplice",
+    "Ties",
+    "TokenBudget",
+    "TokenSplice",
+    "draft_budget",
+    "fit_draft",
+    "marker_tokens",
+    "neutralize",
+    "random_ties",
+    "select_best_draft",
+    "select_random_draft",
+    "select_worst_draft",
+    "shortest_first",
+    "splice_prompt",
+    "splice_prompt_ids",
+    "strip_thinking",
+    "truncate_draft",
+]

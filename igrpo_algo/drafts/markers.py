@@ -11,8 +11,6 @@ from functools import lru_cache
 from itertools import chain, count
 from typing import Any
 
-from ..prompts import THINKING_MARKS
-
 WELL_KNOWN_MARKERS = re.compile(
     r"""
       <[|\uff5c] [\w\u2581/-]{2,64} [|\uff5c]?>         # <|im_end|>, DeepSeek's wide bars, <|turn>
@@ -25,9 +23,10 @@ WELL_KNOWN_MARKERS = re.compile(
 )
 """How the turns of well-known models are written; `neutralize` knows them without a tokenizer."""
 
-# What else a chat template may write around turns, looked for in its own source only.
+# What else a chat template may write around turns, looked for in its own source only. Thinking is
+# stripped from drafts, so its marks are not cleaned.
 _LITERALS = re.compile(
-    r"<[^<>\s'\"]{1,64}> | \[/?[A-Z][A-Z_]+\]"
+    r"<(?!/?think>)[^<>\s'\"]{1,64}> | \[/?(?!THINK\])[A-Z][A-Z_]+\]"
     r"| \#{2,}\ ?(?i:system|user|human|instruction|input|assistant|response)\b:?"
     r"| \b(?i:system|user|human|assistant|bot)\ ?:",
     re.VERBOSE,
@@ -107,11 +106,11 @@ def marker_tokens(tokenizer: Any, chat_template: str | None = None) -> tuple[str
     written = {
         match for source in sources for match in _LITERALS.findall(source.replace("\\n", "\n"))
     }
-    return tuple(sorted({*tokenizer.all_special_tokens, *added, *(written - {*THINKING_MARKS})}))
+    return tuple(sorted({*tokenizer.all_special_tokens, *added, *written}))
 
 
 def check_text(name: str, value: object) -> None:
-    """Raise TypeError if `value` is no string."""
+    """Raise TypeError if `value` is not a string."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str, got {type(value).__name__} {value!r}")
 

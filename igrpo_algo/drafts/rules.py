@@ -84,6 +84,30 @@ class DraftChoices(NamedTuple):
 
 
 @dataclass(frozen=True)
+class DraftChoice:
+    """Which draft a prompt's refinements were given, and why: the record of one choice.
+
+    Attributes:
+        index: The chosen completion among all so far: the N drafts, then the refinements of
+            earlier rounds; -1 where none was scored.
+        reward: Its reward; NaN where none was scored.
+        draft: Its text as it stands in the prompt; empty where the round saw the plain prompt.
+        tokens_cut: Tokens of it that were cut off for length.
+        failed: No completion so far reached `failed_below`.
+        dropped: Draft dropout took the draft away.
+        skipped: The prompt was skipped, and the round's completions have no tokens.
+    """
+
+    index: int
+    reward: float
+    draft: str = ""
+    tokens_cut: int = 0
+    failed: bool = False
+    dropped: bool = False
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
 class DraftRules:
     """How a draft is chosen for Stage 2, and how it gets into the prompt.
 

@@ -1,15 +1,15 @@
-"""Which draft goes into the Stage-2 prompt, and which end of it.
+"""Which draft goes into the Stage-2 prompt: a function from rewards [P, N] to an index [P].
 
 d* = argmax_i R(d_i)   (iGRPO, Hatamizadeh et al. 2026, arXiv:2602.09000, equation 2)
 
-The paper does not say what happens to ties, to drafts that could not be scored and to long ones:
-here each is an argument or a documented rule. The best draft is the method; the worst and a random
-one are its controls.
+The paper does not say what happens to ties and to drafts that could not be scored: here each is an
+argument or a documented rule. The best draft is the method; the worst and a random one are its
+controls.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,6 @@ from igrpo_kernels.checks import (
     check_tensor,
     describe,
 )
-
-Ids = TypeVar("Ids", list[int], Tensor)
-Keep = Literal["tail", "head"]
 
 
 class SelectedDrafts(NamedTuple):
@@ -181,7 +178,7 @@ def random_ties(num_drafts: int, *, seeds: Sequence[int]) -> Tensor:
 
     Raises:
         TypeError: `num_drafts` is no int, or `seeds` is no list of int.
-        ValueError: `num_drafts` is below 1, or a seed is not in [0, 2^64).
+        ValueError: `num_drafts` is below 1, or a seed is not in [0, 2^63).
 
     Examples:
         >>> random_ties(3, seeds=[7, 8]).shape
@@ -192,50 +189,9 @@ def random_ties(num_drafts: int, *, seeds: Sequence[int]) -> Tensor:
         raise TypeError(f"seeds must be a list of int, got {describe(seeds)}")
     draws = torch.empty(len(seeds), num_drafts, dtype=torch.float32)
     for row, seed in zip(draws, seeds, strict=True):
-        if check_count("each of seeds", seed, at_least=0) >= 2**64:
-            raise ValueError(f"each of seeds must be < 2**64, got {seed}")
+        check_count("each of seeds", seed, at_least=0)
         row.uniform_(generator=torch.Generator().manual_seed(seed))
     return draws
-
-
-def truncate_draft(draft_ids: Ids, max_tokens: int, *, keep: Keep = "tail") -> Ids:
-    """Cut a draft to at most `max_tokens` tokens.
-
-    keep="tail" cuts the beginning and keeps the last tokens, where the final answer stands;
-    keep="head" cuts the end and keeps the first. A draft that fits comes back whole, and
-    `max_tokens=0` gives an empty one. The paper states no rule for long drafts.
-
-    Args:
-        draft_ids: A list of token ids, or a tensor of shape [T].
-        max_tokens: The most tokens to keep.
-        keep: Which end to keep.
-
-    Returns:
-        A new list, or a view of the tensor: the type of `draft_ids`.
-
-    Raises:
-        TypeError: `draft_ids` is neither list nor integer tensor, or `max_tokens` no int.
-        ValueError: The tensor is not of shape [T], `max_tokens` is negative, or `keep` is neither.
-
-    Examples:
-        >>> truncate_draft([5, 6, 7, 8], 3)
-        [6, 7, 8]
-    """
-    if isinstance(draft_ids, Tensor):
-        check_rank("draft_ids", check_integral("draft_ids", draft_ids), 1, "[T]")
-    elif not isinstance(draft_ids, list):
-        raise TypeError(f"draft_ids must be a list or a tensor, got {describe(draft_ids)}")
-    check_count("max_tokens", max_tokens, at_least=0)
-    if check_keep(keep) == "head":
-        return draft_ids[:max_tokens]
-    return draft_ids[max(len(draft_ids) - max_tokens, 0) :]
-
-
-def check_keep(keep: Keep) -> Keep:
-    """Return `keep` if it is "tail" or "head"; raise ValueError otherwise."""
-    if keep not in ("tail", "head"):
-        raise ValueError(f"keep must be 'tail' or 'head', got {keep!r}")
-    return keep
 
 
 def _check_rewards(rewards: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol
 from igrpo_kernels.checks import check_count
 
 from ..prompts import Prompt, check_chat_template_kwargs, encode_prompt
-from .budget import fit_draft, splice_prompt_ids
-from .select import Keep, check_keep, truncate_draft
+from .budget import fit_draft
 from .text import DEFAULT_TEMPLATE, DraftTemplate, splice_cleaned, strip_thinking
+from .token_ids import Keep, check_keep, splice_prompt_ids, truncate_draft
 
 
 class Draft(Protocol):

@@ -60,7 +60,10 @@ class DraftTemplate:
                 )
 
 
-DEFAULT_TEMPLATE = DraftTemplate(
+DEFAULT_TEMPLATE = DraftTemplate(before="\nEarlier attempt, which may be wrong: ", after="")
+"""One line, which small models follow too: a long instruction like the paper's can wreck theirs."""
+
+PAPER_TEMPLATE = DraftTemplate(
     before=(
         "\n\nHere is an earlier attempt at this problem. "
         "It is guidance, not the truth: it may be wrong.\n\n<earlier_attempt>\n"

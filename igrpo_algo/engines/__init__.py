@@ -1,1 +1,5 @@
-"""Samplers, one file per engine. Import the one you use: `igrpo_algo.engines.transformers`."""
+"""Samplers: `transformers` and `vllm`. Import the one you use; nothing here imports either.
+
+All of them are an `EngineSampler` (`base`), draw from a `Distribution`, and take over weights with
+`sync_weights` (`weights`).
+"""

@@ -1,21 +1,23 @@
-"""What the samplers do alike: prompts to token ids, seeds to requests."""
+"""What all samplers do alike: prompts become token ids here."""
 
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from igrpo_kernels.checks import check_count
 
 from ..drafts.markers import marker_tokens
-from ..prompts import Prompt, check_chat_template_kwargs, encode_prompt
-from ..rollouts.sampling import check_prompts
-from ..seeds import derive_seed
+from ..prompts import Prompt, check_chat_template_kwargs, check_prompts, encode_prompt
+from ..seeds import derive_seed, prompt_seeds
+from .distribution import Distribution
 
 
 class EngineSampler:
-    """A sampler that turns prompts into token ids itself, whatever draws from them.
+    """A sampler that renders and tokenizes prompts itself, so that all engines see the same ids.
 
     Attributes:
         tokenizer: The model's tokenizer.
+        distribution: What each token is drawn from.
         chat_template_kwargs: Passed to its chat template.
         max_new_tokens: Most tokens of a completion.
         max_prompt_tokens: Most tokens of a prompt, so that `max_new_tokens` still fit the model's
@@ -25,16 +27,22 @@ class EngineSampler:
     max_prompt_tokens: int
 
     def __init__(
-        self, tokenizer: Any, max_new_tokens: int, chat_template_kwargs: Mapping[str, Any] | None
+        self,
+        tokenizer: Any,
+        distribution: Distribution,
+        max_new_tokens: int,
+        chat_template_kwargs: Mapping[str, Any] | None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.distribution = distribution
         self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
         self.chat_template_kwargs = check_chat_template_kwargs(chat_template_kwargs)
 
     @property
     def control_tokens(self) -> frozenset[str]:
-        """The strings that a prompt's text must not hold: they would end or begin a turn."""
-        return frozenset(marker_tokens(self.tokenizer))
+        """The strings that begin or end a turn of this model; a draft must not hold them."""
+        template = self.chat_template_kwargs.get("chat_template")
+        return frozenset(marker_tokens(self.tokenizer, template))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Give the token ids that the model sees for a prompt. See `encode_prompt`."""
@@ -56,6 +64,25 @@ class EngineSampler:
                     f"(the model's context less max_new_tokens = {self.max_new_tokens})"
                 )
         return encoded
+
+    def take_context(self, context: int) -> None:
+        """Take over how many tokens the model's context has, and see that a prompt fits in it."""
+        self.max_prompt_tokens = context - self.max_new_tokens
+        if self.max_prompt_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt in the "
+                f"model's context of {context} tokens"
+            )
+
+
+def seed_or_fresh(seed: int | None) -> int:
+    """Give the seed, or where there is none, a fresh one from the system."""
+    return secrets.randbits(63) if seed is None else seed
+
+
+def seeds_or_fresh(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """Give each of `count` prompts a seed, fresh ones from the system where there is none."""
+    return prompt_seeds(secrets.randbits(63) if seed is None else seed, count) or []
 
 
 def request_seed(seed: int) -> int:

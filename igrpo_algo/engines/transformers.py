@@ -1,6 +1,6 @@
-"""A sampler over `generate` of transformers: slow, exact, and at home on every machine."""
+"""A sampler over `generate` of transformers: slow, exact, and on every machine."""
 
-import secrets
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,28 +25,27 @@ from igrpo_kernels.checks import check_count
 from ..prompts import Prompt, decode_completion
 from ..rollouts.completions import Completion
 from ..rollouts.sampling import Groups
-from ..seeds import derive_seed, prompt_seeds
-from .base import EngineSampler, stop_ids
+from ..seeds import derive_seed
+from .base import EngineSampler, seeds_or_fresh, stop_ids
 from .distribution import Distribution
 from .weights import WantedWeights, Weights, open_weights
 
 
 class TransformersSampler(EngineSampler):
-    """Draws completions with `model.generate`, each with the log-probs it was drawn at.
+    """Draws completions with `model.generate`, together with their log-probs.
 
-    The distribution of the next token is softmax(logits / temperature), cut by `min_p`, `top_k` and
-    `top_p`; nothing else is applied, whatever the model's own generation config asks for. The
-    log-probs are those of the whole vocabulary at the temperature, cut or not, as a loss computes
-    them. A token is drawn as argmax(log p - log e) with e ~ Exp(1) (the exponential race), from one
-    generator per completion: seeds give the same samples in whatever batch a prompt stands (up to
-    rounding in the model), and torch's global generators are not touched.
+    The next token comes from softmax(logits / temperature), cut by `min_p`, `top_k` and `top_p`;
+    the model's own generation config adds nothing. Log-probs are those of the whole vocabulary at
+    the temperature, as a loss computes them, cut or not. A token is drawn as argmax(log p - log e)
+    with e ~ Exp(1) (the exponential race). Each completion has a generator of its own: the same
+    seed gives the same samples in any batch (up to rounding in the model), and torch's global
+    generators stay as they are.
 
-    Temperature 0 is greedy decoding. Its distribution is a point mass, so `logprobs` is None:
-    a ratio against it means nothing.
+    Temperature 0 decodes greedily and gives no log-probs: a ratio to a point mass means nothing.
 
     Prompts become token ids by `encode_prompt`, and none is ever cut. The stop token is the last of
-    `token_ids`, and not in `text`. The model samples in eval mode, and every module's mode is
-    restored. Calls from several threads take turns.
+    `token_ids`, and not in `text`. The model samples in eval mode and gets its own mode back. Calls
+    from several threads take turns.
 
     Args:
         model: A causal language model.
@@ -59,13 +58,16 @@ class TransformersSampler(EngineSampler):
         batch_size: Completions per call of `generate`.
         stop_token_ids: Tokens that end a completion; None takes all those of the model's generation
             config and the tokenizer's end of sequence.
-        chat_template_kwargs: Passed to the chat template: {"enable_thinking": False}, say.
+        chat_template_kwargs: Passed to the chat template, for example {"enable_thinking": False}.
 
     Raises:
         ValueError: A number is out of range, or a cut is asked for at temperature 0.
 
     Examples:
-        `sample_group(["2 + 2 ="], TransformersSampler(model, tokenizer, max_new_tokens=64), 4)`
+        ```python
+        sampler = TransformersSampler(model, tokenizer, max_new_tokens=64)
+        sample_group(["2 + 2 ="], sampler, 4).texts
+        ```
     """
 
     def __init__(
@@ -82,17 +84,17 @@ class TransformersSampler(EngineSampler):
         stop_token_ids: Sequence[int] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(tokenizer, max_new_tokens, chat_template_kwargs)
+        distribution = Distribution(temperature, top_p, top_k, min_p)
+        super().__init__(tokenizer, distribution, max_new_tokens, chat_template_kwargs)
         self.model = model
-        self.distribution = Distribution(temperature, top_p, top_k, min_p)
         self.batch_size = check_count("batch_size", batch_size)
         self.stop_token_ids = (
             stop_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
             if stop_token_ids is None
             else list(stop_token_ids)
         )
-        context: int = model.config.get_text_config().max_position_embeddings
-        self.max_prompt_tokens = context - self.max_new_tokens
+        config = model.config.get_text_config()
+        self.take_context(getattr(config, "max_position_embeddings", sys.maxsize))
         self._lock = threading.Lock()
 
     def sample(
@@ -112,8 +114,7 @@ class TransformersSampler(EngineSampler):
             ValueError: A prompt has no tokens, or more than `max_prompt_tokens`.
         """
         encoded = self.encode_all(prompts, n)
-        seeds = prompt_seeds(secrets.randbits(63) if seed is None else seed, len(encoded))
-        assert seeds is not None
+        seeds = seeds_or_fresh(seed, len(encoded))
         rows = [ids for ids in encoded for _ in range(n)]
         row_seeds = [derive_seed(seed, index) for seed in seeds for index in range(n)]
         completions: list[Completion] = []
@@ -124,18 +125,18 @@ class TransformersSampler(EngineSampler):
         return [completions[start : start + n] for start in range(0, len(rows), n)]
 
     def sync_weights(self, weights: Weights | str | Path) -> None:
-        """Take over weights, all of them or none.
+        """Load new weights: all of them, or none.
 
-        Names and shapes are compared before anything is written: on an error the old weights are
-        whole. Tied weights may come under each of their names or under one; under several they
-        must be equal. Values are cast to the model's dtype.
+        Names and shapes are compared before anything is written, so an error leaves the old weights
+        whole. Tied weights may come under any of their names; under several, they must be equal.
+        Values are cast to the model's dtype.
 
         Args:
             weights: A state dict, or a folder with `*.safetensors` files.
 
         Raises:
             FileNotFoundError: The folder holds no safetensors file.
-            TypeError: `weights` is neither, or a value of it is no whole tensor.
+            TypeError: `weights` is neither, or one of its values is not a whole tensor.
             ValueError: A weight is missing, unknown, or of another shape.
         """
         new = dict(open_weights(weights))  # read whole before the first is written

@@ -1,8 +1,8 @@
 """Weights on their way into an engine: read lazily from a folder, and compared before any is used.
 
-An engine is given all of its weights or none. So names and shapes are compared with those that it
-wants before it sees the first tensor, and a tied weight, which may come under any of its names,
-is handed on under all of them: engines differ in which one they read.
+An engine gets all of its weights or none. So names and shapes are compared with those that it
+wants before it sees the first tensor. A tied weight may come under any of its names and is handed
+on under all of them: engines differ in which one they read.
 """
 
 import json
@@ -147,7 +147,7 @@ def open_weights(weights: Weights | str | os.PathLike[str]) -> Weights:
     """Take a state dict as it is, a folder as its tensors.
 
     Raises:
-        TypeError: It is neither, or a value of the state dict is no whole tensor.
+        TypeError: It is neither, or a value of the state dict is not a whole tensor.
         FileNotFoundError: The folder holds no safetensors file.
     """
     if isinstance(weights, FolderWeights):
@@ -163,10 +163,10 @@ def open_weights(weights: Weights | str | os.PathLike[str]) -> Weights:
 
 @contextmanager
 def as_folder(wanted: WantedWeights, new: Weights, parent: Path) -> Iterator[Path]:
-    """Lend a folder of safetensors in which each weight stands under each of its names.
+    """Provide a folder of safetensors that holds each weight under each of its names.
 
-    A folder that is whole is lent as it is. Otherwise a new one is made in `parent` and removed
-    afterwards; what a folder already holds is linked there, not copied.
+    A complete folder serves as it is. Otherwise a new one is made in `parent` and removed
+    afterwards; files of an incomplete folder are linked there, not copied.
     """
     if isinstance(new, FolderWeights) and not wanted.absent(new):
         yield new.folder
@@ -180,7 +180,7 @@ def as_folder(wanted: WantedWeights, new: Weights, parent: Path) -> Iterator[Pat
             save_file(rest, folder / "tied.safetensors")
         else:
             save_file(_apart(dict(wanted.complete(new))), folder / "model.safetensors")
-        folder.chmod(0o755)  # the engine may run as somebody else
+        folder.chmod(0o755)  # the engine may run as another user
         yield folder
 
 

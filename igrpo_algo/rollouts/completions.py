@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from igrpo_kernels.checks import describe
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -48,6 +50,9 @@ class Completion:
                 f"logprobs must be finite, got {self.logprobs[place]} for token {place}: does the "
                 "model give NaN?"
             )
+
+
+Groups = list[list[Completion]]
 
 
 class Padded(NamedTuple):
@@ -128,3 +133,31 @@ def pack_completions(completions: Sequence[Completion]) -> Packed:
         return Packed(torch.tensor(ids, dtype=torch.int64), cu_seqlens, None)
     logprobs = torch.tensor([number for row in known for number in row], dtype=torch.float32)
     return Packed(torch.tensor(ids, dtype=torch.int64), cu_seqlens, logprobs)
+
+
+def check_groups(groups: object, count: int, n: int) -> Groups:
+    """Return what the sampler gave as lists, if it is `count` groups of n completions."""
+    if isinstance(groups, str) or not isinstance(groups, Sequence):
+        raise TypeError(f"sampler must return a list of groups, got {describe(groups)}")
+    if len(groups) != count:
+        raise ValueError(
+            f"sampler must return one group per prompt: {len(groups)} groups for {count} prompts"
+        )
+    for index, group in enumerate(groups):
+        if isinstance(group, str) or not isinstance(group, Sequence):
+            raise TypeError(
+                f"sampler must return a list of completions per prompt, got {describe(group)} "
+                f"for prompt {index}"
+            )
+        if len(group) != n:
+            raise ValueError(
+                f"sampler must return n = {n} completions per prompt, got {len(group)} "
+                f"for prompt {index}"
+            )
+        for completion in group:
+            if not isinstance(completion, Completion):
+                raise TypeError(
+                    f"sampler must return Completion values, got {describe(completion)} "
+                    f"for prompt {index}"
+                )
+    return [list(group) for group in groups]

@@ -82,7 +82,7 @@ class OnePrompt:
         choices = rules.choose(
             torch.tensor([rewards], dtype=torch.float64),
             scores=torch.tensor([self._ranks], dtype=torch.float64),
-            lengths=torch.tensor([[len(completion.token_ids) for completion in pool]]),
+            lengths=torch.tensor([[length for stage in self.stages for length in stage.lengths]]),
             seeds=[self.setup.rules_seed(self.index, self.number)],
         )
         index, _, failed, dropped, skipped, plain = (field.tolist()[0] for field in choices)

@@ -12,6 +12,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from ..drafts.rules import DraftChoice
 from ..prompts import Prompt
 from .completions import Completion
 from .sampling import Samples
@@ -49,29 +50,10 @@ class Stage:
                 f"{len(self.completions)} completions"
             )
 
-
-@dataclass(frozen=True)
-class DraftChoice:
-    """Which draft a refinement round was given, and why.
-
-    Attributes:
-        index: The chosen completion among all so far: the N drafts, then the refinements of
-            earlier rounds; -1 where none was scored.
-        reward: Its reward; NaN where none was scored.
-        draft: Its text as it stands in the prompt; empty where the round saw the plain prompt.
-        tokens_cut: Tokens of it that were cut off for length.
-        failed: No completion so far reached `failed_below`.
-        dropped: Draft dropout took the draft away.
-        skipped: The prompt was skipped, and the round's completions have no tokens.
-    """
-
-    index: int
-    reward: float
-    draft: str = ""
-    tokens_cut: int = 0
-    failed: bool = False
-    dropped: bool = False
-    skipped: bool = False
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each completion."""
+        return [len(completion.token_ids) for completion in self.completions]
 
 
 @dataclass(frozen=True)
@@ -113,10 +95,8 @@ class Rollouts:
     Tensors are made anew at each access, on the CPU; keep the ones you use in a loop. What is said
     of refinements is said of the last round; `until_round` shows an earlier one.
 
-    Row p * G + g of `refinements.padded()` is element [p, g] of every [P, G] tensor, so
-    `refinement_rewards`, or advantages made of it, fits the rows once flattened. A skipped prompt
-    keeps its G rows: rewards of NaN and a mask that is False throughout. In a loss they add
-    nothing, but `SequenceMean` counts them unless it is given a `denominator`.
+    Row p * G + g of `refinements.padded()` is element [p, g] of every [P, G] tensor. A skipped
+    prompt keeps its G rows: rewards of NaN, and no tokens. `training_batch` makes a batch of them.
 
     Attributes:
         rollouts: One per prompt, each with the same numbers of drafts and rounds.
@@ -214,12 +194,13 @@ class Rollouts:
     @property
     def draft_lengths(self) -> Tensor:
         """Tokens of each draft. Shape [P, N], int64."""
-        return _table(_lengths(rollout.drafts for rollout in self.rollouts), torch.int64)
+        return _table([rollout.drafts.lengths for rollout in self.rollouts], torch.int64)
 
     @property
     def refinement_lengths(self) -> Tensor:
         """Tokens of each refinement, 0 where skipped. Shape [P, G], int64."""
-        return _table(_lengths(rollout.refinements[-1] for rollout in self.rollouts), torch.int64)
+        rows = [rollout.refinements[-1].lengths for rollout in self.rollouts]
+        return _table(rows, torch.int64)
 
     @property
     def chosen(self) -> Tensor:
@@ -229,7 +210,7 @@ class Rollouts:
     @property
     def found(self) -> Tensor:
         """Whether any draft of the prompt was scored. Shape [P], bool."""
-        return torch.tensor([choice.index >= 0 for choice in self._choices], dtype=torch.bool)
+        return self.chosen >= 0
 
     @property
     def failed(self) -> Tensor:
@@ -278,23 +259,14 @@ class Rollouts:
         return [rollout.choices[-1] for rollout in self.rollouts]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file: the whole of it or nothing. Nothing in it unpickles.
-
-        Raises:
-            TypeError: A prompt holds what JSON cannot say (an image, say).
-        """
+        """Write one safetensors file. See `save_rollouts`."""
         from .rollouts_file import save_rollouts  # which needs the classes of this file
 
         save_rollouts(self.rollouts, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Rollouts":
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The file holds something else; the message names the file and the field.
-        """
+        """Read what `save` wrote; a ValueError names what is wrong. See `load_rollouts`."""
         from .rollouts_file import load_rollouts
 
         return load_rollouts(path)
@@ -306,10 +278,6 @@ def _samples(stages: list[Stage]) -> Samples:
         [stage.completions for stage in stages],
         [stage.prompt_ids for stage in stages],
     )
-
-
-def _lengths(stages: Iterable[Stage]) -> list[list[int]]:
-    return [[len(completion.token_ids) for completion in stage.completions] for stage in stages]
 
 
 def _table(rows: list[list[float]] | list[list[int]], dtype: torch.dtype) -> Tensor:

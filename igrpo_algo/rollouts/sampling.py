@@ -16,13 +16,13 @@ rollout then lends the place of a finished completion to the next prompt.
 An object may have `encode(prompt)`, which gives the token ids that its model sees for a prompt. It
 is then asked with those ids in the place of prompts, and records keep them: what was sampled from
 is what is trained on. It may have `control_tokens`, the strings that a draft must not hold.
-A `sample_one` or `stream_one` that also takes `priority` is told the stage, 0 for drafts: lower
-goes first.
+A `sample_one` or `stream_one` that also takes `priority` gets the number of the stage, 0 for
+drafts: lower goes first.
 """
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -33,11 +33,18 @@ from torch import Tensor
 
 from igrpo_kernels.checks import check_count, describe
 
-from ..prompts import Prompt
+from ..prompts import Prompt, check_prompts
 from ..seeds import prompt_seeds
-from .completions import Completion, Packed, Padded, pack_completions, pad_completions
+from .completions import (
+    Completion,
+    Groups,
+    Packed,
+    Padded,
+    check_groups,
+    pack_completions,
+    pad_completions,
+)
 
-Groups = list[list[Completion]]
 Result = TypeVar("Result")
 
 
@@ -206,7 +213,7 @@ async def sample_one(
 ) -> list[Completion]:
     """Draw n completions of one prompt without blocking the loop.
 
-    `priority` (lower goes first) is for samplers that take it; others are not told. If the sampler
+    `priority` (lower goes first) is for samplers that take it; others do not get it. If the sampler
     has `stream_one`, `on_left` gets the number of completions still unfinished whenever one is
     done. A sampler without an asynchronous form runs in a thread (`asyncio.to_thread`): several
     calls may be in it at once, and one that has begun cannot be cancelled, only ignored.
@@ -266,53 +273,6 @@ def check_sampler(sampler: object) -> None:
             "sampler must have sample(prompts, n, *, seed), or sample_one(prompt, n, *, seed), or "
             f"be a function (prompts, n, seed), got {describe(sampler)}"
         )
-
-
-def check_prompts(prompts: object) -> list[Prompt]:
-    """Return the prompts as a list; name the first one that is no prompt."""
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts must be a list of prompts, got {describe(prompts)}")
-    for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            continue
-        if isinstance(prompt, list) and prompt:
-            if all(isinstance(message, Mapping) for message in prompt):
-                continue
-            if all(isinstance(token, int) for token in prompt):
-                continue
-        raise TypeError(
-            f"prompts[{index}] must be a string, or a non-empty list of chat messages or of token "
-            f"ids, got {describe(prompt)}"
-        )
-    return list(prompts)
-
-
-def check_groups(groups: object, count: int, n: int) -> Groups:
-    """Return what the sampler gave as lists, if it is `count` groups of n completions."""
-    if isinstance(groups, str) or not isinstance(groups, Sequence):
-        raise TypeError(f"sampler must return a list of groups, got {describe(groups)}")
-    if len(groups) != count:
-        raise ValueError(
-            f"sampler must return one group per prompt: {len(groups)} groups for {count} prompts"
-        )
-    for index, group in enumerate(groups):
-        if isinstance(group, str) or not isinstance(group, Sequence):
-            raise TypeError(
-                f"sampler must return a list of completions per prompt, got {describe(group)} "
-                f"for prompt {index}"
-            )
-        if len(group) != n:
-            raise ValueError(
-                f"sampler must return n = {n} completions per prompt, got {len(group)} "
-                f"for prompt {index}"
-            )
-        for completion in group:
-            if not isinstance(completion, Completion):
-                raise TypeError(
-                    f"sampler must return Completion values, got {describe(completion)} "
-                    f"for prompt {index}"
-                )
-    return [list(group) for group in groups]
 
 
 def run_blocking(coroutine: Coroutine[Any, Any, Result]) -> Result:

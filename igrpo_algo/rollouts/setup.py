@@ -11,12 +11,12 @@ from igrpo_kernels.checks import check_count, describe
 
 from ..drafts.rules import DraftRules
 from ..drafts.splice import TextSplice
-from ..prompts import Prompt
+from ..prompts import Prompt, check_prompts
 from ..seeds import derive_seed
 from .completions import Completion
 from .journal import Header
 from .progress import StageFinished, StageStarted
-from .sampling import AnySampler, check_prompts, check_sampler
+from .sampling import AnySampler, check_sampler
 from .scoring import Reward, Scorer
 
 OnProgress = Callable[[StageStarted | StageFinished], None]

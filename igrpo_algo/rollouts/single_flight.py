@@ -6,7 +6,8 @@ Stage 1, and its siblings await the same draft.
 
 import asyncio
 from collections.abc import Callable, Coroutine, Hashable
-from dataclasses import dataclass
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from igrpo_kernels.checks import check_count
@@ -14,10 +15,19 @@ from igrpo_kernels.checks import check_count
 Result = TypeVar("Result")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Flight(Generic[Result]):
-    task: asyncio.Task[Result]
+    task: asyncio.Task[Result] = field(init=False)
     waiting: int = 0
+    waits_for: list["_Flight[Any]"] = field(default_factory=list)
+
+    def leads_to(self, other: "_Flight[Any] | None") -> bool:
+        """Whether this one cannot end before the other one does."""
+        return self is other or any(each.leads_to(other) for each in self.waits_for)
+
+
+# The flight whose coroutine runs here: one that would wait for itself is found by it.
+_ABOARD: ContextVar[_Flight[Any] | None] = ContextVar("aboard", default=None)
 
 
 class SingleFlight(Generic[Result]):
@@ -69,14 +79,24 @@ class SingleFlight(Generic[Result]):
 
         Returns:
             What the coroutine returned.
+
+        Raises:
+            RuntimeError: The coroutine that makes the key's result asks for it, itself or by way of
+                other keys: it would wait for itself.
         """
         if key in self._finished:
             return self._finished[key]
+        aboard = _ABOARD.get()
         flight = self._running.get(key) or self._take_off(key, start)
+        if flight.leads_to(aboard):
+            raise RuntimeError(f"the result for {key!r} cannot wait for itself")
+        waits_for = aboard.waits_for if aboard is not None else []
+        waits_for.append(flight)
         flight.waiting += 1
         try:
             return await asyncio.shield(flight.task)
         finally:
+            waits_for.remove(flight)
             flight.waiting -= 1
             if not flight.waiting and not flight.task.done():
                 self._remove(key, flight)
@@ -90,7 +110,11 @@ class SingleFlight(Generic[Result]):
     def _take_off(
         self, key: Hashable, start: Callable[[], Coroutine[Any, Any, Result]]
     ) -> _Flight[Result]:
-        flight = self._running[key] = _Flight(asyncio.create_task(start()))
+        flight: _Flight[Result] = _Flight()
+        context = copy_context()
+        context.run(_ABOARD.set, flight)
+        flight.task = asyncio.create_task(start(), context=context)
+        self._running[key] = flight
         flight.task.add_done_callback(lambda _: self._land(key, flight))
         return flight
 

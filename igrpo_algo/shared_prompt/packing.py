@@ -147,6 +147,9 @@ def pack_shared_prompt(
         >>> rows[1].index, rows[1].cu_seqlens
         (tensor([2, 3]), tensor([0, 1, 1], dtype=torch.int32))
     """
+    for name, value in (("prompt_ids", prompt_ids), ("completions", completions)):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"{name} must be a list of one entry per prompt, got {describe(value)}")
     if len(prompt_ids) != len(completions):
         raise ValueError(
             f"completions must hold one list per prompt = {len(prompt_ids)}, got {len(completions)}"

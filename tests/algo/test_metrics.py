@@ -105,11 +105,13 @@ def test_pass_at_k_survives_large_counts() -> None:
     torch.testing.assert_close(actual, torch.tensor([0.5]), rtol=1e-4, atol=0)
 
 
-def test_copied_share_counts_token_for_token() -> None:
-    drafts = [[5, 6], None, [7], []]
-    refinements = [[[5, 6], (5, 6, 7), [6, 5]], [[5, 6]], [[8], [7], (7,)], [[]]]
-    assert copy_rate(drafts, refinements) == pytest.approx(4 / 7)
-    assert math.isnan(copy_rate([None], [[[1]]]))
+def test_copies_are_told_by_the_text_that_was_shown() -> None:
+    drafts = ["a b", None, "c", ""]
+    refinements = [["a b", " a b\n", "<think>c</think>a b", "b a"], ["a b"], ["<think>c"], [""]]
+    assert copy_rate(drafts, refinements) == pytest.approx(3 / 5)
+    assert copy_rate(drafts, refinements, strip=None) == pytest.approx(2 / 5)
+    assert copy_rate(["A B"], [["a b"]], strip=str.upper) == 1.0
+    assert math.isnan(copy_rate([None, ""], [["a"], [""]]))
     assert math.isnan(copy_rate([], []))
 
 
@@ -171,8 +173,16 @@ def test_bad_input_is_named() -> None:
         pass_at_k(row, 1, threshold="high")
     with pytest.raises(ValueError, match="groups must be G or ids"):
         zero_variance_rate(row[0])
+    with pytest.raises(ValueError, match=r"refinements must have P = 2 entries"):
+        copy_rate(["1", "2"], [["1"]])
+    with pytest.raises(TypeError, match=r"drafts must be a list of one entry per prompt, got str"):
+        copy_rate("12", [["1"], ["2"]])
+    with pytest.raises(TypeError, match=r"refinements must be a list .*, got NoneType None"):
+        copy_rate(["1"], None)
+    with pytest.raises(TypeError, match=r"refinements\[1\] must be a list, got str 'two'"):
+        copy_rate(["1", "2"], [["1"], "two"])
     with pytest.raises(ValueError, match=r"refinement_ids must have P = 2 entries"):
-        copy_rate([[1], [2]], [[[1]]])
+        near_copy_rate([[1], [2]], [[[1]]])
     with pytest.raises(ValueError, match="threshold must be > 0"):
         near_copy_rate([[1]], [[[1]]], threshold=0)
     with pytest.raises(ValueError, match="ngram must be >= 1, got 0"):

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "igrpo_kernels"
+OF_VENDORED_TESTS = ("conftest.py", "head_cases.py", "linear_policy_cases.py", "loss_oracles.py")
 VENDORED_TESTS = (
     "test_linear_policy_loss.py",
     "test_linear_token_logprobs.py",
@@ -104,7 +105,7 @@ def test_a_vendored_copy_passes_the_kernel_tests(tmp_path: Path) -> None:
     (tests / "kernels").mkdir(parents=True)
     gone = "import sys\nsys.modules['igrpo_kernels'] = sys.modules['igrpo_algo'] = None\n"
     (tests / "conftest.py").write_text(gone + (ROOT / "tests" / "conftest.py").read_text())
-    for name in VENDORED_TESTS:
+    for name in (*OF_VENDORED_TESTS, *VENDORED_TESTS):
         source = (ROOT / "tests" / "kernels" / name).read_text()
         renamed = source.replace("igrpo_kernels", "otherpkg._vendored")
         (tests / "kernels" / name).write_text(renamed)

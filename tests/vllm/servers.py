@@ -23,7 +23,7 @@ ENVIRONMENT = {
 class VllmServer:
     """A server of a model's folder, from its start until it is stopped or killed."""
 
-    def __init__(self, folder: Path, log: Path) -> None:
+    def __init__(self, folder: Path, log: Path, logprobs_mode: str = "processed_logprobs") -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -36,7 +36,7 @@ class VllmServer:
             "--max-model-len": CONTEXT,
             "--max-num-seqs": 32,
             "--block-size": 32,
-            "--logprobs-mode": "processed_logprobs",
+            "--logprobs-mode": logprobs_mode,
             "--scheduling-policy": "priority",
             "--host": "127.0.0.1",
             "--port": port,

@@ -53,23 +53,40 @@ def test_log_probs_agree_with_transformers(folders, kind):
         assert len({tuple(ids) for group in ids_of(groups) for ids in group}) == 16
 
 
-def test_log_probs_are_those_of_the_nucleus(llm, model):
-    sampler = VllmSampler(llm, max_new_tokens=1, temperature=1.3, top_p=0.8)
-    (group,) = sampler.sample([[9, 8, 7]], 400, seed=0)
-    with torch.no_grad():
-        logits = model(torch.tensor([[9, 8, 7]])).logits[0, -1] / 1.3
-    chances = logits.softmax(-1)
-    mass, order = chances.sort(descending=True)
-    inside = order[: int((mass.cumsum(0) < 0.8).sum()) + 1]
-    expected = torch.full_like(chances, -torch.inf)
-    expected[inside] = (chances[inside] / chances[inside].sum()).log()
-    drawn = torch.tensor([completion.token_ids[0] for completion in group])
-    told = torch.tensor([completion.logprobs[0] for completion in group])
-    torch.testing.assert_close(told, expected[drawn], rtol=0, atol=TOLERANCE)
-    # Bernoulli deviation of each frequency; 5 of them is a chance of one in ten thousand
-    counts = torch.bincount(drawn, minlength=len(chances))
-    deviation = (400 * expected.exp() * (1 - expected.exp())).sqrt().clamp(min=1)
-    assert ((counts - 400 * expected.exp()).abs() / deviation).max() < 5
+CUTS = [{"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.2}, {"top_p": 0.8, "top_k": 20, "min_p": 0.05}]
+
+
+@pytest.fixture(scope="module")
+def raw(folders):
+    return engine(folders["qwen3"], logprobs_mode="raw_logprobs")
+
+
+@pytest.mark.parametrize("cut", [{}, *CUTS], ids=str)
+def test_the_ratio_of_the_policy_to_itself_is_one_whatever_is_cut(raw, model, cut):
+    sampler = VllmSampler(raw, max_new_tokens=48, **cut)
+    groups = sampler.sample(PROMPTS, 4, seed=0)
+    assert worst_difference(model, sampler, PROMPTS, groups) <= TOLERANCE
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_tokens_are_drawn_from_the_cut_distribution(raw, model, cut):
+    """From the same tokens as the transformers sampler draws from, and as often."""
+    draws = []
+    for sampler in (
+        VllmSampler(raw, max_new_tokens=1, temperature=1.3, logprobs=False, **cut),
+        TransformersSampler(
+            model, make_tokenizer(), max_new_tokens=1, temperature=1.3, batch_size=800, **cut
+        ),
+    ):
+        (group,) = sampler.sample([[9, 8, 7]], 800, seed=0)
+        drawn = torch.tensor([completion.token_ids[0] for completion in group])
+        draws.append(torch.bincount(drawn, minlength=len(make_tokenizer())))
+    ours, peers = draws
+    # Two counts of one chance differ by sqrt(2) Bernoulli deviations; 5 is one in ten thousand.
+    chances = (ours + peers) / 1600
+    deviation = (2 * 800 * chances * (1 - chances)).sqrt().clamp(min=1)
+    assert ((ours - peers).abs() / deviation).max() < 5
+    assert (ours > 0).sum() < len(make_tokenizer()) / 2
 
 
 def test_seeds_fix_the_samples_whatever_the_batch(llm):
@@ -223,10 +240,11 @@ def test_an_engine_is_made_of_a_folder_with_small_blocks_and_priorities(folders)
     assert worst_difference(make_model("llama", 0), sampler, PROMPTS, groups) <= TOLERANCE
 
 
-def test_an_engine_that_gives_other_log_probs_is_refused(folders):
-    llm = engine(folders["qwen3"], logprobs_mode="raw_logprobs")
-    with pytest.raises(ValueError, match=r"logprobs_mode='processed_logprobs'.*got 'raw_logprobs'"):
-        VllmSampler(llm, max_new_tokens=4)
+def test_an_engine_that_gives_other_log_probs_is_refused(llm, raw):
+    with pytest.raises(ValueError, match=r"gives raw_logprobs.*logprobs_mode='processed_logprobs'"):
+        VllmSampler(raw, max_new_tokens=4, temperature=0.7)
+    with pytest.raises(ValueError, match=r"gives processed_logprobs.*logprobs_mode='raw_logprobs'"):
+        VllmSampler(llm, max_new_tokens=4, top_k=5)
 
 
 @pytest.mark.parametrize(

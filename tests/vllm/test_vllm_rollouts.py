@@ -37,7 +37,7 @@ async def gather(stream):
 
 def test_in_step_and_streamed_agree_and_tell_the_engines_log_probs(llm):
     sampler = VllmSampler(llm, max_new_tokens=40)
-    options = {"rules": DraftRules(rules=DraftRules(splice=SPLICE)), "seed": 0}
+    options = {"rules": DraftRules(splice=SPLICE), "seed": 0}
     in_step = two_stage_rollout(QUESTIONS, sampler, late_letters, **options)
     streamed = asyncio.run(
         gather(stream_two_stage_rollout(QUESTIONS, sampler, late_letters, **options))
@@ -56,7 +56,7 @@ def test_in_step_and_streamed_agree_and_tell_the_engines_log_probs(llm):
 
 def test_early_selection_cancels_drafts_in_the_engine(llm):
     sampler = VllmSampler(llm, max_new_tokens=200, stop_token_ids=STOPS)
-    options = {"rules": DraftRules(rules=DraftRules(splice=SPLICE)), "seed": 0}
+    options = {"rules": DraftRules(splice=SPLICE), "seed": 0}
     left = []
 
     async def run():

@@ -83,15 +83,32 @@ def test_stop_tokens_nucleus_and_greedy_are_those_of_the_engine_in_process(fresh
     for options in (
         {"stop_token_ids": range(4, 30)},
         {"stop_token_ids": []},
-        {"top_p": 0.8, "temperature": 1.3},
+        {"top_p": 0.8, "top_k": 20, "min_p": 0.05, "temperature": 1.3, "logprobs": False},
         {"temperature": 0},
     ):
         expected = VllmSampler(llm, max_new_tokens=24, **options).sample(PROMPTS, 3, seed=0)
         found = make_sampler(*fresh, **options).sample(PROMPTS, 3, seed=0)
-        if options.get("temperature") == 0:
+        if options.get("temperature") == 0 or not options.get("logprobs", True):
             assert found == expected
         else:
             assert plain(found) == rounded(expected)
+
+
+def test_the_ratio_of_the_policy_to_itself_is_one_whatever_is_cut(servers, folders, tmp_path):
+    raw = VllmServer(folders[KIND], tmp_path / "log", logprobs_mode="raw_logprobs")
+    try:
+        raw.wait()
+        model = make_model(KIND, 0)
+        for cut in ({}, {"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.2}):
+            sampler = make_sampler(raw, **cut)
+            groups = sampler.sample(PROMPTS, 4, seed=0)
+            assert worst_difference(model, sampler, PROMPTS, groups) <= TOLERANCE
+        with pytest.raises(ValueError, match=f"{raw.url} gives raw_logprobs"):
+            make_sampler(raw, temperature=0.7)
+    finally:
+        raw.stop()
+    with pytest.raises(ValueError, match=f"{servers[0].url} gives processed_logprobs"):
+        make_sampler(servers[0], top_k=5)
 
 
 def test_prompts_that_do_not_fit(servers):
@@ -138,7 +155,7 @@ async def gather(stream):
 
 def test_two_stages_in_step_streamed_and_with_early_selection(fresh):
     sampler = make_sampler(*fresh, max_new_tokens=60)
-    options = {"rules": DraftRules(rules=DraftRules(splice=SPLICE)), "seed": 0}
+    options = {"rules": DraftRules(splice=SPLICE), "seed": 0}
     in_step = two_stage_rollout(QUESTIONS, sampler, late_letters, **options)
     streamed = asyncio.run(
         gather(stream_two_stage_rollout(QUESTIONS, sampler, late_letters, **options))
@@ -205,8 +222,8 @@ def test_a_server_killed_in_mid_run_loses_no_completion(fresh, folders, monkeypa
     complete = Server.complete
     sent, lost = [], []
 
-    async def complete_or_kill(server, client, request):
-        answer = asyncio.create_task(complete(server, client, request))
+    async def complete_or_kill(server, client, request, vocabulary):
+        answer = asyncio.create_task(complete(server, client, request, vocabulary))
         if server.url == doomed.url:
             sent.append(request)
             if len(sent) == 10:

@@ -110,7 +110,10 @@ def worst_difference(
     for prompt, group in zip(prompts, groups, strict=True):
         for completion in group:
             expected = teacher_forced(
-                model, sampler.encode(prompt), completion.token_ids, sampler.temperature
+                model,
+                sampler.encode(prompt),
+                completion.token_ids,
+                sampler.distribution.temperature,
             )
             told = torch.tensor(completion.logprobs)
             worst = max(worst, float((told - expected).abs().max()))

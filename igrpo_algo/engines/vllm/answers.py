@@ -1,7 +1,7 @@
 """What vLLM servers answer, read and checked: nothing in it is taken on trust.
 
-A server may be old, misconfigured, or something else behind a proxy. A token id out of range or a
-NaN would be found much later, in a loss, where nobody can say any more where it came from.
+A server may be old, misconfigured, or another program behind a proxy. A token id out of range or a
+NaN would otherwise come to light much later, in a loss, with no trace of where it came from.
 """
 
 import math
@@ -15,6 +15,7 @@ from .logprobs import PROCESSED, RAW
 Kind = TypeVar("Kind")
 
 ROUNDING = 1e-4  # how far above 0 a log-prob may come to lie
+EQUAL = 1e-3  # what two log-probs must differ by to tell anything
 
 
 class Drawn(NamedTuple):
@@ -105,6 +106,9 @@ def logprobs_mode(at_one: Mapping[str, float], at_two: Mapping[str, float]) -> s
     log softmax(logits / 2) has gaps half as wide; log-probs from before the temperature do not
     change.
 
+    Raises:
+        ValueError: The log-probs are all equal, which tells nothing.
+
     Examples:
         >>> logprobs_mode({"a": -0.1, "b": -2.3}, {"a": -0.1, "b": -2.3})
         'raw_logprobs'
@@ -114,6 +118,8 @@ def logprobs_mode(at_one: Mapping[str, float], at_two: Mapping[str, float]) -> s
         max(top[t] for t in both) - min(top[t] for t in both) if both else 0.0
         for top in (at_one, at_two)
     )
+    if one < EQUAL:
+        raise ValueError(f"its most probable tokens are equally probable: {describe(dict(at_one))}")
     return RAW if abs(one - two) < abs(one - 2 * two) else PROCESSED
 
 

@@ -1,4 +1,4 @@
-"""A `vllm.LLM` as a sampler needs it: made, stepped by one loop, asked what weights it wants."""
+"""A `vllm.LLM` as a sampler needs it: how it is made, its one loop, the weights that it wants."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ NO_VLLM = (
 
 
 def make_engine(llm: Any, options: Mapping[str, Any] | None, logprobs_mode: str) -> "LLM":
-    """Make an engine from a model's folder or name; one that is there is taken as it is."""
+    """Make an engine from a model's folder or name; return an engine as it is."""
     try:
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -53,7 +53,7 @@ def loop_of(llm: Any) -> StepLoop:
 
 
 def wanted_by(llm: Any) -> WantedWeights:
-    """Say what the engine must be given, read once: a reload changes the path that it names."""
+    """Return the weights that the engine wants, read once: a reload changes the path it names."""
     if llm._igrpo_wanted is None:
         config = llm.llm_engine.model_config
         llm._igrpo_wanted = WantedWeights.of_model(config.model, config.hf_config)

@@ -14,6 +14,8 @@ from .logprobs import check_mode
 MAX_BYTES = 1 << 20  # of an answer, completions aside
 MAX_BYTES_PER_TOKEN = 1024  # of a completion; its id, log-prob, text and offset take about 100
 
+PROBE = [1, 2, 3, 4, 5, 6, 7]  # any text does; token 0 alone may be padding, with an embedding of 0
+
 # Left out, a server fills these from the model's generation config.
 NO_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 NO_CUT = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -64,7 +66,7 @@ class Server:
                 f"{self.url} is not a vLLM server: it lists {_short(listing)}"
             ) from error
         if distribution is not None:
-            mode = logprobs_mode(*[await self._probe(client, card.name, t) for t in (1.0, 2.0)])
+            mode = await self._find_mode(client, card.name)
             check_mode(mode, distribution, self.url, "--logprobs-mode {}")
         self.model, self.context, self.root = card.name, card.context, card.root
 
@@ -101,22 +103,23 @@ class Server:
         await self._call(client, "POST", "/collective_rpc", call)
         await self._call(client, "POST", "/reset_prefix_cache")
 
-    async def _probe(self, client: Any, model: str, temperature: float) -> dict[str, float]:
+    async def _find_mode(self, client: Any, model: str) -> str:
+        """Find out which log-probs the server gives, by one token at each of two temperatures."""
         request = {
             "model": model,
-            "prompt": [0],
+            "prompt": PROBE,
             "max_tokens": 1,
-            "temperature": temperature,
             "logprobs": 5,
             "return_tokens_as_token_ids": True,
             **NO_CUT,
             **NO_PENALTIES,
         }
-        answer = await self._call(client, "POST", "/v1/completions", request)
+        bodies = [{**request, "temperature": temperature} for temperature in (1.0, 2.0)]
+        answers = [await self._call(client, "POST", "/v1/completions", body) for body in bodies]
         try:
-            return read_top_logprobs(answer)
+            return logprobs_mode(*map(read_top_logprobs, answers))
         except ValueError as error:
-            raise ValueError(f"{self.url} gives no log-probs: {error}") from error
+            raise ValueError(f"{self.url} does not show its --logprobs-mode: {error}") from error
 
     async def _call(
         self,

@@ -1,7 +1,6 @@
-"""A sampler over vLLM in this process: continuous batching, a prefix cache, weights synced live."""
+"""A sampler over vLLM in this process: continuous batching, a prefix cache, live weights."""
 
 import asyncio
-import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -11,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...prompts import Prompt, decode_completion
 from ...rollouts.completions import Completion
 from ...rollouts.sampling import Groups
-from ...seeds import prompt_seeds
-from ..base import EngineSampler, request_seed, stop_ids
+from ..base import EngineSampler, request_seed, seed_or_fresh, seeds_or_fresh, stop_ids
 from ..distribution import Distribution
 from ..weights import WantedWeights, Weights, as_folder, memory_folder, open_weights
 from .engine import is_in_process, loop_of, make_engine, wanted_by
@@ -28,23 +26,23 @@ HALF_WRITTEN = (
 
 
 class VllmSampler(EngineSampler):
-    """Draws completions with vLLM, each with the log-probs it was drawn at.
+    """Draws completions with vLLM, together with their log-probs.
 
-    The distribution of the next token is softmax(logits / temperature), cut by `min_p`, `top_k` and
-    `top_p`; the log-probs are those of the whole vocabulary at the temperature, as a loss computes
-    them. vLLM has these for a cut at temperature 1 only: any other is refused. Each completion is
-    one request with a seed of its own, so seeds give the same samples in whatever batch a prompt
-    stands (up to rounding in the model). Temperature 0 is greedy decoding, and its `logprobs` are
-    None: a ratio against a point mass means nothing.
+    The next token comes from softmax(logits / temperature), cut by `min_p`, `top_k` and `top_p`.
+    Log-probs are those of the whole vocabulary at the temperature, as a loss computes them; vLLM
+    has no such log-probs for a cut away from temperature 1, which is refused. Each completion is
+    one request with a seed of its own: the same seed gives the same samples in any batch (up to
+    rounding in the model). Temperature 0 decodes greedily and gives no log-probs: a ratio to a
+    point mass means nothing.
 
-    Prompts are encoded here, as by `TransformersSampler`, and none is ever cut. The stop token is
-    the last of `token_ids`, and not in `text`.
+    Prompts become token ids by `encode_prompt`, and none is ever cut. The stop token is the last of
+    `token_ids`, and not in `text`.
 
-    All calls, from whatever thread or event loop, share the engine's batch: while one completion
-    ends, others begin. To cancel `sample_one` takes its requests out of the engine. Requests of
-    lower `priority` go first if the engine was made with scheduling_policy="priority" (as this
-    class makes it); otherwise first come, first served. Nothing else may use the engine while a
-    call is running; several samplers over one engine may.
+    All calls, from any thread or event loop, share the engine's batch: as one completion ends,
+    another begins. Cancelling `sample_one` takes its requests out of the engine. Requests of lower
+    `priority` go first if the engine was made with scheduling_policy="priority", as this class
+    makes it; otherwise the first to come is the first served. Several samplers may share an engine;
+    nothing else may use it during a call.
 
     Args:
         llm: A `vllm.LLM`, made with logprobs_mode="processed_logprobs", or for a cut distribution
@@ -54,14 +52,14 @@ class VllmSampler(EngineSampler):
         top_p: Draws from the fewest tokens whose probabilities add up to this, in (0, 1].
         top_k: Draws from this many tokens; 0 from all.
         min_p: Draws from tokens of at least this share of the highest probability, in [0, 1].
-        logprobs: False gives completions without log-probs, for which any engine and distribution
-            will do (an evaluation, say).
+        logprobs: False gives completions without log-probs, as an evaluation needs them: any engine
+            and distribution will do.
         stop_token_ids: Tokens that end a completion; None takes all those of the model's generation
             config and the tokenizer's end of sequence.
-        chat_template_kwargs: Passed to the chat template: {"enable_thinking": False}, say.
+        chat_template_kwargs: Passed to the chat template, for example {"enable_thinking": False}.
         tokenizer: None takes the engine's.
-        engine_options: Further arguments of the `LLM` that is made, `dtype` or `max_model_len` say.
-            On CPU `block_size` is 32 unless it is given: the prefix cache holds whole blocks only.
+        engine_options: Further arguments of the `LLM` that is made, such as `dtype`. On CPU,
+            `block_size` is 32 unless it is given: the prefix cache holds whole blocks only.
 
     Attributes:
         llm: The engine.
@@ -75,8 +73,10 @@ class VllmSampler(EngineSampler):
             that no loss can use, or its context has no room for a prompt.
 
     Examples:
-        `sampler = VllmSampler("Qwen/Qwen3-0.6B", max_new_tokens=512)`, then
-        `sample_group(["2 + 2 ="], sampler, 4)`
+        ```python
+        sampler = VllmSampler("Qwen/Qwen3-0.6B", max_new_tokens=512)
+        sample_group(["2 + 2 ="], sampler, 4).texts
+        ```
     """
 
     def __init__(
@@ -94,23 +94,18 @@ class VllmSampler(EngineSampler):
         tokenizer: Any = None,
         engine_options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(tokenizer, max_new_tokens, chat_template_kwargs)
-        self.distribution = Distribution(temperature, top_p, top_k, min_p)
-        self.gives_logprobs = logprobs and not self.distribution.is_greedy
-        mode = usable_modes(self.distribution)[0] if self.gives_logprobs else RAW
+        distribution = Distribution(temperature, top_p, top_k, min_p)
+        super().__init__(tokenizer, distribution, max_new_tokens, chat_template_kwargs)
+        self.gives_logprobs = logprobs and not distribution.is_greedy
+        mode = usable_modes(distribution)[0] if self.gives_logprobs else RAW
         self.llm = make_engine(llm, engine_options, mode)
         if tokenizer is None:
             self.tokenizer = self.llm.get_tokenizer()
         config = self.llm.llm_engine.vllm_config
         if self.gives_logprobs:
             mode = config.model_config.logprobs_mode
-            check_mode(mode, self.distribution, "llm", "logprobs_mode={!r}")
-        self.max_prompt_tokens = config.model_config.max_model_len - self.max_new_tokens
-        if self.max_prompt_tokens < 1:
-            raise ValueError(
-                f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in the engine's "
-                f"context of {config.model_config.max_model_len} tokens"
-            )
+            check_mode(mode, distribution, "llm", "logprobs_mode={!r}")
+        self.take_context(config.model_config.max_model_len)
         if stop_token_ids is None:
             own = config.model_config.try_get_generation_config().get("eos_token_id")
             stop_token_ids = stop_ids(own, self.tokenizer.eos_token_id)
@@ -142,8 +137,7 @@ class VllmSampler(EngineSampler):
             RuntimeError: An earlier `sync_weights` failed half-way.
         """
         encoded = self.encode_all(prompts, n)
-        seeds = prompt_seeds(secrets.randbits(63) if seed is None else seed, len(encoded))
-        assert seeds is not None
+        seeds = seeds_or_fresh(seed, len(encoded))
         groups = [
             self._request(ids, n, own, priority) for ids, own in zip(encoded, seeds, strict=True)
         ]
@@ -180,7 +174,7 @@ class VllmSampler(EngineSampler):
     ) -> AsyncGenerator[tuple[int, Completion], None]:
         """Yield what `sample_one` returns as (position, completion), each as soon as it is done."""
         (ids,) = self.encode_all([prompt], n)
-        futures = self._request(ids, n, secrets.randbits(63) if seed is None else seed, priority)
+        futures = self._request(ids, n, seed_or_fresh(seed), priority)
         waiting = {asyncio.wrap_future(future): i for i, future in enumerate(futures)}
         try:
             while waiting:
@@ -193,14 +187,13 @@ class VllmSampler(EngineSampler):
             await asyncio.gather(*waiting, return_exceptions=True)
 
     def sync_weights(self, weights: Weights | str | Path) -> None:
-        """Take over weights, all of them or none, and forget what the prefix cache holds.
+        """Load new weights, all of them or none, and empty the prefix cache.
 
-        Waits until the requests in flight are done; later ones wait for it. Names and shapes are
-        compared with those of the model's files before anything is written: on an error there the
-        old weights are whole. If vLLM fails while it writes, the engine refuses all later requests.
-        Tied weights may come under each of their names or under one. Values are cast to the
-        engine's dtype. In an engine of several processes the tensors take the way over a folder in
-        memory (/dev/shm), where the machine has one.
+        Waits for the requests in flight; later requests wait for it. Names and shapes are compared
+        with those of the model's files before anything is written, so an error there leaves the old
+        weights whole. If vLLM fails while it writes, the engine refuses all later requests. Tied
+        weights may come under any of their names. Values are cast to the engine's dtype. An engine
+        of several processes reads the tensors from a folder in memory (/dev/shm) if there is one.
 
         Args:
             weights: A state dict with the names of the model's files (as transformers gives it), or
@@ -208,7 +201,7 @@ class VllmSampler(EngineSampler):
 
         Raises:
             FileNotFoundError: The folder holds no safetensors file.
-            TypeError: `weights` is neither, or a value of it is no whole tensor.
+            TypeError: `weights` is neither, or one of its values is not a whole tensor.
             ValueError: A weight is missing, unknown, or of another shape.
             RuntimeError: vLLM failed to write them, now or earlier.
         """
@@ -265,7 +258,7 @@ class VllmSampler(EngineSampler):
             steps = zip(drawn.logprobs, ids, strict=True)
             logprobs = [float(step[token].logprob) for step, token in steps]
         if drawn.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM gave a completion up: finish reason {drawn.finish_reason!r}")
+            raise RuntimeError(f"vLLM gave up a completion: finish reason {drawn.finish_reason!r}")
         return Completion(
             ids, decode_completion(ids, self.tokenizer), logprobs, drawn.finish_reason
         )

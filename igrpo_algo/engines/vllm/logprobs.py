@@ -1,8 +1,7 @@
 """Which of vLLM's log-probs a loss can use.
 
-A loss computes log softmax(logits / T) over the whole vocabulary. vLLM gives the log-probs from
-before the temperature ("raw_logprobs", its default), or those from behind temperature and cut
-("processed_logprobs"). So
+A loss computes log softmax(logits / T) over the whole vocabulary. vLLM gives log-probs from before
+the temperature ("raw_logprobs", its default) or from after the cut ("processed_logprobs"):
 
     T      cut    usable
     1      no     either
@@ -20,7 +19,7 @@ def usable_modes(distribution: Distribution) -> list[str]:
     """List the values of vLLM's `logprobs_mode` whose log-probs a loss can use, best first.
 
     Raises:
-        ValueError: There is none.
+        ValueError: No mode will do.
 
     Examples:
         >>> usable_modes(Distribution(temperature=0.7)), usable_modes(Distribution(top_k=9))
@@ -31,9 +30,8 @@ def usable_modes(distribution: Distribution) -> list[str]:
     if not modes:
         raise ValueError(
             f"temperature = {distribution.temperature} with top_p, top_k or min_p: vLLM gives "
-            "log-probs from before the temperature or from behind the cut, and a loss can compare "
-            "neither. Sample at temperature 1, or without a cut, or pass logprobs=False where no "
-            "loss needs them (an evaluation)"
+            "log-probs before the temperature or after the cut, and a loss can use neither. Sample "
+            "at temperature 1, or without a cut, or pass logprobs=False if no loss needs them"
         )
     return modes
 
@@ -53,6 +51,6 @@ def check_mode(mode: str, distribution: Distribution, where: str, option: str) -
     usable = usable_modes(distribution)
     if mode not in usable:
         raise ValueError(
-            f"{where} gives {mode}, which no loss can compare with this distribution: start it "
-            f"with {option.format(usable[0])}, or pass logprobs=False"
+            f"{where} gives {mode}, which no loss can use for this distribution: start it with "
+            f"{option.format(usable[0])}, or pass logprobs=False if no loss needs them"
         )

@@ -1,4 +1,4 @@
-"""Several vLLM servers as one: the idlest is asked, a dead one is left out, all are synced."""
+"""Several vLLM servers as one: the idlest is asked, dead ones are left out, all are synced."""
 
 import asyncio
 import threading
@@ -14,7 +14,7 @@ from .http import Server
 
 HALF_WRITTEN = (
     "a failed sync_weights left vLLM servers with weights that are half old and half new: "
-    "start them anew, and make a new sampler"
+    "restart them, and make a new sampler"
 )
 
 
@@ -170,7 +170,7 @@ class ServerPool:
 
 
 async def _gather(calls: Sequence[Any]) -> list[BaseException | None]:
-    """Await all calls to their end, whatever comes of any."""
+    """Wait for all calls to end; an error takes the place of its result."""
     return await asyncio.gather(*calls, return_exceptions=True)
 
 

@@ -1,7 +1,6 @@
-"""A sampler over vLLM's OpenAI-compatible servers: spread by load, and without those that died."""
+"""A sampler over vLLM's OpenAI-compatible servers: the idlest is asked, dead ones are left out."""
 
 import asyncio
-import secrets
 import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import asdict
@@ -13,8 +12,7 @@ from igrpo_kernels.checks import check_count
 from ...prompts import Prompt, decode_completion
 from ...rollouts.completions import Completion
 from ...rollouts.sampling import Groups, run_blocking
-from ...seeds import prompt_seeds
-from ..base import EngineSampler, request_seed, stop_ids
+from ..base import EngineSampler, request_seed, seed_or_fresh, seeds_or_fresh, stop_ids
 from ..distribution import Distribution
 from ..weights import FolderWeights, WantedWeights, Weights, as_folder, memory_folder, open_weights
 from .connection import Connection, check_urls
@@ -25,18 +23,18 @@ PADDING = 4096  # more than any model pads its vocabulary beyond its tokenizer's
 
 
 class VllmServerSampler(EngineSampler):
-    """Draws completions from vLLM servers, each with the log-probs it was drawn at.
+    """Draws completions from vLLM servers, together with their log-probs.
 
-    As `VllmSampler`, over HTTP: on the same weights the same seeds give the same samples (up to
-    rounding). Prompts are encoded here and sent as token ids, so none is cut and no template runs
-    on the server. Each prompt goes to the server that has the fewest completions to draw. One that
-    does not answer (no connection, a broken one, a status of 5xx) is left out for `rest` seconds,
-    and its requests go to another one; where all are busy (429, 503) they are asked again later.
-    An error names each server and what it said. To cancel `sample_one` closes the connection, and
-    the server drops the request.
+    `VllmSampler` over HTTP: the same weights and seeds give the same samples (up to rounding).
+    Prompts are sent as token ids, so none is cut and no template runs on a server. Each prompt goes
+    to the server with the fewest completions to draw. A server that does not answer (no connection,
+    a broken one, a status of 5xx) is left out for `rest` seconds, and another one gets its
+    requests; if all are busy (429, 503) they are asked again later. Answers are checked, and an
+    error names each server and what it said. Cancelling `sample_one` closes the connection, and the
+    server drops the request.
 
     Start the servers with `--logprobs-mode processed_logprobs`, or for a cut distribution with
-    `raw_logprobs`, their default; two requests of one token find out which a server gives. With
+    `raw_logprobs`, their default: two requests of one token find out which a server gives. With
     `--scheduling-policy priority`, requests of lower `priority` go first. `sync_weights` needs
     VLLM_SERVER_DEV_MODE=1 in their environment; keep such servers off public networks.
 
@@ -48,13 +46,13 @@ class VllmServerSampler(EngineSampler):
         top_p: Draws from the fewest tokens whose probabilities add up to this, in (0, 1].
         top_k: Draws from this many tokens; 0 from all.
         min_p: Draws from tokens of at least this share of the highest probability, in [0, 1].
-        logprobs: False gives completions without log-probs, for which any server and distribution
-            will do (an evaluation, say).
+        logprobs: False gives completions without log-probs, as an evaluation needs them: any server
+            and distribution will do.
         stop_token_ids: Tokens that end a completion; None takes all those of the model's generation
             config, as the server reads it, and the tokenizer's end of sequence.
-        chat_template_kwargs: Passed to the chat template: {"enable_thinking": False}, say.
+        chat_template_kwargs: Passed to the chat template, for example {"enable_thinking": False}.
         model: The name under which it is served; None takes the first that a server lists.
-        headers: Sent with each request: {"Authorization": "Bearer ..."}, say.
+        headers: Sent with each request, for example {"Authorization": "Bearer ..."}.
         timeout: Seconds for the whole answer to a request; None waits for ever.
         rest: Seconds for which a server that did not answer is left out.
         max_retries: Times that a request is sent again where all servers are busy: after the
@@ -64,6 +62,7 @@ class VllmServerSampler(EngineSampler):
             this machine's memory (/dev/shm) or temporary folder.
 
     Attributes:
+        is_shared: True: several processes draw from the same servers, and one of them syncs.
         prompt_tokens: Tokens of all prompts so far, once per prompt, as the servers count them.
         cached_tokens: Those of them that a prefix cache served; 0 unless the servers were started
             with `--enable-prompt-tokens-details`.
@@ -75,8 +74,14 @@ class VllmServerSampler(EngineSampler):
             servers differ in their model, or a server gives log-probs that no loss can use.
 
     Examples:
-        `VllmServerSampler(["http://a:8000", "http://b:8000"], tokenizer, max_new_tokens=512)`
+        ```python
+        urls = ["http://a:8000", "http://b:8000"]
+        sampler = VllmServerSampler(urls, tokenizer, max_new_tokens=512)
+        sample_group(["2 + 2 ="], sampler, 4).texts
+        ```
     """
+
+    is_shared = True
 
     def __init__(
         self,
@@ -99,9 +104,11 @@ class VllmServerSampler(EngineSampler):
         max_requests: int = 256,
         sync_folder: str | Path | None = None,
     ) -> None:
-        super().__init__(tokenizer, max_new_tokens, chat_template_kwargs)
-        self.distribution = Distribution(temperature, top_p, top_k, min_p)
-        self.gives_logprobs = logprobs and not self.distribution.is_greedy
+        distribution = Distribution(temperature, top_p, top_k, min_p)
+        super().__init__(tokenizer, distribution, max_new_tokens, chat_template_kwargs)
+        self.gives_logprobs = logprobs and not distribution.is_greedy
+        if self.gives_logprobs:
+            usable_modes(distribution)  # says now what no server could give
         self._ignores_eos = stop_token_ids is not None  # or the server adds its config's own
         self.stop_token_ids = stop_ids(
             tokenizer.eos_token_id if stop_token_ids is None else list(stop_token_ids)
@@ -110,19 +117,12 @@ class VllmServerSampler(EngineSampler):
         self.sync_folder = memory_folder() if sync_folder is None else Path(sync_folder)
         self.prompt_tokens = self.cached_tokens = 0
         connection = Connection(headers or {}, timeout, rest, max_retries)
-        compared = self.distribution if self.gives_logprobs else None
-        if compared is not None:
-            usable_modes(compared)
+        compared = distribution if self.gives_logprobs else None
         self._pool = ServerPool(check_urls(urls), model, compared, connection)
         self._syncing = threading.Lock()
         self._wanted: WantedWeights | None = None
         run_blocking(self._pool.contact())
-        self.max_prompt_tokens = self._pool.context - self.max_new_tokens
-        if self.max_prompt_tokens < 1:
-            raise ValueError(
-                f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in the servers' "
-                f"context of {self._pool.context} tokens"
-            )
+        self.take_context(self._pool.context)
 
     def sample(
         self,
@@ -149,8 +149,7 @@ class VllmServerSampler(EngineSampler):
             RuntimeError: A server refused a request, or an earlier `sync_weights` failed half-way.
         """
         encoded = self.encode_all(prompts, n)
-        seeds = prompt_seeds(secrets.randbits(63) if seed is None else seed, len(encoded))
-        assert seeds is not None
+        seeds = seeds_or_fresh(seed, len(encoded))
         return run_blocking(self._sample_all(encoded, n, seeds, priority))
 
     async def sample_one(
@@ -173,7 +172,7 @@ class VllmServerSampler(EngineSampler):
             RuntimeError: A server refused the request, or an earlier `sync_weights` failed.
         """
         (ids,) = self.encode_all([prompt], n)
-        own = request_seed(secrets.randbits(63) if seed is None else seed)
+        own = request_seed(seed_or_fresh(seed))
         return await self._draw(ids, n, own, priority)
 
     async def stream_one(
@@ -184,7 +183,7 @@ class VllmServerSampler(EngineSampler):
         Each completion is a request of its own here.
         """
         (ids,) = self.encode_all([prompt], n)
-        own = request_seed(secrets.randbits(63) if seed is None else seed)
+        own = request_seed(seed_or_fresh(seed))
         tasks = {
             asyncio.create_task(self._draw(ids, 1, own + position, priority)): position
             for position in range(n)
@@ -200,23 +199,23 @@ class VllmServerSampler(EngineSampler):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def sync_weights(self, weights: Weights | str | Path) -> None:
-        """Take over weights on every server, all of them or none; empty their prefix caches.
+        """Load new weights on every server, all of them or none, and empty the prefix caches.
 
         Names and shapes are compared with those of the files that the servers name as their
-        model's, which must be readable here. Then each server is paused (what it has begun it
-        ends), reads the folder, empties its cache and goes on. If one cannot be paused, none
-        is written. If one fails later, the sampler refuses all further requests. A server that does
-        not answer, now or after a sync, gets no request until a later sync reaches it, since it may
-        come back with old weights; one that does not answer now is named in a warning.
+        model's, which must be readable here. Then each server pauses (it ends what it has begun),
+        reads the folder, empties its cache and goes on. If one cannot pause, none reads. If one
+        fails later, the sampler refuses all further requests. A server that does not answer, now or
+        after a sync, may come back with old weights: it gets no request until a later sync reaches
+        it, and a warning names it.
 
         Args:
             weights: A folder with `*.safetensors` files that the servers can read under the same
-                path, or a state dict, which is written to `sync_folder` for the while.
+                path, or a state dict, which is written to a folder in `sync_folder` first.
 
         Raises:
             ConnectionError: No server answers.
             FileNotFoundError: The folder holds no safetensors file.
-            TypeError: `weights` is neither, or a value of it is no whole tensor.
+            TypeError: `weights` is neither, or one of its values is not a whole tensor.
             ValueError: A weight is missing, unknown, or of another shape.
             RuntimeError: A server refused a step, now or in an earlier sync.
         """

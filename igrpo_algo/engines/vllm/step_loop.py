@@ -28,13 +28,13 @@ class Engine(Protocol):
 class StepLoop:
     """Many requests in one engine, from any thread and any event loop.
 
-    The engine is touched by one thread at a time: it starts with the first request, takes new ones
-    in and cancelled ones out between two steps, and ends when nothing is left. So an idle loop
-    costs nothing and needs no closing.
+    One thread at a time touches the engine: it starts with the first request, takes new requests in
+    and cancelled ones out between two steps, and ends when none is left. So an idle loop costs
+    nothing and needs no closing.
 
     Args:
         engine: What is stepped. Nothing else may step it meanwhile.
-        on_start: Called in each new thread first (to choose its device, say).
+        on_start: Called first in each new thread, for example to choose its device.
     """
 
     def __init__(self, engine: Engine, on_start: Callable[[], None] = lambda: None) -> None:
@@ -48,7 +48,7 @@ class StepLoop:
         self._retired: str | None = None
 
     def request(self, prompt: Any, params: Any, priority: int = 0) -> Future[Any]:
-        """Send a request; its future holds the engine's output. To cancel it frees the engine."""
+        """Send a request; its future holds the engine's output. Cancelling it frees the engine."""
         return self._post((prompt, params, priority))
 
     def alone(self, function: Callable[[], Any]) -> Future[Any]:
@@ -59,7 +59,7 @@ class StepLoop:
         return self._post(function)
 
     def retire(self, reason: str) -> None:
-        """Answer all later requests with RuntimeError: what the engine draws is unsound."""
+        """Answer all later requests with RuntimeError: the engine can no longer be trusted."""
         self._retired = reason
 
     def _post(self, job: tuple[Any, ...] | Callable[[], Any]) -> Future[Any]:
@@ -78,7 +78,7 @@ class StepLoop:
                 self._drop_cancelled()
                 if self._in_flight:
                     self._settle(self.engine.step())
-            except Exception as error:  # the engine died: everybody who waits for it must know
+            except Exception as error:  # the engine died: tell all who wait for it
                 self._fail(error)
 
     def _take_in(self) -> bool:

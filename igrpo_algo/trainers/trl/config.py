@@ -8,7 +8,7 @@ from trl import GRPOConfig
 
 from igrpo_kernels.checks import check_count, check_number
 
-from ...drafts.text import DraftTemplate
+from ...drafts.text import PAPER_TEMPLATE, DraftTemplate
 from .draft_options import CHOICES, OF_DRAFTS, template_of
 
 GROUP = ("num_refinements", "num_generations")
@@ -165,7 +165,7 @@ class IGRPOConfig(GRPOConfig):
         - updates per batch: one (`num_iterations=1`), so that every ratio is 1;
         - ties between drafts: the lowest index;
         - all drafts wrong: condition on the first of the best, as the arg max reads;
-        - the text that joins question and draft: `igrpo_algo.drafts.text.DEFAULT_TEMPLATE`, in the
+        - the text that joins question and draft: `igrpo_algo.drafts.text.PAPER_TEMPLATE`, in the
           last user message;
         - the draft's thinking: left out, so that what is shown is the answer;
         - "maximum prompt length 1,024" beside drafts of 4,096: the spliced prompt may hold
@@ -182,6 +182,7 @@ class IGRPOConfig(GRPOConfig):
         paper: dict[str, Any] = {
             "num_drafts": 4,
             "num_refinements": 4,
+            "draft_template": PAPER_TEMPLATE,
             "learning_rate": 1e-6,
             "lr_scheduler_type": "cosine_with_min_lr",
             "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
@@ -195,7 +196,7 @@ class IGRPOConfig(GRPOConfig):
             "gradient_accumulation_steps": 8,
         }
         if overrides.get("num_drafts") == 0:
-            del paper["max_spliced_prompt_length"]
+            del paper["max_spliced_prompt_length"], paper["draft_template"]
         return cls(output_dir, **paper | overrides)
 
     def changed(self, *names: str) -> list[str]:

@@ -7,19 +7,18 @@ from trl import GRPOConfig
 
 from igrpo_kernels import (
     K3,
-    Aggregate,
     Cispo,
     Clip,
     FixedLength,
-    KlEstimator,
     RatioWeighted,
     Sapo,
     SequenceClip,
     SequenceMean,
-    Surrogate,
     TokenMean,
-    Vespo,
 )
+from igrpo_kernels.aggregates import Aggregate
+from igrpo_kernels.kl import KlEstimator
+from igrpo_kernels.surrogates import Surrogate, Vespo
 
 from .config import IGRPOConfig
 

@@ -11,6 +11,7 @@ from ...drafts.rules import DraftChoices
 from ...metrics import (
     accuracy_after_draft,
     draft_success_rate,
+    repeats_draft,
     stage_uplift,
     zero_variance_rate,
 )
@@ -25,8 +26,7 @@ def count_rows(
 ) -> Tensor:
     """Count what `stage_metrics` needs from each rank; the counts of ranks add up.
 
-    A refinement repeats its draft if its text, stripped as drafts are, is the draft as it stands in
-    the prompt; space at the ends does not count.
+    `copy_rate` says when a refinement repeats its draft.
 
     Args:
         refined: The Stage-2 prompt of each row.
@@ -42,10 +42,7 @@ def count_rows(
     counts = [
         len(refined),
         len(shown),
-        sum(
-            row.draft.strip() == (text if strip is None else strip(text)).strip()
-            for row, text in shown
-        ),
+        sum(repeats_draft(row.draft, text, strip=strip) for row, text in shown),
         sum(row.length for row, _ in shown),
         sum(row.cut for row in refined),
     ]

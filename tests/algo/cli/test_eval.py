@@ -212,7 +212,7 @@ def test_each_batch_has_its_own_seeds() -> None:
 class Rambling(EngineSampler):
     """Says the same at length, and asks for a turn of its own."""
 
-    max_prompt_tokens = 600
+    max_prompt_tokens = 300
 
     def sample(self, prompts: Any, n: int, *, seed: Any) -> Any:
         self.prompts = prompts
@@ -232,12 +232,12 @@ def test_drafts_are_shown_as_in_training(tiny_model: str) -> None:
     rows = [{"prompt": [{"role": "user", "content": "q"}]}]
     (record,) = eval_command.answer_batch(rows, 0, sampler, {"zero": reward}, protocol, rules)
     spliced = tokenizer.decode(sampler.prompts[-1])
-    assert "q\n\nHere is an earlier attempt" in spliced
-    assert "tail\n</earlier_attempt>" in spliced
-    draft = spliced.partition("<earlier_attempt>")[2].partition("</earlier_attempt>")[0]
+    draft = spliced.partition("q\nEarlier attempt, which may be wrong: ")[2]
+    draft = draft.partition("tail")[0]
+    assert draft
     for absent in ("<|im_end|>", "<|im_start|>", "Hm.", "head"):
         assert absent not in draft
-    assert len(sampler.prompts[-1]) <= 600
+    assert len(sampler.prompts[-1]) <= 300
     assert record["shown"].endswith("tail")
 
 

@@ -1,12 +1,10 @@
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igrpo_algo.drafts.budget import draft_budget, fit_draft, splice_prompt_ids
+from igrpo_algo.drafts.budget import fit_draft
 from igrpo_algo.drafts.text import CONCATENATION, splice_prompt
 
-IDS = st.lists(st.integers(0, 9), max_size=8)
 QUESTION = "1 + 1?"
 
 
@@ -126,67 +124,3 @@ def test_bad_fits():
         fit_draft("", Renderer(), max_prompt_tokens=99, keep="both", **options)
     with pytest.raises(TypeError, match=r"max_prompt_tokens must be an int, got float"):
         fit_draft("", Renderer(), max_prompt_tokens=9.0, **options)
-
-
-@given(IDS, IDS, IDS, IDS, st.integers(0, 10), st.sampled_from(["tail", "head"]))
-@settings(max_examples=50)
-def test_ids_cut_the_draft_and_nothing_else(prompt, draft, before, after, room, keep):
-    size = min(room, len(draft))
-    kept = draft[len(draft) - size :] if keep == "tail" else draft[:size]
-    spliced = splice_prompt_ids(
-        prompt,
-        draft,
-        before_ids=before,
-        after_ids=after,
-        max_prompt_tokens=len(prompt + before + after) + room,
-        keep=keep,
-    )
-    assert spliced == prompt + before + kept + after
-
-
-def test_ids_without_a_limit_keep_the_whole_draft():
-    assert splice_prompt_ids([1], [2, 3], before_ids=[8], after_ids=[9]) == [1, 8, 2, 3, 9]
-
-
-def test_special_ids_leave_the_draft_alone_and_take_no_room():
-    spliced = splice_prompt_ids(
-        [0, 1], [5, 0, 6, 0], after_ids=[0], special_ids=[0], max_prompt_tokens=5
-    )
-    assert spliced == [0, 1, 5, 6, 0]
-
-
-@pytest.mark.parametrize("name", ["prompt_ids", "draft_ids", "before_ids", "after_ids"])
-def test_ids_as_a_tensor_are_refused(name):
-    ids = {"prompt_ids": [1], "draft_ids": [2], name: torch.tensor([1, 2])}
-    with pytest.raises(TypeError, match=rf"{name} must be a sequence of int .* int64 tensor"):
-        splice_prompt_ids(**ids)
-
-
-def test_bad_limits_for_ids():
-    with pytest.raises(ValueError, match=r"3 tokens of question and 2 of bridge .* into 4"):
-        splice_prompt_ids([1, 2, 3], [], before_ids=[4], after_ids=[5], max_prompt_tokens=4)
-    with pytest.raises(ValueError, match=r"keep must be 'tail' or 'head'"):
-        splice_prompt_ids([1], [2], keep="both")
-    with pytest.raises(TypeError, match=r"max_prompt_tokens must be an int"):
-        splice_prompt_ids([1], [2], max_prompt_tokens=4.0)
-
-
-def test_budget_by_hand():
-    assert draft_budget(1024, 200, 60) == 764
-    assert draft_budget(10, 6, 4) == 0
-    assert draft_budget(10, 6) == 4
-
-
-@pytest.mark.parametrize(
-    ("sizes", "error", "message"),
-    [
-        ((10, 7, 4), ValueError, r"7 tokens of question and 4 of bridge do not fit into 10"),
-        ((-1, 0, 0), ValueError, r"max_prompt_tokens must be >= 0, got -1"),
-        ((1, -1, 0), ValueError, r"question_tokens must be >= 0, got -1"),
-        ((1, 0, -1), ValueError, r"bridge_tokens must be >= 0, got -1"),
-        ((1, 0.5, 0), TypeError, r"question_tokens must be an int, got float"),
-    ],
-)
-def test_bad_budgets(sizes, error, message):
-    with pytest.raises(error, match=message):
-        draft_budget(*sizes)

@@ -8,7 +8,7 @@ import trl
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from igrpo_algo.drafts.text import CONCATENATION, DEFAULT_TEMPLATE, splice_prompt
+from igrpo_algo.drafts.text import CONCATENATION, DEFAULT_TEMPLATE, PAPER_TEMPLATE, splice_prompt
 
 TEMPLATES = {path.stem: path for path in Path(trl.__file__).parent.glob("chat_templates/*.jinja")}
 
@@ -89,7 +89,7 @@ def test_every_template_and_every_exception_is_seen():
 
 @pytest.mark.parametrize(("name", "shape"), SHAPES)
 def test_question_thinking_and_answer_reach_the_model(tokenizer, name, shape):
-    for template in (DEFAULT_TEMPLATE, CONCATENATION):
+    for template in (DEFAULT_TEMPLATE, PAPER_TEMPLATE, CONCATENATION):
         prompt = user(QUESTION, shape)
         spliced = splice_prompt(prompt, f"{THINKING}\n\n{ANSWER}", template=template)
         able = survives(tokenizer, name, spliced, QUESTION, THINKING, ANSWER)
@@ -101,8 +101,9 @@ def test_question_thinking_and_answer_reach_the_model(tokenizer, name, shape):
 def test_the_draft_stands_in_the_last_of_several_turns(tokenizer, name):
     shape = "blocks" if unable(name, "string") else "string"
     first, answer = user("Hello?", shape)[0], user("Hello!", shape)[0] | {"role": "assistant"}
-    spliced = splice_prompt([first, answer, *user(QUESTION, shape)], f"{THINKING}\n\n{ANSWER}")
-    parts = ("Hello?", "Hello!", QUESTION, THINKING, ANSWER, DEFAULT_TEMPLATE.after)
+    prompt = [first, answer, *user(QUESTION, shape)]
+    spliced = splice_prompt(prompt, f"{THINKING}\n\n{ANSWER}", template=PAPER_TEMPLATE)
+    parts = ("Hello?", "Hello!", QUESTION, THINKING, ANSWER, PAPER_TEMPLATE.after)
     assert survives(tokenizer, name, spliced, *parts)
 
 

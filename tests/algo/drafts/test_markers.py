@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from igrpo_algo.drafts.markers import marker_tokens, neutralize
-from igrpo_algo.drafts.text import CONCATENATION, DEFAULT_TEMPLATE, DraftTemplate, splice_prompt
+from igrpo_algo.drafts.text import CONCATENATION, PAPER_TEMPLATE, DraftTemplate, splice_prompt
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|im_end|>|>", "</s>", "[/INST]", "|><|", "▁"]
 CHATML = (
@@ -22,7 +22,7 @@ FRAGMENTS = [
     *(marker[:cut] for marker in SPECIALS for cut in (2, 5)),
     *(marker[cut:] for marker in SPECIALS for cut in (2, 5)),
     *SPECIALS,
-    *DEFAULT_TEMPLATE.delimiters,
+    *PAPER_TEMPLATE.delimiters,
     "<earlier_",
     "</earlier_attempt",
     "attempt>",
@@ -46,7 +46,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @given(draft=HOSTILE)
 @settings(max_examples=50)
-@pytest.mark.parametrize("template", [DEFAULT_TEMPLATE, CONCATENATION])
+@pytest.mark.parametrize("template", [PAPER_TEMPLATE, CONCATENATION])
 def test_no_control_token_of_a_draft_survives_tokenization(tokenizer, template, draft):
     specials = marker_tokens(tokenizer)
 

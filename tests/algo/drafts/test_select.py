@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from igrpo_algo.drafts.select import (
     random_ties,
@@ -11,7 +12,6 @@ from igrpo_algo.drafts.select import (
     select_random_draft,
     select_worst_draft,
     shortest_first,
-    truncate_draft,
 )
 
 NAN, INF = math.nan, math.inf
@@ -141,14 +141,15 @@ def test_reward_keeps_its_dtype_and_carries_no_gradient(select, dtype):
 
 
 def test_the_host_never_waits_for_a_value():
-    """A meta tensor has no values: reading one on the host raises."""
-    rewards, ties = torch.empty(3, 4, device="meta"), torch.empty(3, 4, device="meta")
-    for chosen in (
-        select_best_draft(rewards, tie_scores=ties),
-        select_worst_draft(rewards),
-        select_random_draft(rewards, tie_scores=ties),
-    ):
-        assert [list(field.shape) for field in chosen] == [[3]] * 3
+    """A fake tensor has no values: reading one on the host raises."""
+    with FakeTensorMode():
+        rewards, ties = torch.empty(3, 4), torch.empty(3, 4)
+        for chosen in (
+            select_best_draft(rewards, tie_scores=ties),
+            select_worst_draft(rewards),
+            select_random_draft(rewards, tie_scores=ties),
+        ):
+            assert [list(field.shape) for field in chosen] == [[3]] * 3
 
 
 @pytest.mark.parametrize("select", [select_best_draft, select_worst_draft, select_random_draft])
@@ -174,7 +175,7 @@ def test_random_draft_needs_a_source_of_chance():
 
 def test_random_ties_prefer_none():
     state = torch.get_rng_state()
-    ties = random_ties(3, seeds=[0, 2**64 - 1])
+    ties = random_ties(3, seeds=[0, 2**63 - 1])
     assert ties.dtype == torch.float32
     assert ties.unique().numel() == 6
     assert ((ties >= 0) & (ties < 1)).all()
@@ -223,7 +224,7 @@ def test_bad_tie_scores(ties, error, message):
         (2, 7, TypeError, "seeds must be a list of int, got int 7"),
         (2, [None], TypeError, "each of seeds must be an int, got NoneType"),
         (2, [-1], ValueError, "each of seeds must be >= 0, got -1"),
-        (2, [2**64], ValueError, r"each of seeds must be < 2\*\*64, got"),
+        (2, [2**63], ValueError, r"each of seeds must fit 64 bits, got"),
     ],
 )
 def test_bad_random_ties(num_drafts, seeds, error, message):
@@ -234,43 +235,3 @@ def test_bad_random_ties(num_drafts, seeds, error, message):
 def test_lengths_that_are_no_integers_make_no_ties():
     with pytest.raises(TypeError, match=r"lengths must be an integer tensor"):
         shortest_first(torch.ones(1, 2))
-
-
-@given(st.lists(st.integers(0, 9), max_size=12), st.integers(0, 14))
-@settings(max_examples=50)
-def test_truncate_keeps_one_end(ids, max_tokens):
-    size = min(len(ids), max_tokens)
-    tail = truncate_draft(ids, max_tokens)
-    head = truncate_draft(ids, max_tokens, keep="head")
-    assert len(tail) == len(head) == size
-    assert ids[:size] == head
-    assert ids[len(ids) - size :] == tail
-    tensor = torch.tensor(ids, dtype=torch.int64)
-    assert truncate_draft(tensor, max_tokens).tolist() == tail
-    assert truncate_draft(tensor, max_tokens, keep="head").tolist() == head
-
-
-def test_truncate_returns_the_type_it_was_given():
-    ids = [5, 6, 7]
-    assert truncate_draft(ids, 3) == ids
-    assert truncate_draft(ids, 3) is not ids
-    assert truncate_draft(ids, 0) == []
-    cut = truncate_draft(torch.tensor(ids, dtype=torch.int32), 2)
-    assert cut.dtype == torch.int32
-    assert cut.tolist() == [6, 7]
-
-
-@pytest.mark.parametrize(
-    ("ids", "max_tokens", "keep", "error", "message"),
-    [
-        ("abc", 1, "tail", TypeError, r"draft_ids must be a list or a tensor, got str 'abc'"),
-        (torch.ones(2), 1, "tail", TypeError, r"draft_ids must be an integer tensor"),
-        (torch.ones(1, 2, dtype=torch.int64), 1, "tail", ValueError, r"draft_ids must have shape"),
-        ([1], -1, "tail", ValueError, r"max_tokens must be >= 0, got -1"),
-        ([1], 1.0, "tail", TypeError, r"max_tokens must be an int, got float 1.0"),
-        ([1], 1, "middle", ValueError, r"keep must be 'tail' or 'head', got 'middle'"),
-    ],
-)
-def test_bad_truncation(ids, max_tokens, keep, error, message):
-    with pytest.raises(error, match=message):
-        truncate_draft(ids, max_tokens, keep=keep)

@@ -12,6 +12,7 @@ from igrpo_algo.drafts import text as prompts
 from igrpo_algo.drafts.text import (
     CONCATENATION,
     DEFAULT_TEMPLATE,
+    PAPER_TEMPLATE,
     DraftTemplate,
     splice_prompt,
     strip_thinking,
@@ -19,7 +20,7 @@ from igrpo_algo.drafts.text import (
 
 BRACKETS = DraftTemplate(before="\n[", after="]\nBetter:", delimiters=("]\n",))
 SPECIALS = ["<|im_end|>", "</s>"]
-PIECES = [*SPECIALS, *DEFAULT_TEMPLATE.delimiters, "<earlier_", "</earlier_attempt", "attempt>"]
+PIECES = [*SPECIALS, *PAPER_TEMPLATE.delimiters, "<earlier_", "</earlier_attempt", "attempt>"]
 DRAFTS = st.lists(
     st.sampled_from([*PIECES, "<|im_", "end|>", "{draft}", "\n", "42"]), max_size=16
 ).map("".join)
@@ -100,14 +101,19 @@ def test_text_and_conversation_hold_the_same_words(question, draft):
 
 
 @pytest.mark.parametrize("draft", ["{draft} {0} {{ 7 * 7 }} {% for %} %s \\1 \\g<0> $x", "a\\b\n"])
-@pytest.mark.parametrize("template", [DEFAULT_TEMPLATE, CONCATENATION, BRACKETS])
+@pytest.mark.parametrize("template", [DEFAULT_TEMPLATE, PAPER_TEMPLATE, CONCATENATION, BRACKETS])
 def test_a_draft_is_never_read_as_a_template(draft, template):
     expected = "{q}" + template.before + draft + template.after
     assert splice_prompt("{q}", draft, template=template, special_tokens=["</s>"]) == expected
 
 
-def test_the_default_says_what_the_paper_asks_for():
-    text = " ".join((DEFAULT_TEMPLATE.before + DEFAULT_TEMPLATE.after).split())
+def test_the_default_is_one_line():
+    spliced = splice_prompt("1+1?", "3")
+    assert spliced == "1+1?\nEarlier attempt, which may be wrong: 3"
+
+
+def test_the_papers_template_says_what_the_paper_asks_for():
+    text = " ".join((PAPER_TEMPLATE.before + PAPER_TEMPLATE.after).split())
     asked = ["guidance, not the truth", "strictly better", "mistakes", "gaps", "justification"]
     asked += ["clearer", "word for word", "incomplete", "correct it and go on"]
     assert [words for words in asked if words not in text] == []
@@ -116,8 +122,8 @@ def test_the_default_says_what_the_paper_asks_for():
 @given(DRAFTS)
 @settings(max_examples=50)
 def test_a_draft_cannot_close_its_delimiters(draft):
-    spliced = splice_prompt("1+1?", draft)
-    assert [spliced.count(mark) for mark in DEFAULT_TEMPLATE.delimiters] == [1, 1]
+    spliced = splice_prompt("1+1?", draft, template=PAPER_TEMPLATE)
+    assert [spliced.count(mark) for mark in PAPER_TEMPLATE.delimiters] == [1, 1]
 
 
 @pytest.mark.parametrize(

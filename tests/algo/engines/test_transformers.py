@@ -80,9 +80,10 @@ def test_the_sampler_says_what_a_prompt_is_to_its_model(model, tokenizer):
     sampler = TransformersSampler(model, tokenizer, max_new_tokens=4)
     assert sampler.encode(PROMPTS[2]) == [2, *tokenizer("2+2")["input_ids"], 3]
     assert sampler.control_tokens == {"<pad>", "<eos>", "<u>", "<a>"}
-    options = {"chat_template": "{{ word }}{{ messages[0]['content'] }}", "word": "<a>"}
+    options = {"chat_template": "{{ word }}{{ messages[0]['content'] }}[/QA]", "word": "<a>"}
     told = TransformersSampler(model, tokenizer, max_new_tokens=4, chat_template_kwargs=options)
-    assert told.encode(PROMPTS[2]) == [3, *tokenizer("2+2")["input_ids"]]
+    assert told.encode(PROMPTS[2]) == [3, *tokenizer("2+2[/QA]")["input_ids"]]
+    assert told.control_tokens == {*sampler.control_tokens, "[/QA]"}
     wrong = {"tokenize": True}
     with pytest.raises(ValueError, match="chat_template_kwargs must not set tokenize"):
         TransformersSampler(model, tokenizer, max_new_tokens=4, chat_template_kwargs=wrong)

@@ -102,7 +102,7 @@ def test_an_engine_must_give_log_probs_that_the_loss_can_compare(options, usable
         assert completion.logprobs == wanted
         assert llm.requests[0].logprobs == (None if wanted is None else 0)
     else:
-        with pytest.raises(ValueError, match=f"llm gives {mode}, which no loss can compare"):
+        with pytest.raises(ValueError, match=f"llm gives {mode}, which no loss can use"):
             VllmSampler(llm, max_new_tokens=8, **options)
 
 

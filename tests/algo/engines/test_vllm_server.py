@@ -116,10 +116,19 @@ def test_a_cut_away_from_temperature_one_is_refused_by_name(fake, cut):
     assert server.paths() == []
 
 
-def test_logits_in_the_place_of_log_probs_are_refused(fake):
+@pytest.mark.parametrize(
+    ("top", "why"),
+    [
+        ([0.0, -0.1, -0.2, -0.3], "top_logprobs are not log-probs"),  # logits
+        ([-3.0] * 4, "its most probable tokens are equally probable"),
+        ([], "top_logprobs are not log-probs"),
+        ([-0.5, float("nan")], r"top_logprobs\[1\] must be finite"),
+    ],
+)
+def test_a_server_that_does_not_show_its_log_probs_is_refused(fake, top, why):
     server = fake()
-    server.top = lambda temperature: {f"token_id:{i}": -0.1 * i for i in range(5)}
-    with pytest.raises(ValueError, match=f"{server.url} gives no log-probs: top_logprobs are not"):
+    server.top = lambda temperature: {f"token_id:{i}": each for i, each in enumerate(top)}
+    with pytest.raises(ValueError, match=f"{server.url} does not show its --logprobs-mode: {why}"):
         make_sampler(server)
 
 

@@ -1,15 +1,16 @@
 """Samplers in each of their forms, and what they may not return."""
 
 import asyncio
+import math
 import threading
 
 import pytest
 import torch
 
+from igrpo_algo.prompts import check_prompts
 from igrpo_algo.rollouts.completions import Completion, pack_completions, pad_completions
 from igrpo_algo.rollouts.sampling import (
     Samples,
-    check_prompts,
     run_blocking,
     sample_group,
     sample_one,
@@ -161,6 +162,19 @@ def test_what_is_no_prompt(prompts, match):
 
 
 @pytest.mark.parametrize(
+    "broken",
+    [
+        "1 + \ud800?",
+        [{"role": "user", "content": "\udfff"}],
+        [{"role": "user", "content": [{"type": "text", "text": "a\ud800"}]}],
+    ],
+)
+def test_half_a_character_is_named_by_its_prompt(broken):
+    with pytest.raises(ValueError, match=r"prompts\[1\] holds '\\ud[8f].*half of a character"):
+        sample_group(["\U0001f600 whole", broken], plain, 1)
+
+
+@pytest.mark.parametrize(
     ("returned", "error", "match"),
     [
         ([[]], ValueError, "1 groups for 2 prompts"),
@@ -211,6 +225,12 @@ def test_as_many_seeds_as_prompts():
 def test_log_probs_are_one_per_token():
     with pytest.raises(ValueError, match="1 log-probs for 2 token_ids"):
         Completion([1, 2], "", [0.0])
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_log_probs_are_finite(broken):
+    with pytest.raises(ValueError, match=f"logprobs must be finite, got {broken} for token 1"):
+        Completion([1, 2, 3], "", [-0.5, broken, broken])
 
 
 COMPLETIONS = [

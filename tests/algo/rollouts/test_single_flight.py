@@ -1,6 +1,7 @@
 """Single flight: one call, many callers; errors, cancellation and the bound on what is kept."""
 
 import asyncio
+from functools import partial
 
 import pytest
 
@@ -206,6 +207,62 @@ def test_what_runs_is_never_dropped():
         await settle()
         slow.go.set()
         assert await asyncio.gather(running, sibling) == [1, 1]
+
+    asyncio.run(main())
+
+
+def test_what_waits_for_itself_is_refused():
+    async def main():
+        flight, other = SingleFlight(), SingleFlight()
+
+        async def asks(where, key, then):
+            return await where.do(key, then)
+
+        async def asks_itself():
+            return await flight.do("a", asks_itself)
+
+        async def round_trip():
+            return await asks(other, "b", lambda: asks(flight, "a", round_trip))
+
+        for start in (asks_itself, round_trip):
+            with pytest.raises(RuntimeError, match="result for 'a' cannot wait for itself"):
+                await asyncio.wait_for(flight.do("a", start), 5)
+
+        # Two that began apart and then wait for each other: the one that closes the ring is told.
+        ready = asyncio.Event()
+
+        async def late(key, own):
+            await ready.wait()
+            return await flight.do(key, own)
+
+        a, b = partial(late, "b", Calls()), partial(late, "a", Calls())
+        both = asyncio.gather(flight.do("a", a), flight.do("b", b), return_exceptions=True)
+        await settle()
+        ready.set()
+        errors = await asyncio.wait_for(both, 5)
+        assert [type(error) for error in errors] == [RuntimeError] * 2
+
+    asyncio.run(main())
+
+
+def test_a_result_may_wait_for_others():
+    async def main():
+        flight, calls = SingleFlight(), Calls()
+        calls.go.set()
+
+        async def one(key):
+            return key + str(await flight.do("shared", calls))
+
+        async def all_of_them():
+            keys = ("a", "b", "c")
+            return await asyncio.gather(*(flight.do(key, partial(one, key)) for key in keys))
+
+        assert await flight.do("all", all_of_them) == ["a1", "b1", "c1"]
+        assert await flight.do("again", partial(flight.do, "all", all_of_them)) == [
+            "a1",
+            "b1",
+            "c1",
+        ]
 
     asyncio.run(main())
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from igrpo_algo import Completion
 from igrpo_algo.shared_prompt.packing import SharedPromptRow, pack_shared_prompt
-from igrpo_kernels import Clip, SequenceMean, linear_policy_loss, policy_loss, token_logprobs
+from igrpo_kernels import Clip, SequenceMean, linear_policy_loss, token_logprobs
+from igrpo_kernels.loss_from_logprobs import policy_loss
 
 PROMPTS = [[5, 6], [4]]
 COMPLETIONS = [[[7, 8], [], [9]], [[3]]]
@@ -153,6 +154,9 @@ def test_a_prompt_whose_completions_are_all_empty_has_a_loss_of_zero() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ((None, [[[1]]]), TypeError, "prompt_ids must be a list of one entry per prompt, got None"),
+        ((torch.ones(1, 2), [[[1]]]), TypeError, r"prompt_ids must be a list .* got a float32"),
+        (([[1]], 3), TypeError, "completions must be a list of one entry per prompt, got int 3"),
         (([[]], [[[1]]]), ValueError, r"prompt_ids\[0\] must have at least one token"),
         (([], []), ValueError, "prompt_ids must hold at least one prompt"),
         (([[1]], []), ValueError, "one list per prompt = 1, got 0"),

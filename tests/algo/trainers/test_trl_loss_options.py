@@ -25,8 +25,8 @@ from igrpo_kernels import (
     SequenceMean,
     Sum,
     TokenMean,
-    Vespo,
 )
+from igrpo_kernels.surrogates import Vespo
 
 pytestmark = third_party
 
