@@ -115,7 +115,7 @@ def policy_loss(
     if entropy is not None:
         check_shape("entropy", check_floating("entropy", entropy), logprobs.shape, "of logprobs")
         entropy = entropy.to(dtype)
-    return average(objective, aggregate, inputs, logprobs.to(dtype), entropy)
+    return average(objective, aggregate, inputs, logprobs, entropy)
 
 
 def average(
@@ -125,9 +125,9 @@ def average(
     logprobs: Tensor,
     entropy: Tensor | None,
 ) -> PolicyLoss:
-    """Compute the loss from inputs that are checked, log-probs and entropies in fp32 or fp64."""
-    sequences = inputs.sequences
-    weights = aggregate.weights(sequences, logprobs.dtype)
+    """Compute the loss from inputs that are checked."""
+    sequences, dtype = inputs.sequences, working_dtype(logprobs.dtype)
+    weights = aggregate.weights(sequences, dtype)
     if objective.has_kernel(logprobs):
         from ._triton.clip_terms import clipped_loss
 
@@ -135,7 +135,7 @@ def average(
         return PolicyLoss(loss, named_means(names, sums, sequences.mask.sum()))
     inputs = inputs.masked()
     entropy = None if entropy is None else sequences.select(entropy)
-    tokens = inputs.tokens(sequences.select(logprobs))
+    tokens = inputs.tokens(sequences.select(logprobs.to(dtype)))
     terms = objective(tokens, inputs.ref_logprobs, entropy)
     loss = sequences.select(weights * terms.losses).sum()
     with torch.no_grad():

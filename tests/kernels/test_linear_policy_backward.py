@@ -82,6 +82,16 @@ def test_no_second_backward_and_no_second_copy_of_the_gradients() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.25, 0.0, -1.0, 3.0])
+def test_any_upstream_scalar(factor: float) -> None:
+    case = make_case()
+    options = {"surrogate": Clip(), "aggregate": TokenMean()}
+    wanted = torch.autograd.grad(case.composed(**options).loss, case.leaves)
+    (factor * case.fused(**options).loss).backward()
+    for leaf, grad in zip(case.leaves, wanted, strict=True):
+        torch.testing.assert_close(leaf.grad, factor * grad, rtol=1e-10, atol=1e-12)
+
+
 def test_accumulating_over_two_backwards_leaves_the_saved_gradients_alone() -> None:
     case = make_case()
     loss = case.fused(surrogate=Clip(), aggregate=TokenMean()).loss

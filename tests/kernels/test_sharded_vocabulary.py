@@ -417,6 +417,12 @@ def test_a_slice_without_columns_beside_the_largest_logits() -> None:
     torch.testing.assert_close(grads, torch.tensor([[-0.5, 0.5]]))
 
 
+def test_a_slice_without_columns_has_no_maximum() -> None:
+    unlikely = torch.tensor([[-2000.0, -1900.0]])  # done again relative to the maximum
+    for rows in in_slices(unlikely, torch.tensor([0]), LogitTransform(), [0]):
+        assert rows.statistics.logprobs.item() == pytest.approx(-100.0, rel=1e-6)
+
+
 @pytest.mark.parametrize("margin", [8.0, 17.0, 30.0])
 def test_a_confident_token_keeps_its_digits_in_slices(margin: float) -> None:
     products = torch.zeros(2, 6)
