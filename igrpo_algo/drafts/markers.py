@@ -98,6 +98,16 @@ def marker_tokens(tokenizer: Any, chat_template: str | None = None) -> tuple[str
 
     Returns:
         The strings, each once, sorted.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
+        >>> marker_tokens(
+        ...     SimpleNamespace(
+        ...         all_special_tokens=["</s>"], added_tokens_decoder={}, chat_template=template
+        ...     )
+        ... )
+        ('</s>', '<|user|>')
     """
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     template = tokenizer.chat_template if chat_template is None else chat_template

@@ -96,6 +96,10 @@ class DraftChoice:
         failed: No completion so far reached `failed_below`.
         dropped: Draft dropout took the draft away.
         skipped: The prompt was skipped, and the round's completions have no tokens.
+
+    Examples:
+        >>> DraftChoice(index=2, reward=1.0, draft="It is 5.").dropped
+        False
     """
 
     index: int

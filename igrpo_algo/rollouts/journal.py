@@ -66,11 +66,24 @@ def load_journal(path: str | os.PathLike[str]) -> list[Rollout]:
 
     A last line that is torn (no line end) is ignored.
 
+    Args:
+        path: The file that `stream_two_stage_rollout` was given.
+
+    Returns:
+        The rollouts; `Rollouts.of` sorts them.
+
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The first line is not a header; a later whole line is not a rollout, or one of
             a prompt that there is not, or that another line has already. The message names the
             line and the field.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with Journal(f"{folder}/j", Header.of(["q"], 1, 1, rounds=1, seed=0)):
+        ...         load_journal(f"{folder}/j")
+        []
     """
     *lines, _torn = Path(path).read_bytes().split(b"\n")
     header = _read_header(path, lines)

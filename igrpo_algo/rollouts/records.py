@@ -34,6 +34,11 @@ class Stage:
 
     Raises:
         ValueError: There is not one reward per completion.
+
+    Examples:
+        >>> from igrpo_algo import Completion
+        >>> Stage("1 + 1?", [Completion([7, 1], "2"), Completion([8], "3")], [1.0, 0.0]).lengths
+        [2, 1]
     """
 
     prompt: Prompt
@@ -68,6 +73,13 @@ class Rollout:
 
     Raises:
         ValueError: There is not one choice per round.
+
+    Examples:
+        >>> from igrpo_algo import Completion
+        >>> drafts = Stage("1 + 1?", [Completion([7], "2")], [1.0])
+        >>> refinements = Stage("1 + 1? 2", [Completion([7], "2")], [1.0])
+        >>> len(Rollout(0, drafts, [DraftChoice(0, 1.0, "2")], [refinements]).stages)
+        2
     """
 
     index: int

@@ -24,7 +24,16 @@ Reward = Callable[..., Any]
 
 
 class RewardError(RuntimeError):
-    """A reward function raised; the message names the prompt, and the cause is chained."""
+    """A reward function raised; the message names the prompt, and the cause is chained.
+
+    Examples:
+        >>> from igrpo_algo import Completion, two_stage_rollout
+        >>> def sampler(prompts, n, seed):
+        ...     return [[Completion([i], str(i)) for i in range(n)] for _ in prompts]
+        >>> two_stage_rollout(["q"], sampler, lambda prompts, completions: 1 / 0)
+        Traceback (most recent call last):
+        igrpo_algo.rollouts.scoring.RewardError: reward failed on prompt 0 ('q'): Zero...
+    """
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,11 @@ def attend_shared_prompt(
 
     Returns:
         Shape [1, S, heads, D].
+
+    Examples:
+        >>> query = key = value = torch.zeros(1, 2, 5, 4)
+        >>> attend_shared_prompt(query, key, value, [[2, 2, 1]]).shape
+        torch.Size([1, 5, 2, 4])
     """
     if suits_flex(query, value, dropout):
         return attend_flex(query, key, value, lengths, scale=scale, window=window)
