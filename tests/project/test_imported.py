@@ -18,8 +18,6 @@ VENDORED_TESTS = (
     "test_policy_loss_input.py",
     "test_sequences.py",
     "test_token_logprobs.py",
-    "triton_logits.py",
-    "triton_losses.py",
 )
 HEAVY = ["triton", "transformers", "trl", "matplotlib", "datasets", "accelerate"]
 
