@@ -14,6 +14,8 @@ VENV_VLLM := .venv-vllm
 BIN_VLLM := $(VENV_VLLM)/bin
 READY_VLLM := $(VENV_VLLM)/.ready
 VLLM_ADDOPTS := -ra --import-mode=importlib --strict-markers --strict-config
+VENV_HOST := .venv-
+HOSTS ?= openrlhf swift verl
 ARGS ?=
 
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -21,7 +23,7 @@ CANDIDATES := python3 python python3.14 python3.13 python3.12 python3.11
 PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	if $$python $(IS_NEW_ENOUGH) 2>/dev/null; then echo $$python; break; fi; done)
 
-.PHONY: help demo test test-vllm lint format docs bench bench-suites gpu-check mutants clean
+.PHONY: help demo test test-vllm conformance lint format docs bench bench-suites gpu-check mutants clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -34,6 +36,14 @@ test: $(READY)  ## run the tests
 
 test-vllm: $(READY_VLLM)  ## run the tests of the vLLM samplers on a real engine (x86_64 Linux, CPU is enough)
 	$(BIN_VLLM)/python -m pytest -o addopts='$(VLLM_ADDOPTS)' tests/vllm $(ARGS)
+
+conformance: $(HOSTS:%=$(VENV_HOST)%/.ready)  ## run this package inside OpenRLHF, ms-swift and verl (HOSTS=verl: one of them)
+	@for host in $(HOSTS); do \
+		echo "tests/hosts/$$host"; \
+		OMP_NUM_THREADS=1 $(VENV_HOST)$$host/bin/python -m pytest -o addopts='$(VLLM_ADDOPTS)' \
+			-W ignore tests/hosts/$$host $(ARGS); \
+	done
+	@if test -n "$$RECORD"; then python3 tools/conformance_table.py; fi
 
 lint: $(READY)  ## check style, types, links and docs
 	$(BIN)/python -m ruff check .
@@ -62,7 +72,7 @@ mutants: $(READY)  ## plant every known fault and see a test go red
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 clean:  ## remove what the other targets made, .venv included
-	rm -rf $(VENV) $(VENV_VLLM) build dist site runs .benchmarks .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV_VLLM) $(addprefix $(VENV_HOST),openrlhf swift verl) build dist site runs .benchmarks .hypothesis *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
@@ -99,4 +109,19 @@ $(READY_VLLM): constraints.txt tests/vllm/requirements.txt
 	@echo "[3/3] installing what vLLM and its tests import"
 	@$(BIN_VLLM)/python -m pip install --quiet --constraint constraints.txt \
 		--requirement tests/vllm/requirements.txt
+	@touch $@
+
+# Each trainer has an environment of its own. The project goes in last and without its dependencies,
+# since it asks for Triton, which a CPU does not need; what a requirements file wants in without its
+# dependencies stands there behind "# --no-deps".
+$(VENV_HOST)%/.ready: tests/hosts/%/requirements.txt pyproject.toml
+	$(call make-venv,$(@D))
+	@echo "[2/3] installing torch"
+	@$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	@echo "[3/3] installing $* and what its tests import"
+	@$(@D)/bin/python -m pip install --quiet --requirement $<
+	@sed -n 's/^# --no-deps //p' $< | xargs --no-run-if-empty \
+		$(@D)/bin/python -m pip install --quiet --no-deps
+	@$(@D)/bin/python -m pip install --quiet filelock einops
+	@$(@D)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@

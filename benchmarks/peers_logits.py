@@ -5,7 +5,8 @@ from torch import Tensor
 
 from benchmarks.batches import CLIP, Batch, clipped_token_mean
 from benchmarks.peers_linear import compiled
-from igrpo_kernels import Clip, TokenMean, clipped_policy_loss, policy_loss, token_logprobs
+from igrpo_kernels import Clip, TokenMean, clipped_policy_loss, token_logprobs
+from igrpo_kernels.loss_from_logprobs import policy_loss
 
 Scores = tuple[Tensor, ...]
 

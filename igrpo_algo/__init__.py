@@ -5,7 +5,7 @@ function here. Samplers live in `igrpo_algo.engines`, trainers in `igrpo_algo.tr
 `igrpo_algo.rewards`, and each is imported by name; this import loads nothing but torch and einops.
 """
 
-from igrpo_kernels import policy_loss
+from igrpo_kernels.loss_from_logprobs import policy_loss
 
 from .advantages.baselines import rloo
 from .advantages.of_groups import center_by_group, standardize_by_group, whiten

@@ -114,8 +114,8 @@ def accuracy_after_draft(
 ) -> tuple[Tensor, Tensor]:
     """Share of right refinements after a right draft, and after a wrong one.
 
-    accuracy = #{(p, g) : r_pg >= threshold} / #{(p, g)},  over prompts with d_p >= threshold, and
-    over those with d_p < threshold
+    accuracy = #{(p, g) : r_pg >= threshold} / #{(p, g)}
+    over prompts with d_p >= threshold, and over those with d_p < threshold
 
     1 and 0 say that Stage 2 hands its draft's verdict on, whatever it writes: every group is of
     equal rewards then, and nothing is learned. Prompts whose draft is NaN (none was shown) and

@@ -81,7 +81,7 @@ def decode_completion(ids: Sequence[int], tokenizer: Any) -> str:
         The text.
     """
     known = map(tokenizer.convert_tokens_to_ids, THINKING_MARKS)
-    marks = {token for token in known if token != tokenizer.unk_token_id}
+    marks = {token for token in known if token != getattr(tokenizer, "unk_token_id", None)}
     if marks.isdisjoint(ids):
         return str(tokenizer.decode(ids, skip_special_tokens=True))
     added = tokenizer.added_tokens_decoder

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from igrpo_kernels.checks import describe
 
 
-def derive_seed(seed: int, *path: int) -> int:
+def derive_seed(seed: int, *path: int | str) -> int:
     """Make an independent seed in [0, 2**63) out of a seed and where it is used.
 
     Examples:

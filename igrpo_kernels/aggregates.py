@@ -42,8 +42,10 @@ def _check_denominator(denominator: float | Tensor | None) -> None:
 
 def _reciprocal(denominator: float | Tensor, like: Tensor) -> Tensor:
     """1 / denominator, and 0 where that is zero; a 0-d tensor, without a host sync."""
-    value = torch.as_tensor(denominator, dtype=like.dtype, device=like.device).reshape(())
-    return torch.where(value == 0, 0.0, 1 / value)
+    if not isinstance(denominator, Tensor):
+        return like.new_full((), 1 / denominator if denominator else 0.0)
+    value = denominator.to(like.device, like.dtype).reshape(())
+    return torch.where(value == 0, 0.0, value.reciprocal())
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class SequenceMean:
     Raises:
         ValueError: `denominator` is negative or has more than one element.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
         >>> SequenceMean().weights(Sequences.of(mask.float(), mask), torch.float32)
         tensor([[0.2500],
@@ -96,7 +98,7 @@ class TokenMean:
     Raises:
         ValueError: `denominator` is negative or has more than one element.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
         >>> TokenMean().weights(Sequences.of(mask.float(), mask), torch.float32)
         tensor(0.2500)
@@ -109,9 +111,9 @@ class TokenMean:
 
     def weights(self, sequences: Sequences, dtype: torch.dtype) -> Tensor:
         """Return the weight, one for all tokens: shape []."""
-        like = sequences.mask.new_empty((), dtype=dtype)
-        tokens = sequences.mask.sum() if self.denominator is None else self.denominator
-        return _reciprocal(tokens, like)
+        if self.denominator is None:
+            return sequences.mask.sum(dtype=dtype).clamp_(min=1).reciprocal_()
+        return _reciprocal(self.denominator, sequences.mask.new_empty((), dtype=dtype))
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,10 @@ class FixedLength:
         denominator: Sequences to divide by; None: those of the batch.
 
     Raises:
-        TypeError: `length` is no int.
+        TypeError: `length` is not an int.
         ValueError: `length` < 1, or `denominator` is negative or has more than one element.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
         >>> FixedLength(10).weights(Sequences.of(mask.float(), mask), torch.float32)
         tensor(0.0500)
@@ -165,7 +167,7 @@ class Sum:
     Raises:
         ValueError: `denominator` is negative or has more than one element.
 
-    Example:
+    Examples:
         >>> mask = torch.ones(1, 2)
         >>> Sum().weights(Sequences.of(mask), torch.float32)
         tensor(1.)

@@ -29,7 +29,7 @@ class K1:
 
     Its own gradient averages to zero on policy: give it to the reward, or weight it.
 
-    Example:
+    Examples:
         >>> K1()
         K1()
     """
@@ -43,7 +43,7 @@ class K1:
 class K2:
     """Half the squared log-ratio: k2 = (log pi - log pi_ref)^2 / 2. Biased, right gradient.
 
-    Example:
+    Examples:
         >>> K2()
         K2()
     """
@@ -60,7 +60,7 @@ class K3:
     GRPO (arXiv:2402.03300, eq. 4) and iGRPO (arXiv:2602.09000, eq. 5) use it as it is. x is clamped
     to at most 20 in the exponential, so that it stays finite.
 
-    Example:
+    Examples:
         >>> K3()
         K3()
     """
@@ -68,7 +68,7 @@ class K3:
     def __call__(self, tokens: Tokens, ref_logprobs: Tensor) -> Tensor:
         """Return the estimate of each token."""
         x = ref_logprobs - tokens.logprobs
-        return x.clamp(max=MAX_LOG_RATIO).exp() - x - 1
+        return x.clamp(max=MAX_LOG_RATIO).expm1() - x
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class RatioWeighted:
     Attributes:
         estimate: The estimator that is weighted.
 
-    Example:
+    Examples:
         >>> RatioWeighted(K3())
         RatioWeighted(estimate=K3())
     """
@@ -101,7 +101,7 @@ class ScoreWeighted:
     Attributes:
         estimate: The estimator that is weighted.
 
-    Example:
+    Examples:
         >>> ScoreWeighted(K3())
         ScoreWeighted(estimate=K3())
     """

@@ -3,16 +3,14 @@
 Products of bf16 inputs accumulate and stay in fp32; nothing of shape [rows, V] outlives its chunk.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .checks import check_floating, check_number, check_rank, check_shape, describe
-from .row_chunks import row_chunks, rows_per_chunk, sequence_lengths, working_dtype
-from .softmax_rows import LogitTransform
-from .vocabulary_shard import VocabularyShard, check_slice
+from .row_selection import Rows, compose, take, working_dtype
+from .row_softmax import LogitTransform, ProductGradient, TargetColumns
+from .vocabulary_shard import VocabularyShard
 
 # Rows of a half-precision weight that a CPU casts at a time: few enough to multiply from cache.
 # At H = 768, 2048 rows by 32768 columns took 567 ms so, 758 ms by 5461 and 654 ms by all at once.
@@ -28,12 +26,14 @@ class LinearHead:
         bias: Shape [V], or None.
         transform: Scale, cap and temperature of every row.
         shard: Which slice of the vocabulary this is; None: all of it.
+        chunk_bytes: Bytes of logits, or of their exponentials, held at a time; None: the default.
     """
 
     weight: Tensor
     bias: Tensor | None
     transform: LogitTransform
     shard: VocabularyShard | None = None
+    chunk_bytes: int | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -45,30 +45,20 @@ class LinearHead:
         """The most logits of a row that any rank has: what chunks are cut by."""
         return self.vocabulary if self.shard is None else self.shard.widest
 
-    def chunks(self, rows: Tensor, owner: Tensor | None = None) -> Iterator[Tensor]:
-        """Cut an index of rows into chunks, of whole sequences by `owner`; alike on every rank."""
-        if self.shard is not None:
-            self.shard.check_rows(rows)
-        return row_chunks(rows, self.widest, owner)
+    @property
+    def whole_vocabulary(self) -> int:
+        """V of all slices together."""
+        return self.vocabulary if self.shard is None else self.shard.vocabulary
 
-    def holds_sequences(self, rows: Tensor, owner: Tensor) -> bool:
-        """Whether each sequence of some rows fits a chunk."""
-        most = rows_per_chunk(self.widest, rows.device)
-        return len(rows) <= most or max(sequence_lengths(rows, owner)) <= most
+    def columns(self, targets: Tensor) -> TargetColumns:
+        """Where targets stand among this weight's rows."""
+        if self.shard is None:
+            return TargetColumns(targets)
+        return TargetColumns(targets - self.shard.start, is_slice=True)
 
-    def columns(self, targets: Tensor) -> Tensor:
-        """Where targets stand among this weight's rows; outside of them for another slice's."""
-        return targets if self.shard is None else targets - self.shard.start
-
-    def new_buffer(self, rows: int) -> Tensor:
-        """Memory for the products of a chunk of a batch of `rows` rows."""
-        size = min(rows, rows_per_chunk(self.widest, self.weight.device))
-        dtype = working_dtype(self.weight.dtype)
-        return self.weight.new_empty((size, self.vocabulary), dtype=dtype)
-
-    def products_(self, buffer: Tensor, hidden: Tensor) -> Tensor:
-        """Write x @ W.T + b of a chunk of rows to the buffer. Shape [N, V], in fp32 or fp64."""
-        products = buffer[: len(hidden)]
+    def products_(self, memory: Tensor, hidden: Tensor) -> Tensor:
+        """Write x @ W.T + b of a chunk of rows to memory. Shape [N, V], in fp32 or fp64."""
+        products = take(memory, range(len(hidden)))
         if hidden.dtype == products.dtype:
             torch.mm(hidden, self.weight.t(), out=products)
         elif hidden.is_cuda:
@@ -94,73 +84,108 @@ class HeadGradients:
     Rows that no chunk holds get zero. One that is not needed is None and costs nothing.
     """
 
-    def __init__(self, head: LinearHead, hidden: Tensor, needed: list[bool], rows: int) -> None:
-        """Prepare for chunks of `rows` rows in all; `needed` says of hidden, weight and bias."""
+    def __init__(
+        self, head: LinearHead, hidden: Tensor, needed: list[bool], *, one_chunk: bool
+    ) -> None:
+        """Prepare for one chunk or several; `needed` says of hidden, weight and bias."""
         self.head = head
+        self.like = hidden
         self.needs_hidden, self.needs_weight, needs_bias = needed
         self.needs_bias = needs_bias and head.bias is not None
-        self.one_chunk = rows <= rows_per_chunk(head.widest, hidden.device)
-        dtype = gradient_dtype(hidden.dtype)
-        self.hidden = torch.zeros_like(hidden, dtype=dtype) if self.needs_hidden else None
+        self.one_chunk = one_chunk
+        self.hidden: Tensor | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
     @property
-    def operand_dtype(self) -> torch.dtype:
-        """The dtype in which `add` wants the gradient of the products.
+    def matrix_dtype(self) -> torch.dtype:
+        """The dtype in which `add` wants the matrix of a gradient of the products.
 
         That of the inputs where the products with it can leave in another: a CPU's cannot, so there
-        a weight's gradient of several chunks is summed from operands in fp32.
+        a weight's gradient of several chunks is summed from a matrix in fp32.
         """
         dtype = self.head.weight.dtype
         summed_on_cpu = self.needs_weight and not self.one_chunk and not self.head.weight.is_cuda
         return working_dtype(dtype) if summed_on_cpu else gradient_dtype(dtype)
 
-    def add(self, rows: Tensor, hidden: Tensor, grad: Tensor) -> None:
+    def add(self, rows: Rows, hidden: Tensor, gradient: ProductGradient) -> None:
         """Add the share of a chunk.
 
         Args:
-            rows: Where the rows stand in the batch. Shape [N].
+            rows: Where the rows stand in the batch.
             hidden: Their hidden states. Shape [N, H].
-            grad: The gradient of their products, in `operand_dtype`. Shape [N, V].
+            gradient: The gradient of their products.
         """
-        if self.hidden is not None:
-            self.hidden[rows] = self._hidden_product(grad).to(self.hidden.dtype)
+        if gradient.rows is not None:
+            rows, hidden = compose(rows, gradient.rows), hidden[gradient.rows]
+        if self.needs_hidden:
+            self._put_hidden(rows, *self._hidden_product(gradient))
         if self.needs_weight:
-            self.weight = self._weight_plus(hidden, grad)
+            self.weight = self._weight_plus(hidden, gradient)
         if self.needs_bias:
-            share = grad.sum(0, dtype=working_dtype(grad.dtype))
+            share = _bias_share(gradient)
             self.bias = share if self.bias is None else self.bias.add_(share)
 
-    def _hidden_product(self, grad: Tensor) -> Tensor:
-        """Return the gradient of a chunk's hidden states, summed over the slices."""
-        weight, shard = self.head.weight, self.head.shard
-        if shard is None:
-            operand = grad.to(gradient_dtype(weight.dtype))
-            return torch.mm(operand, weight.to(operand.dtype))
-        wide = working_dtype(weight.dtype)  # a slice's share is not rounded before all are summed
-        if grad.is_cuda and grad.dtype != wide:
-            return shard.sum_(torch.mm(grad, weight, out_dtype=wide))
-        return shard.sum_(torch.mm(grad.to(wide), weight.to(wide)))
+    def _put_hidden(self, rows: Rows, product: Tensor, factors: Tensor | None) -> None:
+        dtype = gradient_dtype(self.like.dtype)
+        every = len(rows) == len(self.like)
+        if every and (factors is None or not product.is_cuda):
+            self.hidden = scale_rows(product, factors, dtype)
+            return
+        if self.hidden is None:
+            new = torch.empty_like if every else torch.zeros_like
+            self.hidden = new(self.like, dtype=dtype)
+        if factors is not None and product.is_cuda:
+            from ._triton.head_rows import put_scaled_rows_
 
-    def _weight_plus(self, hidden: Tensor, grad: Tensor) -> Tensor:
+            put_scaled_rows_(self.hidden, rows, product, factors)
+            return
+        at = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
+        self.hidden[at] = scale_rows(product, factors, dtype)
+
+    def _hidden_product(self, gradient: ProductGradient) -> tuple[Tensor, Tensor | None]:
+        """Return the gradient of a chunk's hidden states, and the factors that it still lacks.
+
+        Of half-precision operands a GPU's leaves in fp32: cuBLAS may split the sum over V, and adds
+        up parts in the dtype in which the product leaves.
+        """
+        matrix, weight, shard = gradient.matrix, self.head.weight, self.head.shard
+        wide = working_dtype(weight.dtype)
+        if matrix.is_cuda and matrix.dtype == weight.dtype != wide:
+            product = torch.mm(matrix, weight, out_dtype=wide)
+        elif shard is not None:  # a slice's share is not rounded before all are summed
+            product = torch.mm(matrix.to(wide), weight.to(wide))
+        elif matrix.dtype == gradient_dtype(weight.dtype):
+            product = torch.mm(matrix, weight.to(matrix.dtype))
+        else:
+            return torch.mm(gradient.multiplied(weight.dtype), weight), None
+        if shard is not None:
+            return shard.sum_(scale_rows(product, gradient.factors, product.dtype)), None
+        return product, gradient.factors
+
+    def _weight_plus(self, hidden: Tensor, gradient: ProductGradient) -> Tensor:
         """Return the weight's gradient so far plus that of a chunk."""
-        hidden = hidden.to(grad.dtype)
+        matrix = gradient.matrix.t()
+        if gradient.scaled_hidden is not None:
+            hidden = gradient.scaled_hidden
+        else:
+            hidden = scale_rows(hidden, gradient.factors, matrix.dtype)
         if self.one_chunk:  # its product is the sum, and rounded once
-            return torch.mm(grad.t(), hidden)
-        total, dtype = self.weight, working_dtype(grad.dtype)
-        if grad.dtype == dtype:
+            return torch.mm(matrix, hidden)
+        total, dtype = self.weight, working_dtype(matrix.dtype)
+        if matrix.dtype == dtype:
             product = torch.mm if total is None else total.addmm_
-            return product(grad.t(), hidden)
+            return product(matrix, hidden)
         if total is None:
-            return torch.mm(grad.t(), hidden, out_dtype=dtype)
-        return torch.addmm(total, grad.t(), hidden, out_dtype=dtype, out=total)
+            return torch.mm(matrix, hidden, out_dtype=dtype)
+        return torch.addmm(total, matrix, hidden, out_dtype=dtype, out=total)
 
     def finish(self) -> list[Tensor]:
         """Return those that were needed, in `gradient_dtype`."""
         dtype = gradient_dtype(self.head.weight.dtype)
-        gradients = [] if self.hidden is None else [self.hidden]
+        gradients = []
         for needed, total, like in (
+            (self.needs_hidden, self.hidden, self.like),
             (self.needs_weight, self.weight, self.head.weight),
             (self.needs_bias, self.bias, self.head.bias),
         ):
@@ -169,58 +194,17 @@ class HeadGradients:
         return [gradient.to(dtype) for gradient in gradients]
 
 
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    shard: VocabularyShard | None,
-) -> int:
-    """Check what the ops over hidden states have in common; return the whole vocabulary's size.
-
-    Raises:
-        TypeError: A tensor is not floating point or is sharded, the dtypes differ, or `shard` is no
-            shard.
-        ValueError: The shapes do not fit, or `softcap` or `logit_scale` is out of range.
-    """
-    check_floating("hidden", hidden)
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if hasattr(tensor, "full_tensor"):  # a DTensor, as FSDP2 leaves outside of its forward
-            raise TypeError(
-                f"{name} must be a plain tensor, got a sharded one: call this inside the wrapped "
-                f"forward, pass {name}.full_tensor(), or pass to_local() of a weight cut by "
-                "rows with shard=VocabularyShard.of(...)"
-            )
-    check_rank("weight", check_floating("weight", weight), 2, "[V, H]")
-    if shard is not None:
-        check_slice(weight, shard)
-    elif weight.shape[0] == 0:
-        raise ValueError(f"weight must have shape [V, H] with V >= 1, got {list(weight.shape)}")
-    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must have shape [..., H] with H = {weight.shape[1]} as in weight, "
-            f"got {list(hidden.shape)}"
-        )
-    if hidden.dtype != weight.dtype:
-        raise TypeError(
-            f"hidden and weight must have one dtype, got {describe(hidden)} and "
-            f"{describe(weight)}; cast one of them, or run under torch.autocast"
-        )
-    if bias is not None:
-        check_shape("bias", check_floating("bias", bias), weight.shape[:1], "[V]")
-        if bias.dtype != weight.dtype:
-            raise TypeError(f"bias must have weight's dtype, {weight.dtype}, got {describe(bias)}")
-    if softcap is not None:
-        check_number("softcap", softcap, above=0)
-    check_number("logit_scale", logit_scale)
-    return weight.shape[0] if shard is None else shard.vocabulary
+def scale_rows(values: Tensor, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Multiply each row by its factor (None: 1), in fp32 or fp64, and round once. Shape [N, H]."""
+    return (values if factors is None else values * factors[:, None]).to(dtype)
 
 
-def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast as a linear layer would under torch.autocast; leave as they are elsewhere."""
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+def _bias_share(gradient: ProductGradient) -> Tensor:
+    """Sum the gradient of a chunk's products over its rows. Shape [V]."""
+    matrix, factors = gradient.matrix, gradient.factors
+    dtype = working_dtype(matrix.dtype)
+    if factors is None:
+        return matrix.sum(0, dtype=dtype)
+    if matrix.dtype == dtype:
+        return torch.mv(matrix.t(), factors)
+    return torch.mm(factors[None].to(matrix.dtype), matrix, out_dtype=dtype)[0]

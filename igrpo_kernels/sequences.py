@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_integral, check_rank, check_shape, check_tensor, describe
+from .checks import check_integral, check_mask, check_rank, describe
+from .row_selection import Rows, take
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class Sequences:
         mask: True where a token counts. Shape [B, T], or [L] when packed.
         count: B, the number of sequences; those without a counted token are among them.
         owner: Packed only: index of the sequence that each token belongs to. Shape [L].
+        complete: Every token counts, so that nothing has to be selected.
 
-    Example:
+    Examples:
         >>> sequences = Sequences.of(torch.zeros(2, 3), torch.tensor([[1, 1, 0], [1, 0, 0]]))
         >>> sequences.mean(torch.tensor([[1.0, 3.0, 9.0], [5.0, 9.0, 9.0]]))
         tensor([2., 5.])
@@ -31,6 +33,7 @@ class Sequences:
     mask: Tensor
     count: int
     owner: Tensor | None = None
+    complete: bool = False
 
     @classmethod
     def of(
@@ -50,21 +53,21 @@ class Sequences:
             name: What errors call `values`.
 
         Raises:
-            TypeError: `mask` is no tensor, or `cu_seqlens` is not of integers.
+            TypeError: `mask` is not a tensor, or `cu_seqlens` is not of integers.
             ValueError: The shapes do not fit each other, or `cu_seqlens` does not rise from 0 to
                 L (looked at on the CPU alone: on a GPU it would cost a synchronization).
         """
+        complete = mask is None
         if mask is None:
             mask = torch.ones_like(values, dtype=torch.bool)
         else:
-            mask = check_shape("mask", check_tensor("mask", mask), values.shape, f"of {name}")
-            mask = mask.to(values.device) != 0
+            mask = check_mask(mask, values.shape, f"of {name}").to(values.device)
         if cu_seqlens is None:
             if values.dim() != 2:
                 raise ValueError(
                     f"{name} must have shape [B, T], or [L] with cu_seqlens, got {describe(values)}"
                 )
-            return cls(mask, values.shape[0])
+            return cls(mask, values.shape[0], complete=complete)
         check_rank(name, values, 1, "[L] where cu_seqlens is given")
         check_rank("cu_seqlens", check_integral("cu_seqlens", cu_seqlens), 1, "[B + 1]")
         if cu_seqlens.numel() == 0:
@@ -77,14 +80,14 @@ class Sequences:
             cu_seqlens.to(values.device).diff(),
             output_size=values.numel(),
         )
-        return cls(mask, count, owner)
+        return cls(mask, count, owner, complete)
 
     @property
     def lengths(self) -> Tensor:
         """Counted tokens of each sequence. Shape [B], in int64."""
         if self.owner is None:
             return self.mask.sum(-1)
-        return self.owner.new_zeros(self.count).index_add(0, self.owner, self.mask.long())
+        return self.owner.new_zeros(self.count).index_add_(0, self.owner, self.mask.long())
 
     @property
     def owners(self) -> Tensor:
@@ -96,6 +99,9 @@ class Sequences:
 
     def select(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Replace what stands in masked slots by `fill`; its gradient is exactly zero."""
+        if self.complete:
+            whole = values.shape[-self.mask.dim() :] == self.mask.shape
+            return values if whole else values.expand_as(self.mask)
         return torch.where(self.mask, values, fill)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -113,24 +119,44 @@ class Sequences:
         """Give each token its sequence's value. Shape [B] to [B, 1] (broadcasts), or [L]."""
         return per_sequence[:, None] if self.owner is None else per_sequence[self.owner]
 
-    def broadcast(self, name: str, values: Tensor) -> Tensor:
+    def align(self, name: str, values: Tensor) -> Tensor:
         """Bring one value per token, or one per sequence, to a shape that broadcasts to the tokens.
 
-        What stands in masked slots, and what belongs to sequences without a counted token, becomes
-        0. Shape [B, T], [B] or [B, 1] to [B, T] or [B, 1]; packed, [L], [B] or [B, 1] to [L]. Where
+        Shape [B, T], [B] or [B, 1] to [B, T] or [B, 1]; packed, [L], [B] or [B, 1] to [L]. Where
         L = B the values are taken as one per sequence.
         """
         if values.shape in ((self.count,), (self.count, 1)):
-            present = torch.where(self.lengths > 0, values.reshape(self.count), 0.0)
-            spread = self.spread(present)
-            return spread if self.owner is None else self.select(spread)
+            return self.spread(values.reshape(self.count))
         if values.shape == self.mask.shape:
-            return self.select(values)
+            return values
         layout = "[B, T]" if self.owner is None else "[L]"
         raise ValueError(
             f"{name} must have shape {layout} = {list(self.mask.shape)} or [B] = [{self.count}], "
             f"got {list(values.shape)}"
         )
+
+    def select_aligned(self, values: Tensor) -> Tensor:
+        """Put 0 in masked slots, and where a sequence has no token that counts."""
+        if values.shape == self.mask.shape:
+            return self.select(values)
+        return values if self.complete else torch.where(self.spread(self.lengths > 0), values, 0.0)
+
+    def take(self, rows: Rows) -> "Sequences":
+        """Select tokens that count, by their index among all tokens; they become packed."""
+        mask = self.mask.new_ones(len(rows))
+        if self.owner is not None:
+            owner = take(self.owner, rows)
+        else:
+            if isinstance(rows, range):
+                rows = torch.arange(rows.start, rows.stop, device=mask.device)
+            owner = rows // max(1, self.mask.shape[1])
+        return Sequences(mask, self.count, owner, complete=True)
+
+    def pick(self, values: Tensor, rows: Rows, owner: Tensor) -> Tensor:
+        """Select tokens of values that broadcast to them. Shape [N], or [] as it is."""
+        if values.shape == self.mask.shape:
+            return take(values.reshape(-1), rows)
+        return values.reshape(-1)[owner] if values.dim() else values
 
 
 def _check_offsets(cu_seqlens: Tensor, length: int) -> None:

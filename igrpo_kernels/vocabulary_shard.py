@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checks import check_count, check_rank, check_tensor, describe
-from .softmax_statistics import SoftmaxStatistics
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,8 @@ class VocabularyShard:
       where it differs every rank raises. Any other error of one rank alone leaves the others
       waiting until the group's timeout.
     - Log-probs, entropies, loss and metrics have the same bits on every rank, and so all skip the
-      same rows: each rank gathers the statistics of every rank (maximum, sum, target's logit and,
-      for the entropy, first moment: 12 or 16 bytes per row and rank) once per chunk of rows, and
-      merges them in rank order.
+      same rows: of each chunk of rows each rank gathers the targets' logits and then the sums of
+      every rank (8 bytes per row and rank, 12 with the entropy), and adds them up in rank order.
     - Weight and bias get the gradient of their slice. Hidden states get the whole gradient, summed
       in fp32 over the ranks (one all-reduce per chunk), not this rank's share: where the layer
       below sums it itself, as Megatron's `copy_to_tensor_model_parallel_region` does, leave that
@@ -44,10 +42,10 @@ class VocabularyShard:
         group_name: The group's `group_name`.
 
     Raises:
-        TypeError: A size or `rank` is no int.
+        TypeError: A size or `rank` is not an int.
         ValueError: A size is negative, all are zero, or `rank` is not below their number.
 
-    Example:
+    Examples:
         On the last of three ranks, of 170, 170 and 167 tokens:
 
         >>> shard = VocabularyShard(sizes=(170, 170, 167), rank=2, group_name="tp")
@@ -87,7 +85,7 @@ class VocabularyShard:
             group: The process group that the vocabulary is cut over; None: the default group.
 
         Raises:
-            TypeError: `weight` is no tensor.
+            TypeError: `weight` is not a tensor.
             ValueError: `weight` has another shape, or this rank is not in the group.
         """
         check_rank("weight", check_tensor("weight", weight), 2, "[size, H]")
@@ -117,23 +115,27 @@ class VocabularyShard:
         """The length of the longest slice: what chunks of rows are cut by, alike on every rank."""
         return max(self.sizes)
 
-    def merge(self, statistics: SoftmaxStatistics) -> SoftmaxStatistics:
-        """Merge this slice's statistics with those of the other ranks; the same on every rank."""
-        return SoftmaxStatistics.unstack(_gather(statistics.stack(), self._group)).merge()
+    def add(self, values: Tensor) -> Tensor:
+        """Add up what each rank has found about the rows, in rank order: the same bits on each."""
+        return _gather(values, self._group).sum(0)
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Take the maximum over the ranks."""
+        return _gather(values, self._group).amax(0)
 
     def sum_(self, values: Tensor) -> Tensor:
         """Overwrite values by their sum over the ranks."""
         dist.all_reduce(values, group=self._group)
         return values
 
-    def check_rows(self, rows: Tensor) -> None:
+    def check_rows(self, rows: int, device: torch.device) -> None:
         """Check that every rank has as many rows: a collective of unequal sizes hangs, or lies.
 
         Raises:
             ValueError: On every rank, where the numbers differ.
         """
-        counts = _gather(torch.tensor([len(rows)], device=rows.device), self._group)
-        if (counts != len(rows)).any():
+        counts = _gather(torch.tensor([rows], device=device), self._group)
+        if (counts != rows).any():
             raise ValueError(
                 "every rank of a VocabularyShard must bring the same rows, got "
                 f"{counts.flatten().tolist()} rows that count on the ranks of "

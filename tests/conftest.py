@@ -43,7 +43,9 @@ def poison(tensor: Tensor) -> Tensor:
 
 def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def allocate_poisoned(*args: object, **kwargs: object) -> Tensor:
-        return poison(allocate(*args, **kwargs))
+        fresh = allocate(*args, **kwargs)
+        # under the tracer the poison would become a part of the program
+        return fresh if torch.compiler.is_compiling() else poison(fresh)
 
     return allocate_poisoned
 

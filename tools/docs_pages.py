@@ -27,17 +27,17 @@ REFERENCE = {  # page: title, where its names are defined
     "kernels/logprobs.md": (
         "Log-probs",
         (
-            "igrpo_kernels.token_logprobs",
-            "igrpo_kernels.linear_token_logprobs",
+            "igrpo_kernels.logprobs_from_logits",
+            "igrpo_kernels.logprobs_from_hidden",
             "igrpo_kernels.vocabulary_shard",
         ),
     ),
     "kernels/policy_loss.md": (
         "Policy loss",
         (
-            "igrpo_kernels.policy_loss",
-            "igrpo_kernels.clipped_policy_loss",
-            "igrpo_kernels.linear_policy_loss",
+            "igrpo_kernels.loss_from_logprobs",
+            "igrpo_kernels.clipped_losses",
+            "igrpo_kernels.loss_from_hidden",
             "igrpo_kernels.sequences",
         ),
     ),
@@ -61,9 +61,10 @@ def public_names(package: str) -> dict[str, str]:
         }
     names = {}
     for node in ast.parse((folder / "__init__.py").read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            for alias in node.names:
-                names[alias.name] = f"{package}.{node.module}.{alias.name}"
+        if isinstance(node, ast.ImportFrom) and node.module:
+            module = f"{package}.{node.module}" if node.level else node.module
+            if module.startswith("igrpo_"):
+                names |= {alias.name: f"{module}.{alias.name}" for alias in node.names}
     for name, path in names.items():  # what a package of the package hands on
         inner = path.removesuffix(f".{name}")
         if (ROOT / inner.replace(".", "/")).is_dir():

@@ -55,8 +55,9 @@ def report(
     if "refinements" in scores:
         right = {name: _success(each, success_reward) for name, each in scores.items()}
         results["uplift"] = float(stage_uplift(right["drafts"], right["refinements"]))
+        shown = [row["shown"] for row in records]
         texts = [[answer["text"] for answer in row["refinements"]] for row in records]
-        results["copy_rate"] = copy_rate([row["shown"] for row in records], texts)
+        results["copy_rate"] = copy_rate(shown, texts)
     return results
 
 

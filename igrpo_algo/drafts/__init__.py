@@ -6,7 +6,7 @@ keeps a draft from writing turns of its own.
 """
 
 from .budget import fit_draft
-from .markers import marker_tokens, neutralize
+from .markers import neutralize
 from .rules import DraftChoice, DraftChoices, DraftRules, Fallback, Ties
 from .select import (
     SelectedDrafts,
@@ -44,7 +44,6 @@ __all__ = [
     "TokenSplice",
     "draft_budget",
     "fit_draft",
-    "marker_tokens",
     "neutralize",
     "random_ties",
     "select_best_draft",

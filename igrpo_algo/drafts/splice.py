@@ -65,12 +65,12 @@ class TokenBudget:
         ValueError: A limit is below 1, or there is none, or `keep` is neither.
 
     Examples:
-        >>> class Letters:
+        >>> class Bytes:
         ...     def __call__(self, text, add_special_tokens=True):
-        ...         return {"input_ids": [*map(ord, text)]}
+        ...         return {"input_ids": list(text.encode())}
         ...     def decode(self, ids):
-        ...         return "".join(map(chr, ids))
-        >>> TokenBudget(Letters(), max_draft_tokens=5).cut("so it is 5.")
+        ...         return bytes(ids).decode()
+        >>> TokenBudget(Bytes(), max_draft_tokens=5).cut("so it is 5.")
         ('is 5.', 6)
     """
 

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from igrpo_kernels import Clip, SequenceMean, policy_loss
+from igrpo_kernels import Clip, SequenceMean
 from igrpo_kernels.checks import check_number
+from igrpo_kernels.loss_from_logprobs import policy_loss
 
 
 def igrpo_loss(

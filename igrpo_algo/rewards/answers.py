@@ -96,7 +96,7 @@ def extract_answer(text: str) -> str | None:
     return _behind_last_hashes(text) or _last_said(text) or tagged or None
 
 
-def extract_gold(value: object, *, name: str = "answer") -> str | None:
+def extract_gold(value: object, *, name: str = "an answer") -> str | None:
     r"""Return the reference answer that a data set's cell holds, or None for an empty cell.
 
     NaN counts as empty. A worked solution yields its final answer (`extract_answer`); a cell that

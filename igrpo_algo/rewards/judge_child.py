@@ -123,7 +123,10 @@ def solution_set(expression: Any, text: str) -> Any:
     symbols = {symbol for part in parts for symbol in part.free_symbols}
     if len(symbols) != 1 or any(isinstance(part, Eq) for part in parts):
         return None
-    solutions = [part.as_set() for part in parts]
+    try:
+        solutions = [part.as_set() for part in parts]
+    except Exception:  # sympy can't solve it
+        return None
     if isinstance(expression, And) or " and " in text:
         return Intersection(*solutions)
     return Union(*solutions) if len(parts) == 1 or "or" in text else None

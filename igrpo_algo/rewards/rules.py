@@ -46,18 +46,27 @@ def apply_rules(rules: Iterable[Rule], text: str) -> str:
     return text
 
 
-VALUE_WORDS = frozenset(
-    {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "or", "and", "to", "percent", "choose", "mod"}
-    | {"hundred", "thousand", "million", "billion", "trillion", "dozen"}
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+VALUE_WORDS = _words(
+    "pi sqrt sin cos tan log ln or and to percent choose mod "
+    "hundred thousand million billion trillion dozen"
 )
 """Words that are part of a value, or that join several."""
 
-_REASONS = frozenset({"which", "as", "because", "since", "so", "hence", "thus", "therefore"})
-_DOUBTS = frozenset(
-    {"or", "but", "not", "if", "unless", "either", "neither", "maybe", "perhaps", "possibly"}
-    | {"other", "another", "also", "both", "except", "instead", "rather", "plus", "minus", "times"}
-    | {"squared", "cubed", "over", "divided", "almost", "nearly", "about"}
+_REASONS = _words("which as because since so hence thus therefore")
+_DOUBTS = _words(
+    "or but not no if unless either neither maybe perhaps possibly almost nearly about wait "
+    "actually wrong incorrect other another also both except instead rather alternatively "
+    "plus minus times squared cubed over divided"
 )
+_NUMBER_WORDS = _words(
+    "half halves third thirds quarter quarters fourths fifth fifths one two three four five six "
+    "seven eight nine ten eleven twelve twenty thirty forty fifty"
+)
+_COMMAND = re.compile(r"\\[A-Za-z]+")
 _VALUE = re.compile(r"[\d$\\]|(?<!')\b(?![aI]\b)[A-Za-z]\b")
 _SYMBOLS = {
     "−‐‑–—": "-", "×": r"\times ", "·⋅∙": r"\cdot ", "÷": "/", "≤⩽": r"\le ", "≥⩾": r"\ge ",
@@ -76,12 +85,15 @@ def _drop_remark(match: re.Match[str]) -> str:
     """Drop words behind a value, unless they may name another value or belong to this one."""
     value, remark = match.string[: match.start()], match[0]
     words = re.findall("[a-z]+", remark.lower())
-    is_value = re.search(r"\d", value) or not re.search(
-        "[A-Za-z]{2}", re.sub(r"\\[A-Za-z]+", "", value)
-    )
-    doubtful = _DOUBTS.intersection(words) or words[0] in VALUE_WORDS - {"and", "to"}
-    has_value = words[0] not in _REASONS and _VALUE.search(remark)
-    return "" if value and is_value and not doubtful and not has_value else remark
+    is_value = re.search(r"\d", value) or not re.search("[A-Za-z]{2}", _COMMAND.sub("", value))
+    if not value or not is_value or _DOUBTS.intersection(words):
+        return remark
+    if words[0] in _REASONS:
+        return ""
+    in_words = frozenset() if remark.lstrip().startswith("(") else _NUMBER_WORDS
+    values = (VALUE_WORDS | in_words) - {"and", "to"}
+    names_value = values.intersection(words if words[0] == "and" else words[:1])
+    return remark if names_value or _VALUE.search(remark) else ""
 
 
 def _plain(match: re.Match[str]) -> str:
@@ -137,6 +149,10 @@ STATED = (
             "5 feet, 3 inches": "5 feet, 3 inches",
             "3 (mod 7)": "3 (mod 7)",
             "7, squared": "7, squared",
+            "5 and one half": "5 and one half",
+            "72 - ten": "72 - ten",
+            "42 (forty-two)": "42",
+            "42 (million)": "42 (million)",
             "72, Tom has 6 of them": "72, Tom has 6 of them",
             "(A) and (C)": "(A) and (C)",
             "2, 3 and 5, which are prime": "2, 3 and 5",

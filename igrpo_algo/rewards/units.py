@@ -83,7 +83,7 @@ def split_words(answer: str) -> tuple[str, str, bool]:
     words = found["words"] or found["glued"]
     if unit := _canonical_unit(words):
         return found["value"], unit, True
-    first = re.match("[A-Za-z]*", words)
+    first = re.match("[A-Za-z.]*", words)
     if first is None or len(first[0]) < 3 or first[0].lower() in VALUE_WORDS or found["glued"]:
         return answer, "", True
     return found["value"], words.casefold(), False

@@ -6,8 +6,7 @@ do to a prompt is in `one_prompt`. `sampling` says what a sampler is, `scoring` 
 """
 
 from .completions import Completion, pack_completions, pad_completions
-from .journal import load_journal
-from .progress import RolloutProgress, show_live
+from .progress import RolloutProgress, StageFinished, StageStarted, show_live
 from .records import Rollout, Rollouts, Stage
 from .sampling import AsyncSampler, Sampler, Samples, sample_group
 from .scoring import RewardError
@@ -26,7 +25,8 @@ __all__ = [
     "Samples",
     "SingleFlight",
     "Stage",
-    "load_journal",
+    "StageFinished",
+    "StageStarted",
     "pack_completions",
     "pad_completions",
     "plot_rollout_timeline",

@@ -18,7 +18,7 @@ from .completions import Completion
 from .from_json import from_json, parse, to_json
 from .records import Rollout, Rollouts, Stage
 
-FORMAT = "igrpo rollouts 2"
+FORMAT = "igrpo rollouts 1"
 DTYPES = {
     "prompt_ids": torch.int64,
     "token_ids": torch.int64,

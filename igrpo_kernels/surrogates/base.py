@@ -1,18 +1,14 @@
 """What a surrogate is: a value that turns tokens into losses, one per token.
 
-A surrogate is a frozen dataclass of its hyper-parameters. Called with `Tokens` it returns
-`TokenLosses`; how these are averaged is the aggregate's business, and KL, entropy and the
-correction for the sampler are added by `policy_loss`. Its class attributes say what a fused kernel
-needs to know. `scope` is what the loss of a token depends on: "token" where on nothing but that
-token, "sequence" where on no other sequence, else "batch"; within a token or a sequence, losses
-must be zero where all advantages are. `folds_importance_weights` is True where they are part of the
-surrogate's own weight.
+A surrogate is a frozen dataclass of its hyper-parameters, a subclass of `Surrogate`. Called with
+`Tokens` it returns `TokenLosses`; how these are averaged is the aggregate's business, and KL,
+entropy and the correction for the sampler are added by `policy_loss`.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..sequences import Sequences
@@ -38,7 +34,8 @@ class Tokens:
         log_ratio: The difference of the log-probs.
         ratio: Its exponential, which stays finite.
 
-    Example:
+    Examples:
+        >>> import torch
         >>> new, old = torch.tensor([[-1.0, -0.5]]), torch.tensor([[-1.0, -1.5]])
         >>> Tokens(new, old, torch.ones(1, 2), Sequences.of(new)).ratio
         tensor([[1.0000, 2.7183]])
@@ -72,15 +69,29 @@ class TokenLosses(NamedTuple):
     clipped_high: Tensor | None = None
 
 
-class Surrogate(Protocol):
-    """Maps tokens to their losses."""
+class Surrogate(ABC):
+    """Maps tokens to their losses; its class attributes say what a fused pass needs to know.
 
-    scope: ClassVar[Scope]
-    folds_importance_weights: ClassVar[bool]
+    Attributes:
+        scope: What the loss of a token depends on: "token" for that token alone, "sequence" for the
+            tokens of its sequence, else "batch". Within a token, or a sequence, losses must be zero
+            where all advantages are.
+        folds_importance_weights: Whether the surrogate's own weight holds the importance weights.
 
+    Examples:
+        >>> class Plain(Surrogate):
+        ...     def __call__(self, tokens: Tokens) -> TokenLosses:
+        ...         return TokenLosses(-tokens.ratio * tokens.advantages)
+        >>> Plain().scope
+        'token'
+    """
+
+    scope: ClassVar[Scope] = "token"
+    folds_importance_weights: ClassVar[bool] = False
+
+    @abstractmethod
     def __call__(self, tokens: Tokens) -> TokenLosses:
         """Return the loss of each token."""
-        ...
 
 
 def exp_ratio(log_ratio: Tensor) -> Tensor:
@@ -90,7 +101,7 @@ def exp_ratio(log_ratio: Tensor) -> Tensor:
 
 def either(condition: Tensor, yes: float, no: float, *, like: Tensor) -> Tensor:
     """Choose one of two numbers by a condition, in the dtype of `like` (where() knows float32)."""
-    return torch.where(condition, like.new_full((), yes), like.new_full((), no))
+    return like.new_full(condition.shape, no).masked_fill_(condition, yes)
 
 
 class Clamped(NamedTuple):
@@ -101,19 +112,19 @@ class Clamped(NamedTuple):
     high: Tensor
 
 
-def clamp_where_it_pays(
+def clamp_by_advantage(
     values: Tensor, advantages: Tensor, low: float, high: float, cap: float | None = None
 ) -> Clamped:
-    """Clamp on the side on which moving further would still be paid: PPO's min, as a clamp.
+    """Clamp from above where A > 0 and from below elsewhere: PPO's min, written as a clamp.
 
     min(x A, clamp(x, low, high) A)  =  A * min(x, high)  where A > 0,
                                         A * max(x, low)   where A < 0,
     and for A < 0 also at most `cap`, the dual clip (Ye et al. 2020, arXiv:1912.09729).
     """
-    pays = advantages > 0
+    positive = advantages > 0
     infinity = float("inf")
     clamped = values.clamp(
-        either(pays, -infinity, low, like=values),
-        either(pays, high, infinity if cap is None else cap, like=values),
+        either(positive, -infinity, low, like=values),
+        either(positive, high, infinity if cap is None else cap, like=values),
     )
-    return Clamped(clamped, (advantages < 0) & (values < low), pays & (values > high))
+    return Clamped(clamped, (advantages < 0) & (values < low), positive & (values > high))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..checks import check_number
-from .base import Scope, TokenLosses, Tokens, clamp_where_it_pays, exp_ratio
+from .base import Scope, Surrogate, TokenLosses, Tokens, clamp_by_advantage, exp_ratio
 
 
 def _check_clip(low: float, high: float) -> None:
@@ -13,7 +13,7 @@ def _check_clip(low: float, high: float) -> None:
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(Surrogate):
     """The clipped ratio of PPO, GRPO and iGRPO, per token.
 
     l = -min(r A, clamp(r, 1 - low, 1 + high) A),  r = pi / pi_old
@@ -32,7 +32,7 @@ class Clip:
     Raises:
         ValueError: A bound is negative, or `dual` lies inside the clip range.
 
-    Example:
+    Examples:
         >>> Clip(low=0.2, high=0.28)
         Clip(low=0.2, high=0.28, dual=None)
     """
@@ -41,9 +41,6 @@ class Clip:
     high: float = 0.2
     dual: float | None = None
 
-    scope: ClassVar[Scope] = "token"
-    folds_importance_weights: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         _check_clip(self.low, self.high)
         if self.dual is not None:
@@ -51,14 +48,14 @@ class Clip:
 
     def __call__(self, tokens: Tokens) -> TokenLosses:
         """Return the loss of each token."""
-        ratio, low, high = clamp_where_it_pays(
+        ratio, low, high = clamp_by_advantage(
             tokens.ratio, tokens.advantages, 1 - self.low, 1 + self.high, self.dual
         )
-        return TokenLosses(-ratio * tokens.advantages, low, high)
+        return TokenLosses(ratio * -tokens.advantages, low, high)
 
 
 @dataclass(frozen=True)
-class SequenceClip:
+class SequenceClip(Surrogate):
     """GSPO: one clipped ratio per sequence, the geometric mean of its tokens' ratios.
 
     s = exp(mean_t log r_t);  l_t = -min(s A, clamp(s, 1 - low, 1 + high) A) for each token
@@ -74,7 +71,7 @@ class SequenceClip:
     Raises:
         ValueError: A bound is negative.
 
-    Example:
+    Examples:
         >>> SequenceClip()
         SequenceClip(low=0.0003, high=0.0004)
     """
@@ -83,7 +80,6 @@ class SequenceClip:
     high: float = 4e-4
 
     scope: ClassVar[Scope] = "sequence"
-    folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_clip(self.low, self.high)
@@ -91,17 +87,17 @@ class SequenceClip:
     def __call__(self, tokens: Tokens) -> TokenLosses:
         """Return the loss of each token."""
         sequences = tokens.sequences
-        ratio, low, high = clamp_where_it_pays(
+        ratio, low, high = clamp_by_advantage(
             sequences.spread(exp_ratio(sequences.mean(tokens.log_ratio))),
             tokens.advantages,
             1 - self.low,
             1 + self.high,
         )
-        return TokenLosses(-ratio * tokens.advantages, low, high)
+        return TokenLosses(ratio * -tokens.advantages, low, high)
 
 
 @dataclass(frozen=True)
-class SequenceTokenClip:
+class SequenceTokenClip(Surrogate):
     """GSPO-token: the value of the sequence's ratio, the gradient of each token's own.
 
     s_t = sg(s) r_t / sg(r_t);  l_t = -min(s_t A_t, clamp(s_t, 1 - low, 1 + high) A_t)
@@ -116,7 +112,7 @@ class SequenceTokenClip:
     Raises:
         ValueError: A bound is negative.
 
-    Example:
+    Examples:
         >>> SequenceTokenClip()
         SequenceTokenClip(low=0.0003, high=0.0004)
     """
@@ -125,7 +121,6 @@ class SequenceTokenClip:
     high: float = 4e-4
 
     scope: ClassVar[Scope] = "sequence"
-    folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_clip(self.low, self.high)
@@ -135,17 +130,17 @@ class SequenceTokenClip:
         sequences = tokens.sequences
         of_sequence = sequences.spread(sequences.mean(tokens.log_ratio)).detach()
         own_gradient = tokens.logprobs - tokens.logprobs.detach()
-        ratio, low, high = clamp_where_it_pays(
+        ratio, low, high = clamp_by_advantage(
             exp_ratio(of_sequence + own_gradient),
             tokens.advantages,
             1 - self.low,
             1 + self.high,
         )
-        return TokenLosses(-ratio * tokens.advantages, low, high)
+        return TokenLosses(ratio * -tokens.advantages, low, high)
 
 
 @dataclass(frozen=True)
-class Gmpo:
+class Gmpo(Surrogate):
     """GMPO: the geometric mean of the tokens' ratios, each clipped in log space first.
 
     c_t = min(log r_t, high) where A > 0, max(log r_t, -low) where A < 0
@@ -162,7 +157,7 @@ class Gmpo:
     Raises:
         ValueError: A bound is negative.
 
-    Example:
+    Examples:
         >>> Gmpo()
         Gmpo(low=0.4, high=0.4)
     """
@@ -171,7 +166,6 @@ class Gmpo:
     high: float = 0.4
 
     scope: ClassVar[Scope] = "sequence"
-    folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_clip(self.low, self.high)
@@ -179,8 +173,8 @@ class Gmpo:
     def __call__(self, tokens: Tokens) -> TokenLosses:
         """Return the loss of each token."""
         sequences = tokens.sequences
-        log_ratio, low, high = clamp_where_it_pays(
+        log_ratio, low, high = clamp_by_advantage(
             tokens.log_ratio, tokens.advantages, -self.low, self.high
         )
         ratio = exp_ratio(sequences.mean(log_ratio))
-        return TokenLosses(-sequences.spread(ratio) * tokens.advantages, low, high)
+        return TokenLosses(sequences.spread(ratio) * -tokens.advantages, low, high)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number, describe
-from .base import Scope, TokenLosses, Tokens
+from .base import Scope, Surrogate, TokenLosses, Tokens
 from .clipped import Clip
 
 
@@ -33,7 +33,7 @@ def _largest(scores: Tensor, eligible: Tensor, share: float, counted: Tensor) ->
 
 
 @dataclass(frozen=True)
-class ClipCov:
+class ClipCov(Surrogate):
     """Clip-Cov: the clipped ratio, and no gradient for a random few of high covariance.
 
     l = Clip(low, high), but 0 for max(1, share * tokens) tokens drawn among those with
@@ -51,10 +51,10 @@ class ClipCov:
         max_covariance: Only tokens of a covariance below this.
 
     Raises:
-        TypeError: `generator` is no torch.Generator.
+        TypeError: `generator` is not a torch.Generator.
         ValueError: A bound is negative, or `share` not in (0, 1].
 
-    Example:
+    Examples:
         >>> ClipCov(torch.Generator().manual_seed(0)).share
         0.0002
     """
@@ -67,7 +67,6 @@ class ClipCov:
     max_covariance: float = 5.0
 
     scope: ClassVar[Scope] = "batch"
-    folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.generator, torch.Generator):
@@ -91,7 +90,7 @@ class ClipCov:
 
 
 @dataclass(frozen=True)
-class KlCov:
+class KlCov(Surrogate):
     """KL-Cov: the plain ratio, and a penalty on the few tokens of greatest covariance.
 
     l = -r A, plus coef * |log r| for the max(1, share * tokens) tokens of greatest covariance
@@ -105,7 +104,7 @@ class KlCov:
     Raises:
         ValueError: `share` is not in (0, 1], or `coef` is negative.
 
-    Example:
+    Examples:
         >>> KlCov()
         KlCov(share=0.0002, coef=0.1)
     """
@@ -114,7 +113,6 @@ class KlCov:
     coef: float = 0.1
 
     scope: ClassVar[Scope] = "batch"
-    folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number("share", self.share, above=0.0, at_most=1.0)

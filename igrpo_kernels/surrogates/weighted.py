@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from .base import MAX_LOG_RATIO, Scope, TokenLosses, Tokens, either
+from .base import MAX_LOG_RATIO, Scope, Surrogate, TokenLosses, Tokens, either
 
 
 @dataclass(frozen=True)
-class Reinforce:
+class Reinforce(Surrogate):
     """REINFORCE, and GPG: the log-prob times the advantage, without a ratio.
 
     l = -A log pi
@@ -20,13 +20,10 @@ class Reinforce:
     Williams 1992; GPG (arXiv:2504.02546) differs in its advantages only. The old log-probs enter
     the metrics, not the loss.
 
-    Example:
+    Examples:
         >>> Reinforce()
         Reinforce()
     """
-
-    scope: ClassVar[Scope] = "token"
-    folds_importance_weights: ClassVar[bool] = False
 
     def __call__(self, tokens: Tokens) -> TokenLosses:
         """Return the loss of each token."""
@@ -34,7 +31,7 @@ class Reinforce:
 
 
 @dataclass(frozen=True)
-class Cispo:
+class Cispo(Surrogate):
     """CISPO: the ratio is clipped as a weight, so that no token loses its gradient.
 
     l = -sg(clamp(r, min_ratio, max_ratio)) A log pi
@@ -51,7 +48,7 @@ class Cispo:
     Raises:
         ValueError: The bounds do not enclose 1, or `min_ratio` is negative.
 
-    Example:
+    Examples:
         >>> Cispo(max_ratio=5.0)
         Cispo(max_ratio=5.0, min_ratio=0.0)
         >>> Cispo.relative(0.5, 1.0)
@@ -60,9 +57,6 @@ class Cispo:
 
     max_ratio: float
     min_ratio: float = 0.0
-
-    scope: ClassVar[Scope] = "token"
-    folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number("max_ratio", self.max_ratio, at_least=1.0)
@@ -82,7 +76,7 @@ class Cispo:
 
 
 @dataclass(frozen=True)
-class Sapo:
+class Sapo(Surrogate):
     """SAPO: a soft gate in the clip's place, its temperature by the advantage's sign.
 
     l = -(4 / tau) sigmoid(tau (r - 1)) A,  tau = tau_positive where A > 0, else tau_negative
@@ -96,7 +90,7 @@ class Sapo:
     Raises:
         ValueError: A temperature is not above zero.
 
-    Example:
+    Examples:
         >>> Sapo()
         Sapo(tau_positive=1.0, tau_negative=1.05)
     """
@@ -104,23 +98,20 @@ class Sapo:
     tau_positive: float = 1.0
     tau_negative: float = 1.05
 
-    scope: ClassVar[Scope] = "token"
-    folds_importance_weights: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_number("tau_positive", self.tau_positive, above=0.0)
         check_number("tau_negative", self.tau_negative, above=0.0)
 
     def __call__(self, tokens: Tokens) -> TokenLosses:
         """Return the loss of each token."""
-        pays = tokens.advantages > 0
-        tau = either(pays, self.tau_positive, self.tau_negative, like=tokens.logprobs)
+        positive = tokens.advantages > 0
+        tau = either(positive, self.tau_positive, self.tau_negative, like=tokens.logprobs)
         gate = torch.sigmoid(tau * (tokens.ratio - 1)) * (4 / tau)
         return TokenLosses(-gate * tokens.advantages)
 
 
 @dataclass(frozen=True)
-class Vespo:
+class Vespo(Surrogate):
     """VESPO: one smooth weight per sequence, a Gamma density in the ratio of whole sequences.
 
     W = exp(sum_t log r_t + sum_t log w_t),  phi = e^lambda W^k e^(-lambda W)
@@ -128,7 +119,7 @@ class Vespo:
 
     arXiv:2602.10693. w are the importance weights, which are folded into W and not multiplied
     again. As TRL 1.16: each token's log-ratio is clamped to +-20, log w and log W to
-    [log 1e-8, 20]. phi(1) = 1. So a weight of 0 is no mask here: it lowers W for the whole
+    [log 1e-8, 20]. phi(1) = 1. So a weight of 0 does not mask a token: it lowers W for the whole
     sequence. `policy_loss` takes importance weights for it per token only.
 
     Attributes:
@@ -140,7 +131,7 @@ class Vespo:
     Raises:
         ValueError: A power is negative or a rate is not above zero.
 
-    Example:
+    Examples:
         >>> Vespo().k_negative
         3.0
     """
@@ -174,17 +165,17 @@ class Vespo:
         return TokenLosses(-phi * tokens.advantages * tokens.logprobs)
 
 
-def _inside_trust_region(
+def _outside_trust_region(
     divergence: Tensor, rising: Tensor, advantages: Tensor, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    """Find the tokens that have left it on the side on which they are still pushed."""
-    left_low = (advantages <= 0) & ~rising & (divergence > low)
-    left_high = (advantages > 0) & rising & (divergence > high)
-    return left_low, left_high
+    """Mark the tokens outside of it that their advantage pushes further out."""
+    too_low = (advantages <= 0) & ~rising & (divergence > low)
+    too_high = (advantages > 0) & rising & (divergence > high)
+    return too_low, too_high
 
 
 @dataclass(frozen=True)
-class DppoTv:
+class DppoTv(Surrogate):
     """DPPO with the binary total variation: a trust region in probability, not in the ratio.
 
     l = -sg(min(r, max_ratio)) A log pi,  but 0 where pi - pi_old > high and A > 0,
@@ -200,7 +191,7 @@ class DppoTv:
     Raises:
         ValueError: A bound is negative or `max_ratio` below 1.
 
-    Example:
+    Examples:
         >>> DppoTv()
         DppoTv(low=0.2, high=0.2, max_ratio=20.0)
     """
@@ -208,9 +199,6 @@ class DppoTv:
     low: float = 0.2
     high: float = 0.2
     max_ratio: float = 20.0
-
-    scope: ClassVar[Scope] = "token"
-    folds_importance_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number("low", self.low, at_least=0.0)
@@ -224,12 +212,12 @@ class DppoTv:
     def __call__(self, tokens: Tokens) -> TokenLosses:
         """Return the loss of each token."""
         logprobs, old = tokens.logprobs.detach(), tokens.old_logprobs
-        left_low, left_high = _inside_trust_region(
+        too_low, too_high = _outside_trust_region(
             self.divergence(logprobs, old), logprobs > old, tokens.advantages, self.low, self.high
         )
         weight = tokens.ratio.detach().clamp(max=self.max_ratio)
-        weight = torch.where(left_low | left_high, 0.0, weight)
-        return TokenLosses(-weight * tokens.advantages * tokens.logprobs, left_low, left_high)
+        weight = torch.where(too_low | too_high, 0.0, weight)
+        return TokenLosses(-weight * tokens.advantages * tokens.logprobs, too_low, too_high)
 
 
 @dataclass(frozen=True)
@@ -245,7 +233,7 @@ class DppoKl(DppoTv):
         high: Greatest divergence of a rising token where A > 0.
         max_ratio: Truncation of the weight.
 
-    Example:
+    Examples:
         >>> DppoKl(low=0.05, high=0.05)
         DppoKl(low=0.05, high=0.05, max_ratio=20.0)
     """

@@ -23,9 +23,9 @@ from igrpo_kernels import (
     SequenceMean,
     TokenMean,
     linear_policy_loss,
-    policy_loss,
     token_logprobs,
 )
+from igrpo_kernels.loss_from_logprobs import policy_loss
 
 NAN = math.nan
 VOCABULARY = 20
@@ -220,8 +220,7 @@ def test_nothing_left_gives_no_micro_batch(layout):
 def test_moving_takes_every_tensor_along(layout):
     (micro,) = micros(training_batch(ROLLOUTS), layout)
     moved = micro.to("meta")
-    hidden = torch.zeros(*micro.layout.input_ids.shape, 3, device="meta")
-    inputs = [*moved.model_inputs().values(), *moved.loss_inputs(hidden).values()]
+    inputs = [*moved.model_inputs().values(), *vars(moved.layout).values(), *vars(moved).values()]
     tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
     assert {tensor.device.type for tensor in (*tensors, moved.groups, moved.index)} == {"meta"}
 

@@ -50,7 +50,8 @@ def test_a_second_writer_is_refused_while_the_first_one_holds(tmp_path):
 
 def test_others_may_write_other_files(tmp_path):
     with sole_writer(tmp_path / "a"), sole_writer(tmp_path / "b"):
-        pass
+        write_whole(tmp_path / "b" / "file", b"whole")
+    assert (tmp_path / "b" / "file").read_bytes() == b"whole"
 
 
 def test_a_killed_process_holds_nothing(tmp_path):

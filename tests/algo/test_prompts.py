@@ -89,6 +89,15 @@ def test_a_completions_text_has_its_thinking_marks_and_no_other_special_token(ma
     assert decode_completion([], tokenizer) == ""
 
 
+def test_marks_that_the_tokenizer_does_not_know_leave_unknown_tokens_hidden():
+    vocabulary = {name: i for i, name in enumerate(["<unk>", *map(chr, range(32, 127))])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    assert decode_completion([0, vocabulary["8"], 0], tokenizer) == "8"
+
+
 def test_token_ids_are_taken_as_they_are():
     assert encode_prompt([5, 1, 0], make_tokenizer("<s> $A </s>")) == [5, 1, 0]
 

@@ -21,23 +21,20 @@ from igrpo_kernels import (
     K3,
     Cispo,
     Clip,
-    DppoTv,
     FixedLength,
-    Gmpo,
     RatioWeighted,
     Reinforce,
     Sapo,
     SequenceClip,
     SequenceMean,
-    SequenceTokenClip,
     Sum,
     TokenMean,
-    Vespo,
     VocabularyShard,
+    cpu_head_softmax,
     linear_policy_loss,
     linear_token_logprobs,
-    row_chunks,
 )
+from igrpo_kernels.surrogates import DppoTv, Gmpo, SequenceTokenClip, Vespo
 
 B, T, H, V = 4, 5, 6, 507
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 1, 0], [1, 0, 0, 0, 0]])
@@ -145,11 +142,11 @@ def frozen(batch: Batch) -> Outputs:
 
 
 def in_many_chunks(batch: Batch, run: Callable[[Batch], Outputs]) -> Outputs:
-    budget, row_chunks.CPU_CHUNK_BYTES = row_chunks.CPU_CHUNK_BYTES, 4 * 400 * 3
+    budget, cpu_head_softmax.CHUNK_BYTES = cpu_head_softmax.CHUNK_BYTES, 4 * 400 * 3
     try:
         return run(batch)
     finally:
-        row_chunks.CPU_CHUNK_BYTES = budget
+        cpu_head_softmax.CHUNK_BYTES = budget
 
 
 def make_banned() -> Batch:
@@ -191,7 +188,7 @@ CASES: dict[str, tuple[Callable[[], Batch], Callable[[Batch], Outputs]]] = {
         partial(twice, run=lambda batch: batch.logprobs().sum()),
     ),
     "loss, chunks": (make_batch, partial(in_many_chunks, run=of_loss)),
-    "loss, all metrics": (make_batch, partial(of_loss, all_metrics=True, with_entropy=True)),
+    "loss, all metrics": (make_batch, partial(of_loss, all_metrics=True, return_entropy=True)),
     "loss, KL and entropy": (
         make_batch,
         partial(of_loss, kl_coef=0.1, kl=RatioWeighted(K3()), entropy_coef=0.05, **HEAD),

@@ -6,7 +6,9 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-import igrpo_kernels.row_chunks as row_chunks
+import igrpo_kernels.cpu_head_softmax as cpu_head_softmax
+import igrpo_kernels.row_checks as row_checks
 from igrpo_kernels import VocabularyShard, linear_policy_loss, linear_token_logprobs
+from igrpo_kernels.head_softmax import is_one_chunk
 from igrpo_kernels.linear_head import HeadGradients, LinearHead
-from igrpo_kernels.softmax_rows import LogitTransform, softmax_rows_
-from igrpo_kernels.softmax_statistics import SoftmaxStatistics
+from igrpo_kernels.relative_softmax import SoftmaxRows
+from igrpo_kernels.row_softmax import LogitTransform, ProductGradient
 
 WORKER = Path(__file__).with_name("sharded_ranks.py")
 
@@ -202,20 +206,21 @@ def collectives(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 @pytest.mark.usefixtures("alone")
-def test_one_merge_per_chunk_and_one_sum_of_the_hidden_gradient(
+def test_two_sums_per_chunk_and_one_of_the_hidden_gradient(
     collectives: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = ranks.make_batch()
     batch = batch.sliced(VocabularyShard.of(batch.weight))
-    monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 4 * 507 * 5)  # 5 rows
+    monkeypatch.setattr(cpu_head_softmax, "CHUNK_BYTES", 4 * 507 * 5)  # 5 rows
     collectives.clear()
     batch.loss(surrogate=ranks.Reinforce(), entropy_coef=0.1)
-    count, merge, total = ("gather", 1), ("gather", 4 * 5), ("reduce", 5 * ranks.H)
-    last = [("gather", 4 * 2), ("reduce", 2 * ranks.H)]
-    assert collectives == [count, merge, total, merge, total, *last, count]
+    # of 12 rows: the targets' logits, the sums and moments, the gradient of the hidden states
+    chunk = [("gather", 4), ("gather", 2 * 4), ("reduce", 4 * ranks.H)]
+    count = ("gather", 1)
+    assert collectives == [count, *chunk, *chunk, *chunk, count]
     collectives.clear()
     logprobs = batch.logprobs()
-    assert collectives == [count, ("gather", 15), ("gather", 15), ("gather", 6)]
+    assert collectives == [count, *[("gather", 4), ("gather", 4)] * 3]
     collectives.clear()
     logprobs[1, :3].sum().backward()
     assert collectives == [count, ("reduce", 3 * ranks.H)]  # the forward's statistics are kept
@@ -226,12 +231,12 @@ def test_one_merge_per_chunk_and_one_sum_of_the_hidden_gradient(
 
 
 def test_chunks_are_cut_by_the_widest_slice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_chunks, "CPU_CHUNK_BYTES", 4 * 9 * 5)
+    monkeypatch.setattr(cpu_head_softmax, "CHUNK_BYTES", 4 * 9 * 5)
     shard = VocabularyShard((3, 9), rank=0, group_name="0")
-    head = LinearHead(torch.ones(3, 2), None, LogitTransform(torch.ones(1)), shard)
-    assert head.new_buffer(100).shape == (5, 3)
-    assert not HeadGradients(head, torch.ones(6, 2), [True] * 3, 6).one_chunk
-    assert HeadGradients(head, torch.ones(6, 2), [True] * 3, 5).one_chunk
+    head = LinearHead(torch.ones(3, 2), None, LogitTransform(), shard)
+    assert cpu_head_softmax.rows_per_chunk(head, 100, keeps=True) == 5
+    assert not is_one_chunk(head, range(6))
+    assert is_one_chunk(head, range(5))
 
 
 class BesideAShareOf255(VocabularyShard):
@@ -244,22 +249,22 @@ class BesideAShareOf255(VocabularyShard):
 def test_shares_are_summed_before_they_are_rounded() -> None:
     weight = torch.tensor([[255], [2**-7]]).bfloat16()  # their sum has more bits than bf16
     shard = BesideAShareOf255((2, 1), rank=0, group_name="0")
-    head = LinearHead(weight, None, LogitTransform(torch.ones(1)), shard)
+    head = LinearHead(weight, None, LogitTransform(), shard)
     one = torch.ones(1, 1).bfloat16()
-    gradients = HeadGradients(head, one, [True, False, False], 1)
-    gradients.add(torch.tensor([0]), one, torch.ones(1, 2).bfloat16())
+    gradients = HeadGradients(head, one, [True, False, False], one_chunk=True)
+    gradients.add(range(1), one, ProductGradient(torch.ones(1, 2).bfloat16()))
     (gradient,) = gradients.finish()
     assert gradient.item() == 2**-7
 
 
 @pytest.mark.usefixtures("alone")
 def test_opcheck() -> None:
-    op = getattr(torch.ops, row_chunks.NAMESPACE).linear_token_logprobs
+    op = getattr(torch.ops, row_checks.NAMESPACE).linear_token_logprobs
     hidden = torch.randn(4, 3, requires_grad=True)
     weight = torch.randn(7, 3, requires_grad=True)
     shard = VocabularyShard.of(weight)
     given = (hidden, weight, None, torch.randint(0, 7, (4,)), None, torch.ones(1), None, 1.0, True)
-    torch.library.opcheck(op, (*given, [shard.rank, *shard.sizes], shard.group_name))
+    torch.library.opcheck(op, (*given, True, None, [shard.rank, *shard.sizes], shard.group_name))
 
 
 @pytest.mark.usefixtures("alone")
@@ -305,39 +310,75 @@ def test_bad_input() -> None:
             VocabularyShard(sizes, rank, "0")
 
 
-class Given:
-    """In place of a shard: keeps a slice's statistics, and hands back what it was told to."""
+class Exchange:
+    """Where the slices of one vocabulary, each in a thread, meet in the place of a group."""
 
-    def __init__(self, whole: SoftmaxStatistics | None = None) -> None:
-        self.whole = whole
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes = tuple(sizes)
+        self.brought: list[Tensor] = [torch.empty(0)] * len(sizes)
+        self.barrier = threading.Barrier(len(sizes), timeout=60)
 
-    def merge(self, statistics: SoftmaxStatistics) -> SoftmaxStatistics:
-        self.seen = statistics
-        return statistics if self.whole is None else self.whole
+    def gather(self, rank: int, values: Tensor) -> Tensor:
+        self.brought[rank] = values
+        self.barrier.wait()
+        gathered = torch.stack(self.brought)
+        self.barrier.wait()
+        return gathered
+
+
+@dataclass(frozen=True)
+class InAThread(VocabularyShard):
+    """A slice that meets the others through an exchange."""
+
+    exchange: Exchange | None = None
+
+    def add(self, values: Tensor) -> Tensor:
+        assert self.exchange is not None
+        return self.exchange.gather(self.rank, values).sum(0)
+
+    def maximum(self, values: Tensor) -> Tensor:
+        assert self.exchange is not None
+        return self.exchange.gather(self.rank, values).amax(0)
+
+
+class GivenLogits(LinearHead):
+    """A head whose products are the hidden states themselves, of this slice's columns."""
+
+    def products_(self, memory: Tensor, hidden: Tensor) -> Tensor:
+        assert self.shard is not None
+        start = self.shard.start
+        memory[: len(hidden)] = hidden[:, start : start + self.shard.size]
+        return memory[: len(hidden)]
 
 
 def in_slices(
     products: Tensor, targets: Tensor, transform: LogitTransform, cuts: list[int]
-) -> tuple[SoftmaxStatistics, list[Any]]:
-    """Run each slice of the columns by itself, and merge without a process group."""
+) -> list[SoftmaxRows]:
+    """Run each slice of the columns in a thread of its own."""
     ends = [0, *cuts, products.shape[1]]
-    parts = [(products[:, a:b], targets - a) for a, b in itertools.pairwise(ends)]
+    exchange = Exchange([b - a for a, b in itertools.pairwise(ends)])
 
-    def run(shard: Given) -> list[Any]:
-        kept = []
-        for part, local in parts:
-            rows = softmax_rows_(part.clone(), local, transform, entropy=True, shard=shard)  # type: ignore[arg-type]
-            kept.append((shard.seen.stack(), rows))
-        return kept
+    def run(rank: int) -> SoftmaxRows:
+        shard = InAThread(exchange.sizes, rank, "0", exchange)
+        head = GivenLogits(products.new_zeros(shard.size, 1), None, transform, shard)
+        memory = cpu_head_softmax.new_memory(head, len(products), keeps=True)
+        options = {"entropy": True, "keeps": True}
+        return cpu_head_softmax.softmax_of_rows(
+            head, memory, products, targets, transform, **options
+        )
 
-    stacked = torch.stack([statistics for statistics, _ in run(Given())])
-    whole = SoftmaxStatistics.unstack(stacked).merge()
-    return whole, [rows for _, rows in run(Given(whole))]
+    with ThreadPoolExecutor(len(exchange.sizes)) as pool:
+        return list(pool.map(run, range(len(exchange.sizes))))
+
+
+def gradients_of(slices: list[SoftmaxRows], *upstream: Tensor) -> Tensor:
+    parts = [rows.gradient_(*upstream, dtype=rows.exponentials.dtype) for rows in slices]
+    return torch.cat([part.multiplied(part.matrix.dtype) for part in parts], 1)
 
 
 @settings(max_examples=60)
 @given(st.data())
-def test_slices_merge_to_the_softmax_of_the_whole(data: st.DataObject) -> None:
+def test_slices_add_up_to_the_softmax_of_the_whole(data: st.DataObject) -> None:
     vocabulary = data.draw(st.integers(1, 40))
     torch.manual_seed(data.draw(st.integers(0, 2**16)))
     level = data.draw(st.sampled_from([0.0, -100.0, 1e4, -1e6]))
@@ -348,7 +389,7 @@ def test_slices_merge_to_the_softmax_of_the_whole(data: st.DataObject) -> None:
     products[torch.arange(5), targets] = level
     cuts = sorted(data.draw(st.lists(st.integers(0, vocabulary), max_size=4)))
     transform = LogitTransform(torch.linspace(0.5, 2, 5, dtype=torch.float64))
-    whole, slices = in_slices(products, targets, transform, cuts)
+    slices = in_slices(products, targets, transform, cuts)
 
     leaf = products.clone().requires_grad_()
     log_p = (leaf / transform.temperature[:, None]).log_softmax(-1)
@@ -359,27 +400,47 @@ def test_slices_merge_to_the_softmax_of_the_whole(data: st.DataObject) -> None:
     (grad,) = torch.autograd.grad((logprobs, entropy), leaf, list(upstream))
     # float64; a logit carries 1e-16 of its level, and its temperature at least halves it
     close = {"rtol": 1e-10, "atol": 1e-12 + 1e-15 * abs(level) * 10}
-    torch.testing.assert_close(whole.rows.logprobs, logprobs, **close)
-    torch.testing.assert_close(whole.rows.entropy, entropy, **close)
-    got = torch.cat([rows.gradient_(*upstream) for rows in slices], 1)
-    torch.testing.assert_close(got, grad.nan_to_num(), **close)
+    for rows in slices:
+        torch.testing.assert_close(rows.statistics.logprobs, logprobs, **close)
+        torch.testing.assert_close(rows.statistics.entropy, entropy, **close)
+    torch.testing.assert_close(gradients_of(slices, *upstream), grad.nan_to_num(), **close)
 
 
 def test_a_slice_without_columns_beside_the_largest_logits() -> None:
     products = torch.tensor([[3e38, 3e38]])
-    whole, slices = in_slices(products, torch.tensor([1]), LogitTransform(torch.ones(1)), [0])
-    assert whole.rows.logprobs.item() == pytest.approx(-math.log(2), rel=1e-6)
-    assert whole.rows.entropy is not None
-    assert whole.rows.entropy.item() == pytest.approx(math.log(2), rel=1e-6)
-    grads = [rows.gradient_(torch.ones(1), torch.ones(1)) for rows in slices]
-    torch.testing.assert_close(torch.cat(grads, 1), torch.tensor([[-0.5, 0.5]]))
+    slices = in_slices(products, torch.tensor([1]), LogitTransform(), [0])
+    for rows in slices:
+        assert rows.statistics.logprobs.item() == pytest.approx(-math.log(2), rel=1e-6)
+        assert rows.statistics.entropy is not None
+        assert rows.statistics.entropy.item() == pytest.approx(math.log(2), rel=1e-6)
+    grads = gradients_of(slices, torch.ones(1), torch.ones(1))
+    torch.testing.assert_close(grads, torch.tensor([[-0.5, 0.5]]))
+
+
+def test_a_slice_without_columns_has_no_maximum() -> None:
+    unlikely = torch.tensor([[-2000.0, -1900.0]])  # done again relative to the maximum
+    for rows in in_slices(unlikely, torch.tensor([0]), LogitTransform(), [0]):
+        assert rows.statistics.logprobs.item() == pytest.approx(-100.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("margin", [8.0, 17.0, 30.0])
+def test_a_confident_token_keeps_its_digits_in_slices(margin: float) -> None:
+    products = torch.zeros(2, 6)
+    products[0, 4], products[1, 0] = margin, margin
+    others = 5 * math.exp(-margin)
+    slices = in_slices(products, torch.tensor([4, 0]), LogitTransform(), [2, 2, 5])
+    for rows in slices:
+        wanted = torch.full((2,), -math.log1p(others))
+        torch.testing.assert_close(rows.statistics.logprobs, wanted, rtol=1e-5, atol=0)
+    grads = gradients_of(slices, torch.ones(2))
+    at_target = torch.full((2,), others / (1 + others))
+    torch.testing.assert_close(grads[[0, 1], [4, 0]], at_target, rtol=1e-5, atol=0)
 
 
 def test_a_row_of_minus_infinity_alone_gives_nan_as_unsharded() -> None:
     products = torch.full((1, 4), -torch.inf)
-    transform = LogitTransform(torch.ones(1))
-    whole, _ = in_slices(products, torch.tensor([3]), transform, [2])
-    assert whole.rows.logprobs.isnan().all()
+    for rows in in_slices(products, torch.tensor([3]), LogitTransform(), [2]):
+        assert rows.statistics.logprobs.isnan().all()
 
 
 @pytest.mark.usefixtures("alone")

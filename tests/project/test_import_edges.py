@@ -19,7 +19,7 @@ FLOORS: dict[str, set[str]] = {
     "early_warning": set(),
     "advantages": set(),
     "losses": set(),
-    "drafts": {"prompts"},
+    "drafts": {"prompts", "seeds"},
     "metrics": {"advantages", "drafts"},
     "rollouts": {"files", "prompts", "seeds", "drafts"},
     "rewards": set(),

@@ -131,14 +131,20 @@ def is_protocol(value: object) -> bool:
     return getattr(value, "_is_protocol", False)
 
 
+RECORDS = {"DraftChoice", "Rollout", "Stage", "StageFinished", "StageStarted"}
+
+
 def is_result(value: object) -> bool:
-    """Whether it is a named tuple: never made by a user, shown where a function returns it."""
-    return inspect.isclass(value) and issubclass(value, tuple)
+    """Whether it is never made by a user, but shown where a function returns or raises it."""
+    if not inspect.isclass(value):
+        return False
+    return issubclass(value, tuple | Exception) or value.__name__ in RECORDS
 
 
 def has_signature(value: object) -> bool:
     is_dataclass = inspect.isclass(value) and dataclasses.is_dataclass(value)
-    return inspect.isfunction(value) or is_dataclass or is_result(value)
+    is_tuple = inspect.isclass(value) and issubclass(value, tuple)
+    return inspect.isfunction(value) or is_dataclass or is_tuple
 
 
 @every_name

@@ -53,7 +53,7 @@ class VllmServer:
                 start_new_session=True,
             )
 
-    def wait(self, seconds: float = 300) -> None:
+    def wait(self, seconds: float = 900) -> None:
         """Wait until it answers."""
         give_up = time.monotonic() + seconds
         while time.monotonic() < give_up and self.process.poll() is None:

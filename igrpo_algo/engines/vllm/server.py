@@ -62,6 +62,7 @@ class VllmServerSampler(EngineSampler):
             this machine's memory (/dev/shm) or temporary folder.
 
     Attributes:
+        is_shared: True: several processes draw from the same servers, and one of them syncs.
         prompt_tokens: Tokens of all prompts so far, once per prompt, as the servers count them.
         cached_tokens: Those of them that a prefix cache served; 0 unless the servers were started
             with `--enable-prompt-tokens-details`.
@@ -79,6 +80,8 @@ class VllmServerSampler(EngineSampler):
         sample_group(["2 + 2 ="], sampler, 4).texts
         ```
     """
+
+    is_shared = True
 
     def __init__(
         self,

@@ -196,7 +196,7 @@ class IGRPOConfig(GRPOConfig):
             "gradient_accumulation_steps": 8,
         }
         if overrides.get("num_drafts") == 0:
-            del paper["max_spliced_prompt_length"]
+            del paper["max_spliced_prompt_length"], paper["draft_template"]
         return cls(output_dir, **paper | overrides)
 
     def changed(self, *names: str) -> list[str]:

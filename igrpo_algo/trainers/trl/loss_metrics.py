@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from igrpo_kernels import Cispo, KlEstimator, Surrogate, Vespo
+from igrpo_kernels import Cispo
+from igrpo_kernels.kl import KlEstimator
+from igrpo_kernels.surrogates import Surrogate, Vespo
 from igrpo_kernels.surrogates.base import Tokens
 
 from .loss_rows import LossRows

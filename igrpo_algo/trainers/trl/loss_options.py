@@ -7,19 +7,18 @@ from trl import GRPOConfig
 
 from igrpo_kernels import (
     K3,
-    Aggregate,
     Cispo,
     Clip,
     FixedLength,
-    KlEstimator,
     RatioWeighted,
     Sapo,
     SequenceClip,
     SequenceMean,
-    Surrogate,
     TokenMean,
-    Vespo,
 )
+from igrpo_kernels.aggregates import Aggregate
+from igrpo_kernels.kl import KlEstimator
+from igrpo_kernels.surrogates import Surrogate, Vespo
 
 from .config import IGRPOConfig
 
@@ -52,9 +51,15 @@ def surrogate_of(args: GRPOConfig) -> Surrogate:
     if args.loss_type in ("cispo", "sapo", "vespo") and (by_sequence or args.delta is not None):
         raise ValueError(
             f"loss_type={args.loss_type!r} takes neither delta nor importance_sampling_level="
-            f"'sequence', got delta={args.delta} and {args.importance_sampling_level!r}"
+            f"'sequence', got delta={args.delta} and {args.importance_sampling_level!r}; "
+            "use_trl_loss=True trains with them as TRL does"
         )
     if args.loss_type == "cispo":
+        if high < 1:
+            raise ValueError(
+                "loss_type='cispo' caps the ratio itself at epsilon_high, which must be at least 1 "
+                f"(5.0, say), got {high}; use_trl_loss=True trains with it as TRL does"
+            )
         return Cispo(max_ratio=high)
     if args.loss_type == "sapo":
         return Sapo(args.sapo_temperature_pos, args.sapo_temperature_neg)

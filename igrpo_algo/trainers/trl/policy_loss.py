@@ -9,15 +9,12 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from igrpo_kernels import (
-    Aggregate,
-    KlEstimator,
-    Surrogate,
-    linear_policy_loss,
-    linear_token_logprobs,
-    policy_loss,
-)
+from igrpo_kernels import linear_policy_loss, linear_token_logprobs
+from igrpo_kernels.aggregates import Aggregate
+from igrpo_kernels.kl import KlEstimator
+from igrpo_kernels.loss_from_logprobs import policy_loss
 from igrpo_kernels.sequences import Sequences
+from igrpo_kernels.surrogates import Surrogate
 
 from .bookkeeping import ExactBookkeeping
 from .config import IGRPOConfig
@@ -190,7 +187,7 @@ class PolicyLossTrainer(ExactBookkeeping):
                 rows.mask,
                 importance_weights=rows.importance_weights,
                 temperature=self.temperature,
-                with_entropy=True,
+                return_entropy=True,
                 **given.options(),
                 **self._terms(rows),
             )

@@ -99,9 +99,9 @@ def draw_rollouts(
 def sync_sampler(sampler: Any, model: nn.Module, accelerator: Any, backend: Any) -> None:
     """Give the sampler the model's weights as they are now.
 
-    Every rank calls it. Engines are synced one after the other; servers, which all ranks share, by
-    the main process alone. A sampler without `sync_weights`, and one that draws from the very model
-    that is trained, are left alone.
+    Every rank calls it. Engines are synced one after the other; servers that all ranks share
+    (`is_shared`) by the main process alone. A sampler without `sync_weights`, and one that draws
+    from the very model that is trained, are left alone.
     """
     unwrapped = accelerator.unwrap_model(model)
     sync = getattr(sampler, "sync_weights", None)
@@ -110,7 +110,7 @@ def sync_sampler(sampler: Any, model: nn.Module, accelerator: Any, backend: Any)
     with whole_weights(unwrapped, backend) as weights:
         for rank in range(accelerator.num_processes):
             mine = rank == accelerator.process_index
-            if mine and (rank == 0 or not _is_shared(sampler)):
+            if mine and (rank == 0 or not getattr(sampler, "is_shared", False)):
                 sync(weights)
             accelerator.wait_for_everyone()
 
@@ -151,9 +151,3 @@ def _whole(value: Any) -> Tensor:
     """Gather what FSDP2 has sharded."""
     whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
     return whole
-
-
-def _is_shared(sampler: Any) -> bool:
-    from ...engines.vllm.server import VllmServerSampler
-
-    return isinstance(sampler, VllmServerSampler)

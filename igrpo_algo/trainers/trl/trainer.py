@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from igrpo_kernels import Aggregate, Surrogate
+from igrpo_kernels.aggregates import Aggregate
+from igrpo_kernels.surrogates import Surrogate
 
 from ...drafts.rules import DraftRules
 from ...early_warning import EarlyWarning

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from igrpo_algo.drafts.select import (
     random_ties,
@@ -140,14 +141,15 @@ def test_reward_keeps_its_dtype_and_carries_no_gradient(select, dtype):
 
 
 def test_the_host_never_waits_for_a_value():
-    """A meta tensor has no values: reading one on the host raises."""
-    rewards, ties = torch.empty(3, 4, device="meta"), torch.empty(3, 4, device="meta")
-    for chosen in (
-        select_best_draft(rewards, tie_scores=ties),
-        select_worst_draft(rewards),
-        select_random_draft(rewards, tie_scores=ties),
-    ):
-        assert [list(field.shape) for field in chosen] == [[3]] * 3
+    """A fake tensor has no values: reading one on the host raises."""
+    with FakeTensorMode():
+        rewards, ties = torch.empty(3, 4), torch.empty(3, 4)
+        for chosen in (
+            select_best_draft(rewards, tie_scores=ties),
+            select_worst_draft(rewards),
+            select_random_draft(rewards, tie_scores=ties),
+        ):
+            assert [list(field.shape) for field in chosen] == [[3]] * 3
 
 
 @pytest.mark.parametrize("select", [select_best_draft, select_worst_draft, select_random_draft])
@@ -173,7 +175,7 @@ def test_random_draft_needs_a_source_of_chance():
 
 def test_random_ties_prefer_none():
     state = torch.get_rng_state()
-    ties = random_ties(3, seeds=[0, 2**64 - 1])
+    ties = random_ties(3, seeds=[0, 2**63 - 1])
     assert ties.dtype == torch.float32
     assert ties.unique().numel() == 6
     assert ((ties >= 0) & (ties < 1)).all()
@@ -222,7 +224,7 @@ def test_bad_tie_scores(ties, error, message):
         (2, 7, TypeError, "seeds must be a list of int, got int 7"),
         (2, [None], TypeError, "each of seeds must be an int, got NoneType"),
         (2, [-1], ValueError, "each of seeds must be >= 0, got -1"),
-        (2, [2**64], ValueError, r"each of seeds must be < 2\*\*64, got"),
+        (2, [2**63], ValueError, r"each of seeds must fit 64 bits, got"),
     ],
 )
 def test_bad_random_ties(num_drafts, seeds, error, message):

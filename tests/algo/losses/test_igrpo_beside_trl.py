@@ -25,16 +25,15 @@ from igrpo_kernels import (
     Cispo,
     Clip,
     FixedLength,
-    Gmpo,
     RatioWeighted,
     Sapo,
     SequenceClip,
     SequenceMean,
     Sum,
     TokenMean,
-    Vespo,
-    policy_loss,
 )
+from igrpo_kernels.loss_from_logprobs import policy_loss
+from igrpo_kernels.surrogates import Gmpo, Vespo
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 pytest.importorskip("trl", reason="the peer is an extra")

@@ -47,4 +47,5 @@ def test_values_stay_whole(answer: str) -> None:
 
 def test_other_words_are_no_units() -> None:
     assert split_words("2 thirds") == ("2", "thirds", False)
+    assert split_words("10:30 p.m") == ("10:30", "p.m", False)
     assert split_words("72 Clips") == ("72", "clips", False)

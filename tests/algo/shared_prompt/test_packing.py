@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from igrpo_algo import Completion
 from igrpo_algo.shared_prompt.packing import SharedPromptRow, pack_shared_prompt
-from igrpo_kernels import Clip, SequenceMean, linear_policy_loss, policy_loss, token_logprobs
+from igrpo_kernels import Clip, SequenceMean, linear_policy_loss, token_logprobs
+from igrpo_kernels.loss_from_logprobs import policy_loss
 
 PROMPTS = [[5, 6], [4]]
 COMPLETIONS = [[[7, 8], [], [9]], [[3]]]

@@ -34,7 +34,8 @@ from transformers import (
 
 from igrpo_algo.shared_prompt.packing import pack_shared_prompt
 from igrpo_algo.trainers.transformers import enable_shared_prompt, shared_prompt_hidden
-from igrpo_kernels import Clip, SequenceMean, linear_policy_loss, policy_loss, token_logprobs
+from igrpo_kernels import Clip, SequenceMean, linear_policy_loss, token_logprobs
+from igrpo_kernels.loss_from_logprobs import policy_loss
 
 pytestmark = third_party
 

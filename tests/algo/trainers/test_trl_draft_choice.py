@@ -216,7 +216,8 @@ def test_the_selection_function_is_called_as_a_reward_function_of_trl(
     assert columns["answer"] == ["a0"] * 4 + ["a1"] * 4
     assert columns["trainer_state"] is trainer.state
     assert trainer._metrics["train"]["lowest"] == [7.0]
-    trainer.log({})  # its column has no rows of its own, and the table is whole
+    assert "of drafts" not in trainer._logs["extra"]  # the table has no rows of drafts
+    trainer.log({})
 
 
 def test_rules_of_the_callers_own_take_the_place_of_the_options(make_trainer: MakeTrainer) -> None:

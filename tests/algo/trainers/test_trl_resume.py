@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_qwen import early_letters, make_dataset, make_model, text_of, third_party
+from trl.trainer.utils import RepeatSampler
 
-from igrpo_algo.trainers.trl.bookkeeping import load_batches, save_batches
+from igrpo_algo.trainers.trl.bookkeeping import OrderOfEpoch, load_batches, save_batches
 
 pytestmark = third_party
 MakeTrainer = Callable[..., Any]
@@ -119,22 +121,55 @@ def test_without_shuffling_the_order_is_that_of_the_data_set(
     ]  # fmt: skip
 
 
-def test_eval_metrics_are_means_over_completions(make_trainer: MakeTrainer) -> None:
-    def second(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
-        return [1.0 if "2+2" in text_of(prompt) else 0.0 for prompt in prompts]
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_order_of_an_epoch_is_trls(shuffle: bool) -> None:
+    def sampler() -> RepeatSampler:
+        return RepeatSampler(
+            range(7), mini_repeat_count=2, batch_size=3, repeat_count=2, shuffle=shuffle, seed=5
+        )
 
-    def only_second(prompts: list[Any], **columns: Any) -> list[float | None]:
-        return [4.0 if "2+2" in text_of(prompt) else None for prompt in prompts]
+    trls, done = sampler(), 0
+    ours = OrderOfEpoch(sampler(), lambda: done)
+    orders = []
+    for done in range(4):
+        orders.append([*trls])
+        assert [*OrderOfEpoch(sampler(), partial(int, done))] == orders[-1]
+        assert [*ours] == orders[-1]
+    assert len(ours) == len(trls)
+    assert (len(set(map(tuple, orders))) > 1) is shuffle
+
+
+def test_eval_metrics_are_means_over_completions(make_trainer: MakeTrainer) -> None:
+    values = {"0": 1.0, "1": None, "2": 4.0, "3": 16.0, "4": None}
+
+    def digit(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        return [float(text_of(prompt)[0]) for prompt in prompts]
+
+    def some(prompts: list[Any], **columns: Any) -> list[float | None]:
+        return [values[text_of(prompt)[0]] for prompt in prompts]
 
     trainer = make_trainer(
-        reward_funcs=[second, only_second],
+        reward_funcs=[digit, some],
         reward_weights=[1.0, 0.5],
-        eval_dataset=make_dataset(3),
+        eval_dataset=make_dataset(5),
         num_generations_eval=2,
-        per_device_eval_batch_size=4,  # batches of 4 and of 2 completions
+        per_device_eval_batch_size=4,  # batches of 4, 4 and 2 completions
     )
     found = trainer.evaluate()
-    # The prompts are shuffled; the one that is scored otherwise stands in either batch.
-    assert found["eval_rewards/second/mean"] == pytest.approx(1 / 3)
-    assert found["eval_rewards/only_second/mean"] == pytest.approx(4.0)
-    assert found["eval_reward"] == pytest.approx((0 + 0 + 1 + 0.5 * 4) / 3)
+    assert found["eval_rewards/digit/mean"] == pytest.approx(10 / 5)
+    assert found["eval_rewards/some/mean"] == pytest.approx(21 / 3)
+    assert found["eval_reward"] == pytest.approx((10 + 0.5 * 21) / 5)
+    assert found["eval_completions/mean_length"] == pytest.approx(6, abs=1)
+
+
+def test_a_batch_without_a_score_does_not_count(make_trainer: MakeTrainer) -> None:
+    def first(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+        return [3.0 if "0+0" in text_of(prompt) else None for prompt in prompts]
+
+    trainer = make_trainer(
+        reward_funcs=first,
+        eval_dataset=make_dataset(3),
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+    )
+    assert trainer.evaluate()["eval_reward"] == pytest.approx(3.0)

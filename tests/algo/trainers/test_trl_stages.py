@@ -77,8 +77,8 @@ def test_counts_of_the_stages_are_independent(make_trainer: MakeTrainer) -> None
     batch, sampler = run_stages(trainer, ["1", "2", "0", "0", "0", "4"], REFINED)
     assert sampler.prompts[0] == [chat("0+0?")] * 3 + [chat("1+1?")] * 3
     assert len(batch["advantages"]) == 8
-    assert ">\n2\n<" in sampler.prompts[1][0]
-    assert ">\n4\n<" in sampler.prompts[1][7]
+    assert "wrong: 2<" in sampler.prompts[1][0]
+    assert "wrong: 4<" in sampler.prompts[1][7]
 
 
 def test_several_rewards_are_weighted_and_none_is_left_out(make_trainer: MakeTrainer) -> None:

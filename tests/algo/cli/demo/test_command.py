@@ -143,7 +143,7 @@ def test_other_settings_are_refused_in_one_line(finished: Path, capsys) -> None:
 def test_a_second_writer_is_refused(finished: Path) -> None:
     before = sorted(finished.iterdir())
     with sole_writer(finished):
-        done = invoke("--output-dir", str(finished), "--fresh")
+        done = invoke("--output-dir", str(finished), "--seeds", "1")
     assert done.exit_code == 2
     assert "is being written by another run" in done.stderr
     assert sorted(finished.iterdir()) == before

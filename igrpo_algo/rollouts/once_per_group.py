@@ -1,0 +1,188 @@
+"""Stage 1 for trainers that ask for one sample at a time: once for a group, whoever asks first.
+
+verl, OpenRLHF and slime call a hook once per sample, and nothing tells a sample of its siblings.
+Here the first sample of a group draws the drafts, has them scored, chooses one and splices it; its
+siblings wait for the same Stage-2 prompt.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from igrpo_kernels.checks import check_count, describe
+
+from ..drafts.markers import marker_tokens
+from ..drafts.rules import DraftRules, Fallback
+from ..drafts.splice import TextSplice, TokenBudget
+from ..prompts import Prompt
+from ..seeds import derive_seed
+from .completions import Completion
+from .scoring import Scorer
+from .single_flight import SingleFlight
+
+
+@dataclass(frozen=True)
+class StageTwoPrompt:
+    """What the refinements of a group are drawn from.
+
+    Attributes:
+        prompt: The original prompt with the draft in it; the original where it stays plain.
+        draft: The draft as it stands there; empty where the prompt is plain.
+        draft_rewards: The training reward of each draft, NaN where unscored.
+    """
+
+    prompt: Prompt
+    draft: str
+    draft_rewards: tuple[float, ...]
+
+
+class OncePerGroup:
+    """Runs Stage 1 once for each group of samples.
+
+    A group is known by its key while its drafts are on their way; whoever asks for the key later
+    starts anew, so that a prompt of the next epoch does not get the draft of an old policy. All
+    samples of a group must therefore ask before its first draft is done: in one event loop, and
+    started together, as trainers start them.
+
+    Args:
+        rules: How a draft is chosen and spliced.
+        num_drafts: N.
+        seed: Of random ties, random drafts and dropout.
+
+    Raises:
+        TypeError: `rules` is not `DraftRules`, or a count is not an int.
+        ValueError: `num_drafts` is below 1, or the rules leave prompts out of Stage 2, which a
+            trainer that asks for one sample at a time can't do.
+
+    Examples:
+        >>> stage_one = OncePerGroup()
+        >>> async def draw(number):
+        ...     return Completion([number], str(number))
+        >>> async def score(drafts):
+        ...     return [float(draft.text) for draft in drafts]
+        >>> async def group():
+        ...     samples = (stage_one.prompt("q", "2 + 2?", draw, score) for _ in range(3))
+        ...     return await asyncio.gather(*samples)
+        >>> {sample.draft for sample in asyncio.run(group())}
+        {'3'}
+    """
+
+    def __init__(
+        self,
+        *,
+        rules: DraftRules = DraftRules(),  # frozen
+        num_drafts: int = 4,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(rules, DraftRules):
+            raise TypeError(f"rules must be DraftRules, got {describe(rules)}")
+        for name in ("when_failed", "when_unscored"):
+            if getattr(rules, name) is Fallback.SKIP:
+                raise ValueError(
+                    f"{name} must not be Fallback.SKIP: a trainer that asks for one sample at a "
+                    "time can't leave a prompt out of Stage 2; take Fallback.PLAIN_PROMPT"
+                )
+        self.rules = rules
+        self.num_drafts = check_count("num_drafts", num_drafts)
+        self.seed = check_count("seed", seed, at_least=0)
+        self._flights: SingleFlight[StageTwoPrompt] = SingleFlight(keep=1)
+
+    async def prompt(
+        self,
+        key: Hashable,
+        prompt: Prompt,
+        draw: Callable[[int], Awaitable[Completion]],
+        score: Callable[[Sequence[Completion]], Awaitable[list[float]]],
+        *,
+        columns: Mapping[str, Any] | None = None,
+        rules: DraftRules | None = None,
+    ) -> StageTwoPrompt:
+        """Give a sample its Stage-2 prompt.
+
+        Args:
+            key: What the samples of a group have in common, and no other group.
+            prompt: The original prompt.
+            draw: Draws one draft of the original prompt; it is given the draft's number.
+            score: Gives the training reward of each draft, NaN where there is none.
+            columns: What `rules.selection_score` is given by name, one value each.
+            rules: In the place of the rules given at the start, fitted to a tokenizer, say.
+
+        Returns:
+            The same value for every sample of the group.
+
+        Raises:
+            RewardError: `rules.selection_score` raised.
+        """
+
+        async def stage_one() -> StageTwoPrompt:
+            try:
+                drawn = await asyncio.gather(*map(draw, range(self.num_drafts)))
+                rewards = await score(drawn)
+                return await self._choose(key, prompt, drawn, rewards, columns or {}, rules)
+            finally:
+                self._flights.forget(key)
+
+        return await self._flights.do(key, stage_one)
+
+    async def _choose(
+        self,
+        key: Hashable,
+        prompt: Prompt,
+        drafts: list[Completion],
+        rewards: list[float],
+        columns: Mapping[str, Any],
+        rules: DraftRules | None,
+    ) -> StageTwoPrompt:
+        rules = rules or self.rules
+        scores = None
+        if rules.selection_score is not None:
+            by_name = {name: [value] for name, value in columns.items()}
+            ranking = Scorer(rules.selection_score, [prompt], by_name, "selection_score")
+            scores = torch.tensor([await ranking(0, drafts)])
+        choices = rules.choose(
+            torch.tensor([rewards]),
+            scores=scores,
+            lengths=torch.tensor([[len(draft.token_ids) for draft in drafts]]),
+            seeds=[derive_seed(self.seed, repr(key))],
+        )
+        if choices.plain:
+            return StageTwoPrompt(prompt, "", tuple(rewards))
+        spliced = rules.condition(prompt, drafts[int(choices.index)])
+        return StageTwoPrompt(spliced.prompt, spliced.draft, tuple(rewards))
+
+
+def fit_to_tokenizer(
+    rules: DraftRules,
+    tokenizer: Any,
+    max_prompt_tokens: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> DraftRules:
+    """Give a text splice the tokenizer's control tokens, and the room that the trainer has.
+
+    A `TextSplice` that has a budget keeps it; any other splice is left as it is.
+
+    Args:
+        rules: The rules.
+        tokenizer: The model's tokenizer.
+        max_prompt_tokens: Most tokens of a spliced prompt; a trainer that gets more would cut the
+            question. None sets no limit.
+        chat_template_kwargs: Passed to the chat template when tokens are counted.
+
+    Returns:
+        The rules with that splice.
+    """
+    splice = rules.splice
+    if not isinstance(splice, TextSplice):
+        return rules
+    budget = splice.budget
+    if budget is None and max_prompt_tokens is not None:
+        budget = TokenBudget(
+            tokenizer,
+            max_prompt_tokens=max_prompt_tokens,
+            chat_template_kwargs=dict(chat_template_kwargs or {}),
+        )
+    tokens = {*splice.special_tokens, *marker_tokens(tokenizer)}
+    return replace(rules, splice=replace(splice, special_tokens=tokens, budget=budget))

@@ -1,0 +1,158 @@
+"""iGRPO in ms-swift 4.6: a plugin for `swift rlhf --rlhf_type grpo --external_plugins FILE`.
+
+    from igrpo_algo.trainers.swift import use_igrpo
+    use_igrpo(num_drafts=4)
+
+Its reward functions, template, data and losses stay as they are; `--num_generations` is G. Both
+stages go through ms-swift's own generation, vLLM included. Evaluation is single-shot.
+"""
+
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import swift.rlhf_trainers
+import torch
+from accelerate.utils import gather_object
+from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
+
+from igrpo_kernels.checks import check_count, describe
+
+from ..advantages.of_groups import sum_rewards
+from ..drafts.rules import DraftChoices, DraftRules, Fallback
+from ..metrics import stage_uplift, zero_variance_rate
+from ..prompts import decode_completion
+from ..rollouts.once_per_group import fit_to_tokenizer
+from ..seeds import derive_seed
+from .layout import DraftLayout
+
+
+class _Draft(NamedTuple):
+    text: str
+    token_ids: list[int]
+
+
+def use_igrpo(
+    rules: DraftRules = DraftRules(),  # frozen
+    *,
+    num_drafts: int = 4,
+) -> type[GRPOTrainer]:
+    """Make ms-swift train with iGRPO from here on, in this process.
+
+    ms-swift looks its trainer up by name when training starts; this puts ours there. A prompt whose
+    drafts all failed can't be skipped here: ms-swift trains on every row that it sampled.
+
+    Args:
+        rules: How a draft is chosen and spliced. `TextSplice` gets the tokenizer's control tokens,
+            and `--max_length` as its budget unless it has one.
+        num_drafts: N. `num_drafts` times the rows on a rank must be divisible by G.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        TypeError: `rules` is not `DraftRules`, or `num_drafts` not an int.
+        ValueError: `num_drafts` is below 1, or the rules leave prompts out of Stage 2.
+    """
+    if not isinstance(rules, DraftRules):
+        raise TypeError(f"rules must be DraftRules, got {describe(rules)}")
+    if Fallback.SKIP in (rules.when_failed, rules.when_unscored):
+        raise ValueError(
+            "rules must not skip prompts: ms-swift trains on every row; take Fallback.PLAIN_PROMPT"
+        )
+    if rules.selection_score is not None:
+        raise ValueError(
+            "rules.selection_score is not taken here: add a reward of weight 0 instead"
+        )
+    count = check_count("num_drafts", num_drafts)
+    trainer = type("IGRPOTrainer", (_IGRPOTrainer,), {"rules": rules, "num_drafts": count})
+    swift.rlhf_trainers.GRPOTrainer = trainer
+    return trainer
+
+
+class _IGRPOTrainer(GRPOTrainer):
+    rules: DraftRules
+    num_drafts: int
+
+    def _generate_completions(self, samples: list[Any]) -> list[Any]:
+        if not self.model.training:
+            return super()._generate_completions(samples)
+        if any(sample.images or sample.videos or sample.audios for sample in samples):
+            raise ValueError("images, videos and audios can't be combined with drafts")
+        rank = self.accelerator.process_index
+        layout = DraftLayout(len(samples), rank, self.num_drafts, self.num_generations)
+        drawn = super()._generate_completions([deepcopy(samples[row]) for row in layout.draft_rows])
+        rewards = self._draft_rewards(drawn)
+        choices = self._choose(rewards, drawn)
+        self._splice(samples, drawn, choices, layout)
+        self._draft_rewards_of_step = rewards
+        return super()._generate_completions(samples)
+
+    def _draft_rewards(self, drawn: list[Any]) -> torch.Tensor:
+        """Score the drafts of all ranks. Shape [P, N]."""
+        per_function = self._compute_rewards_per_func(drawn)
+        return sum_rewards(per_function, self.reward_weights).view(-1, self.num_drafts)
+
+    def _choose(self, rewards: torch.Tensor, drawn: list[Any]) -> DraftChoices:
+        """Choose a draft for each prompt, the same on every rank."""
+        lengths = gather_object([len(sample.response_token_ids or []) for sample in drawn])
+        seeds = [
+            derive_seed(self.args.seed, self.state.global_step, self._step, prompt)
+            for prompt in range(len(rewards))
+        ]
+        return self.rules.choose(
+            rewards.cpu(), lengths=torch.tensor(lengths).view(rewards.shape), seeds=seeds
+        )
+
+    def _splice(
+        self, samples: list[Any], drawn: list[Any], choices: DraftChoices, layout: DraftLayout
+    ) -> None:
+        """Bring each chosen draft to the ranks that hold its prompt, and into the prompt."""
+        wanted = choices.index.masked_fill(choices.plain, -1).tolist()
+        mine = []
+        for prompt, index in enumerate(wanted):
+            draft = prompt * self.num_drafts + index
+            if index >= 0 and draft in layout.drafts:
+                mine.append((prompt, _as_draft(drawn[draft - layout.drafts.start], self.tokenizer)))
+        chosen = dict(gather_object(mine))
+        rules = fit_to_tokenizer(self.rules, _AsTokenizer(self), self.template.max_length)
+        for sample, prompt in zip(samples, layout.row_prompts, strict=True):
+            if prompt in chosen:
+                question = [m for m in sample.messages if m["role"] != "assistant" or m["content"]]
+                sample.messages = rules.condition(question, _Draft(*chosen[prompt])).prompt
+
+    def _score_completions(self, samples: list[Any]) -> list[Any]:
+        samples = super()._score_completions(samples)
+        if self.model.training:
+            rewards = sum_rewards(self._rewards_per_func, self.reward_weights)
+            refinements = rewards.view(-1, self.num_generations)
+            drafts = self._draft_rewards_of_step
+            metrics = self._metrics["train"]
+            metrics["igrpo/draft_reward"].append(drafts.nanmean().item())
+            metrics["igrpo/uplift"].append(stage_uplift(drafts, refinements).item())
+            metrics["igrpo/refinement_zero_std"].append(zero_variance_rate(refinements).item())
+        return samples
+
+
+class _AsTokenizer:
+    """The tokenizer, with ms-swift's own template in the place of the tokenizer's."""
+
+    def __init__(self, trainer: _IGRPOTrainer) -> None:
+        self._template = trainer.template
+        self._tokenizer = trainer.tokenizer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tokenizer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> list[int]:
+        with self._template.generate_context():
+            return list(self._template.encode({"messages": deepcopy(messages)})["input_ids"])
+
+
+def _as_draft(sample: Any, tokenizer: Any) -> tuple[str, list[int]]:
+    ids = list(sample.response_token_ids or [])
+    content = sample.messages[-1]["content"]
+    text = content if isinstance(content, str) else decode_completion(ids, tokenizer)
+    return text, ids

@@ -1,0 +1,243 @@
+"""From hidden states to loss and gradients in one pass: a chunk of rows from products to gradients.
+
+The gradients are taken in the forward, while a chunk's exponentials are at hand: three matrix
+products per row (6 TVH operations) where computing the logits again in the backward takes four.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .head_arguments import HeadBatch, without_autocast
+from .head_softmax import holds_sequences, is_one_chunk, softmax_chunks
+from .linear_head import HeadGradients, LinearHead
+from .loss_terms import TokenInputs, TokenObjective, named_means
+from .row_checks import check_rows
+from .row_selection import Rows, rows_where, working_dtype
+from .row_softmax import ProductGradient, RowSoftmax
+from .row_statistics import RowStatistics
+from .upstream import times_upstream
+
+
+class Share(NamedTuple):
+    """The share of some rows in the loss.
+
+    Attributes:
+        loss: The share.
+        by_logprob: Its gradient by the log-probs, where gradients are wanted. Shape [N].
+        by_entropy: Its gradient by the entropies, where they have a coefficient. Shape [N].
+        names: Of what is logged.
+        sums: What is logged, added up. Shape [K].
+    """
+
+    loss: Tensor
+    by_logprob: Tensor | None
+    by_entropy: Tensor | None
+    names: list[str]
+    sums: Tensor
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """The loss of each row of a batch as a function of its log-prob and entropy.
+
+    Attributes:
+        objective: What the loss of a row is made of.
+        inputs: What the rows are given.
+        weights: The aggregate's weight of each row, in a shape that broadcasts to the tokens.
+    """
+
+    objective: TokenObjective
+    inputs: TokenInputs
+    weights: Tensor
+
+    @property
+    def owner(self) -> Tensor | None:
+        """The sequence of each row, where no chunk may cut through one. Shape [N]."""
+        if self.objective.surrogate.scope != "sequence":
+            return None
+        return self.inputs.sequences.owners.reshape(-1)
+
+    def may_be_nonzero(self) -> Tensor | None:
+        """Mark the rows whose loss may differ from zero; None: any may. Shape of the tokens."""
+        surrogate, inputs = self.objective.surrogate, self.inputs
+        if self.objective.needs_every_row:
+            return None
+        marked = inputs.advantages != 0
+        if inputs.importance_weights is not None and not surrogate.folds_importance_weights:
+            marked = marked & (inputs.importance_weights != 0)
+        if surrogate.scope != "token":
+            # the log-prob of a row enters the losses of its whole sequence
+            sequences = inputs.sequences
+            marked = sequences.spread(sequences.sum(marked.long()) > 0)
+        return marked.expand_as(inputs.sequences.mask)
+
+    def share(self, rows: Rows, found: RowStatistics, *, gradients: bool) -> Share:
+        """Return the share of some rows, from their log-probs and entropies."""
+        inputs = self.inputs.take(rows)
+        weights = self.inputs.sequences.pick(self.weights, rows, inputs.sequences.owners)
+        logprobs, entropy = found.logprobs, found.entropy
+        leaves: list[Tensor] = []
+        with torch.set_grad_enabled(gradients):
+            if gradients:
+                logprobs = logprobs.detach().requires_grad_()
+                leaves = [logprobs]
+                if entropy is not None and self.objective.entropy_coef != 0:
+                    entropy = entropy.detach().requires_grad_()
+                    leaves.append(entropy)
+            terms = self.objective(inputs.tokens(logprobs), inputs.ref_logprobs, entropy)
+            losses = terms.losses
+            if losses.shape != logprobs.shape:
+                losses = losses.expand_as(logprobs)
+        slopes: list[Tensor | None] = [None, None]
+        if gradients:
+            found_slopes = torch.autograd.grad(losses, leaves, weights.expand_as(losses))
+            slopes[: len(leaves)] = found_slopes
+        loss = (weights * losses).sum()
+        sums = terms.sums(inputs.sequences)
+        return Share(loss, slopes[0], slopes[1], list(terms.logged), sums)
+
+
+@dataclass(frozen=True)
+class FusedLoss:
+    """One pass over the rows of a batch.
+
+    Attributes:
+        losses: The losses of the rows.
+        head: The head.
+        targets: Target of each row. Shape [N].
+        rows: The rows that count and whose loss may differ from zero.
+        more: Further rows, which the metrics alone want.
+        with_entropy: Whether to take the entropy too.
+        metrics: Where `run` puts the means of what is logged.
+        scores: Where it puts log-prob and entropy of each row, 0 where it computed none. [N] each.
+    """
+
+    losses: RowLosses
+    head: LinearHead
+    targets: Tensor
+    rows: Rows
+    more: Rows
+    with_entropy: bool
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    scores: list[Tensor | None] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, batch: HeadBatch, losses: RowLosses, *, entropy: bool, every: bool, skips: bool
+    ) -> "FusedLoss":
+        """Select the rows of a batch: those that need a gradient, and the others with `every`."""
+        head, targets = batch.head, batch.targets
+        check_rows(targets, batch.mask, head.transform.temperature, head.whole_vocabulary)
+        marked, count = losses.may_be_nonzero() if skips else None, targets.numel()
+        rows = rows_where(count, batch.mask, marked)
+        more: Rows = range(0)
+        if every and marked is not None:
+            more = rows_where(count, batch.mask, ~marked)
+        return cls(losses, head, targets.flatten(), rows, more, entropy)
+
+    @property
+    def holds_sequences(self) -> bool:
+        """Whether no sequence that has to stay whole is larger than a chunk."""
+        owner = self.losses.owner
+        return owner is None or holds_sequences(self.head, self.rows, owner)
+
+    def loss(self, hidden: Tensor) -> Tensor:
+        """Return the loss, through which the gradient flows to hidden, weight and bias."""
+        with without_autocast(hidden.device):
+            if not torch.is_grad_enabled():
+                return self.run(hidden, [False] * 3)[0]
+            return FusedLossFunction.apply(hidden, self.head.weight, self.head.bias, self)
+
+    def run(self, hidden: Tensor, needed: list[bool]) -> tuple[Tensor, list[Tensor]]:
+        """Return the loss and the gradients that are needed, of hidden, weight and bias."""
+        keeps = any(needed)
+        one_chunk = is_one_chunk(self.head, self.rows, keeps=keeps)
+        gradients = HeadGradients(self.head, hidden, needed, one_chunk=one_chunk)
+        shares, found = [], []
+        for rows, some, softmax in self._chunks(hidden, self.rows, keeps=keeps):
+            share, gradient = self._step(rows, softmax, gradients if keeps else None)
+            found.append((rows, softmax.statistics))
+            if gradient is not None:
+                gradients.add(rows, some, gradient)
+            shares.append(share)
+        for rows, _, softmax in self._chunks(hidden, self.more, keeps=False):  # a loss of zero
+            shares.append(self.losses.share(rows, softmax.statistics, gradients=False))
+            found.append((rows, softmax.statistics))
+        if not shares:
+            none = hidden.new_empty(0, dtype=working_dtype(hidden.dtype))
+            nothing = RowStatistics.zeros(none, none.dtype, entropy=self.with_entropy)
+            shares = [self.losses.share(range(0), nothing, gradients=False)]
+            found = [(range(0), nothing)]
+        first, count = shares[0], len(self.rows) + len(self.more)
+        sums = sum((share.sums for share in shares[1:]), first.sums)
+        self.metrics.update(named_means(first.names, sums, count))
+        self.scores[:] = self._scores(found)
+        return sum((share.loss for share in shares[1:]), first.loss), gradients.finish()
+
+    def _step(
+        self, rows: Rows, softmax: RowSoftmax, gradients: HeadGradients | None
+    ) -> tuple[Share, ProductGradient | None]:
+        """Take a chunk from log-probs to the gradient of its products, where that is wanted."""
+        scales = gradients is not None and gradients.needs_weight
+        if self.losses.objective.has_kernel(softmax.statistics.logprobs):
+            from ._triton.head_softmax import HeadSoftmax
+
+            if isinstance(softmax, HeadSoftmax) and not softmax.lacks_slope:
+                loss, names, sums, gradient = softmax.clip(self.losses, rows, scales_hidden=scales)
+                return Share(loss, None, None, names, sums), gradient
+        share = self.losses.share(rows, softmax.statistics, gradients=gradients is not None)
+        if gradients is None:
+            return share, None
+        slopes, dtype = (share.by_logprob, share.by_entropy), gradients.matrix_dtype
+        return share, softmax.gradient_(*slopes, dtype=dtype, scales_hidden=scales)
+
+    def _scores(self, found: list[tuple[Rows, RowStatistics]]) -> Iterator[Tensor | None]:
+        """Lay the log-probs of all chunks out by row, and then the entropies."""
+        for name in ("logprobs", "entropy"):
+            parts = [(rows, getattr(statistics, name)) for rows, statistics in found]
+            if parts[0][1] is None:
+                yield None
+                continue
+            every = parts[0][1].new_zeros(len(self.targets))
+            for rows, part in parts:
+                where = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
+                every[where] = part.detach()
+            yield every
+
+    def _chunks(self, hidden: Tensor, rows: Rows, *, keeps: bool) -> Any:
+        return softmax_chunks(
+            self.head,
+            hidden,
+            self.targets,
+            rows,
+            owner=self.losses.owner if rows is self.rows else None,
+            entropy=self.with_entropy,
+            keeps=keeps,
+        )
+
+
+class FusedLossFunction(torch.autograd.Function):
+    """Runs the pass in the forward; the backward multiplies by the upstream scalar."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, fused: FusedLoss
+    ) -> Tensor:
+        """Return the loss. `weight` and `bias` are those of the pass' head."""
+        ctx.needed = list(ctx.needs_input_grad[:3])
+        loss, gradients = fused.run(hidden, ctx.needed)
+        ctx.save_for_backward(*gradients)
+        ctx.dtype = hidden.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Multiply by the upstream scalar."""
+        found = iter(times_upstream(ctx.saved_tensors, grad_loss))
+        return *(next(found).to(ctx.dtype) if need else None for need in ctx.needed), None

@@ -1,0 +1,164 @@
+"""The policy loss from hidden states: `policy_loss` of `linear_token_logprobs`, in one pass."""
+
+import torch
+from torch import Tensor
+
+from .aggregates import Aggregate
+from .fused_loss import FusedLoss, RowLosses
+from .head_arguments import HeadBatch
+from .kl import K3, KlEstimator
+from .logprobs_from_hidden import score
+from .loss_from_logprobs import PolicyLoss, average
+from .loss_terms import TokenInputs, TokenObjective
+from .sequences import Sequences
+from .surrogates.base import Surrogate
+from .vocabulary_shard import VocabularyShard
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    surrogate: Surrogate,
+    aggregate: Aggregate,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: KlEstimator = K3(),
+    entropy_coef: float = 0.0,
+    importance_weights: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    shard: VocabularyShard | None = None,
+    chunk_bytes: int | None = None,
+    skip_zero_rows: bool = True,
+    cu_seqlens: Tensor | None = None,
+    return_entropy: bool = False,
+    all_metrics: bool = False,
+) -> PolicyLoss:
+    """Compute the policy loss from hidden states, with its gradients in the same pass.
+
+    policy_loss(linear_token_logprobs(hidden, weight, targets, ...), advantages, mask, ...)
+
+    defines it, in value and gradient. Here each chunk of rows goes through the head once: from
+    exponentials relative to the target's logit to log-probs, loss and the gradients of hidden,
+    weight and bias, which the backward only multiplies by the upstream scalar. A surrogate over
+    sequences (GSPO, GMPO, VESPO) is given whole sequences. Where a sequence is larger than a chunk,
+    for surrogates over the batch (Clip-Cov, KL-Cov) and under torch.compile, the definition's two
+    passes run.
+
+    Rows without a gradient cost nothing: masked ones; those of zero advantage or zero importance
+    weight (for a surrogate over sequences, whole sequences of them), unless KL or entropy has a
+    coefficient; and on a CPU, after their logits, those whose gradient turns out as exactly zero,
+    such as clipped ones. From half-precision inputs, log-probs and all sums are in fp32, and each
+    gradient is rounded once more than its matrix. Masked slots may hold anything, NaN and inf
+    included. Without a counted token the loss is zero and still on the graph. The same call gives
+    the same bits. Once differentiable.
+
+    Args:
+        hidden: Last hidden state of the position that predicts each target. Shape [B, T, H], or
+            [L, H] packed.
+        weight: The head's weight; where it needs no gradient, none is computed. With `shard`, this
+            rank's rows of it. Shape [V, H].
+        targets: Index of each sampled token. Shape [B, T], or [L] packed.
+        advantages: One per sequence, [B] or [B, 1], or one per token. Treated as constants.
+        mask: 1 (or True) where a token counts; None counts every token. Shape of `targets`.
+        surrogate: What a token's loss is, such as `Clip(0.2, 0.28)`.
+        aggregate: How tokens are averaged, such as `SequenceMean()`.
+        old_logprobs: Log-probs under the policy frozen for the ratio. None: the policy is the one
+            that sampled, so the ratio is 1 and its gradient intact. Shape of `targets`.
+        ref_logprobs: Log-probs under the reference of the KL term. Shape of `targets`. Given with
+            `kl_coef=0` it enters the metrics only.
+        kl_coef: Weight of the KL term, beta in the papers.
+        kl: The estimator and its weighting, such as `RatioWeighted(K3())`.
+        entropy_coef: Weight of the entropy bonus; below zero, of a penalty on entropy.
+        importance_weights: Correction for the sampler, one per token or per sequence. Constants.
+        temperature: Divides the logits: a number, or one per token. Treated as a constant.
+        bias: The head's bias; with `shard`, this rank's part of it. Shape [V].
+        softcap: Bound on the logits before the temperature (Gemma 2).
+        logit_scale: Factor on the products before the cap (Cohere, Granite).
+        shard: Which slice of the vocabulary `weight` is, of those that the ranks of a process group
+            hold. Same results on every rank; see `VocabularyShard`.
+        chunk_bytes: Bytes of logits, or of their exponentials, held at a time, at least one row's.
+            None: 256 MiB on a CPU, 2.5 GiB on CUDA.
+        skip_zero_rows: Find rows that cannot have a gradient first, and leave them out. On a GPU
+            the host waits for that; with False and no mask it never waits (CUDA graphs).
+        cu_seqlens: Packed only: offsets of the sequences. Shape [B + 1].
+        return_entropy: Put the entropy into the metrics also where `entropy_coef` is zero.
+        all_metrics: Average the metrics over all counted tokens, which costs a forward of the rows
+            left out; False: over the rows computed.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64 inputs), a scalar whose gradient flows to hidden, weight and
+        bias; the metrics of `policy_loss`; and log-probs and entropy of the rows computed.
+
+    Raises:
+        TypeError: A dtype is wrong, hidden, weight and bias differ in it, or `shard` is not
+            a VocabularyShard.
+        ValueError: Shapes do not fit, a number is out of range, `kl_coef` is negative or set
+            without `ref_logprobs`, a target is outside the whole vocabulary on a row that counts (a
+            device assertion for CUDA tensors), `weight` is not the slice that `shard` describes, or
+            the ranks differ in the rows that count.
+
+    Examples:
+        >>> from igrpo_kernels import Clip, SequenceMean
+        >>> hidden = torch.eye(3).view(1, 3, 3).requires_grad_()
+        >>> targets = torch.tensor([[0, 1, 1]])
+        >>> mask = torch.tensor([[1, 1, 0]])
+        >>> out = linear_policy_loss(
+        ...     hidden, torch.eye(2, 3), targets, torch.tensor([1.0]), mask,
+        ...     surrogate=Clip(), aggregate=SequenceMean(),
+        ... )
+        >>> out.loss.backward()
+        >>> hidden.grad
+        tensor([[[-0.1345,  0.1345,  0.0000],
+                 [ 0.1345, -0.1345,  0.0000],
+                 [ 0.0000,  0.0000,  0.0000]]])
+    """
+    objective = TokenObjective.of(surrogate, aggregate, kl, kl_coef, entropy_coef, ref_logprobs)
+    wants_entropy = return_entropy or entropy_coef != 0
+
+    batch = HeadBatch.of(
+        hidden,
+        weight,
+        targets,
+        mask=mask,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        shard=shard,
+        chunk_bytes=chunk_bytes,
+    )
+
+    inputs = TokenInputs.of(
+        Sequences.of(batch.targets, batch.mask, cu_seqlens, name="targets"),
+        batch.dtype,
+        advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        importance_weights=importance_weights,
+        per_token_weights=surrogate.folds_importance_weights,
+        legend="of targets",
+    )
+    if surrogate.scope != "batch" and not torch.compiler.is_compiling():
+        weights = aggregate.weights(inputs.sequences, batch.dtype)
+        losses = RowLosses(objective, inputs, weights)
+        fused = FusedLoss.of(
+            batch, losses, entropy=wants_entropy, every=all_metrics, skips=skip_zero_rows
+        )
+        if fused.holds_sequences:
+            loss = fused.loss(batch.hidden)
+            logprobs, entropy = (
+                None if values is None else values.view(targets.shape) for values in fused.scores
+            )
+            return PolicyLoss(loss, fused.metrics, logprobs, entropy)
+    logprobs, entropy = score(batch, entropy=wants_entropy, skip_zero_rows=skip_zero_rows)
+    result = average(objective, aggregate, inputs, logprobs, entropy)
+    found = None if entropy is None else entropy.detach()
+    return result._replace(logprobs=logprobs.detach(), entropy=found)

@@ -1,0 +1,59 @@
+"""What the ops over rows of logits check at their door, and what they bring to one shape."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .checks import check_integral, check_mask, check_number, check_shape, require_within
+
+# The ops of a copy of this folder under another name get their own namespace
+NAMESPACE = (__package__ or "igrpo_kernels").replace(".", "_")
+
+# The least normal number of float32: what it divides stays finite
+LEAST_TEMPERATURE = 2.0**-126
+
+
+def check_targets(targets: object, mask: object, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+    """Check that targets and mask have the rows' shape; return them as int64 and bool."""
+    targets = check_shape("targets", check_integral("targets", targets), shape, "of the rows")
+    return targets.long(), None if mask is None else check_mask(mask, shape, "of targets")
+
+
+def row_temperature(
+    temperature: float | Tensor, targets: Tensor, dtype: torch.dtype
+) -> float | Tensor:
+    """Bring a temperature to a number, or to shape [1] (one for all) or [N] (one per row).
+
+    A compiler gets a tensor, so that another temperature does not recompile.
+    """
+    if not isinstance(temperature, Tensor):
+        number = check_number("temperature", temperature, above=0)
+        if number < LEAST_TEMPERATURE:
+            raise ValueError(f"temperature must be >= {LEAST_TEMPERATURE:.3g}, got {number}")
+        if torch.compiler.is_compiling():
+            return torch.full((1,), number, dtype=dtype, device=targets.device)
+        return number
+    if temperature.numel() != 1:
+        check_shape("temperature", temperature, targets.shape, "of targets, or one number,")
+    return temperature.detach().reshape(-1).to(dtype)
+
+
+def check_rows(
+    targets: Tensor, mask: Tensor | None, temperature: float | Tensor, vocabulary: int
+) -> None:
+    """Check what the rows that count hold."""
+    require_within(
+        targets if mask is None else targets * mask,
+        (0, vocabulary),
+        f"targets must lie in [0, V) = [0, {vocabulary}) on rows that count; "
+        "leave other rows out with a mask",
+    )
+    if isinstance(temperature, Tensor):
+        if mask is not None and temperature.numel() > 1:
+            temperature = torch.where(mask.flatten(), temperature, 1.0)
+        require_within(
+            temperature,
+            (LEAST_TEMPERATURE, math.inf),
+            f"temperature must be >= {LEAST_TEMPERATURE:.3g} and finite on rows that count",
+        )

@@ -1,0 +1,109 @@
+"""The built site: each public name once, nothing internal, examples as code, code that fits."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = 92  # of code fit the text at a window of 1280 pixels, with docs/assets/extra.css
+VOID = {"meta", "link", "img", "br", "hr", "input", "source", "path"}
+
+
+class Page(HTMLParser):
+    """Collects headings' ids, the text of code blocks, and quotations."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.blocks: list[str] = []
+        self.quotations = 0
+        self._open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = dict(attrs)
+        if re.fullmatch(r"h[1-6]", tag) and names.get("id"):
+            self.ids.append(names["id"] or "")
+        if tag == "pre":
+            self.blocks.append("")
+        self.quotations += tag == "blockquote"
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if "pre" in self._open:
+            self.blocks[-1] += data
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
+    """Every page by its name, built as `make docs` builds it."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-W", "ignore", "-m", "mkdocs", "build", "--strict", "--quiet"]
+    subprocess.run([*command, "--site-dir", str(folder)], cwd=ROOT, check=True)
+    return {
+        str(path.relative_to(folder)): Page(path.read_text()) for path in folder.rglob("*.html")
+    }
+
+
+def reference(site: dict[str, Page]) -> Iterator[tuple[str, Page]]:
+    return ((name, page) for name, page in site.items() if name.startswith(("algo/", "kernels/")))
+
+
+def docs_pages() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_pages", ROOT / "tools" / "docs_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    return hook
+
+
+def test_each_public_name_has_one_heading(site: dict[str, Page]) -> None:
+    shown = Counter(name for _, page in reference(site) for name in page.ids if "." in name)
+    public = docs_pages().all_public_names()
+    assert {name: shown[path] for name, path in public.items() if shown[path] != 1} == {}
+
+
+def test_nothing_internal_is_shown(site: dict[str, Page]) -> None:
+    public = set(docs_pages().all_public_names().values())
+    strays = [
+        name
+        for _, page in reference(site)
+        for name in page.ids
+        if "." in name and name not in public and name.rpartition(".")[0] not in public
+    ]
+    assert strays == []
+
+
+def test_examples_are_code(site: dict[str, Page]) -> None:
+    assert [name for name, page in reference(site) if page.quotations] == []
+    assert sum(">>>" in block for _, page in reference(site) for block in page.blocks) > 50
+
+
+def test_code_is_no_wider_than_its_column(site: dict[str, Page]) -> None:
+    wide = [
+        (name, line)
+        for name, page in site.items()
+        for block in page.blocks
+        for line in block.splitlines()
+        if len(line) > COLUMNS and not re.match(r" *(before|after)=", line)  # a template's value
+    ]
+    assert wide == []
+
+
+def test_the_reader_of_pages_sees_what_it_looks_for() -> None:
+    page = Page('<h2 id="a.b">x</h2><p>y<br></p><pre><code>1\n2</code></pre><blockquote>z')
+    assert (page.ids, page.blocks, page.quotations) == (["a.b"], ["1\n2"], 1)

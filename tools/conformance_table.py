@@ -1,0 +1,33 @@
+"""Write docs/use/conformance.md from what the tests of the hosts recorded in conformance.json."""
+
+import json
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "use"
+HEAD = """# Losses beside each trainer's own
+
+`make conformance` builds an environment for each trainer (their requirements don't meet), runs this
+package inside it, and gives the same batches to the trainer's loss and to ours. `RECORD=1 make
+conformance` writes this page.
+
+| trainer | version | compared | largest difference |
+|---|---|---|---|
+"""
+TAIL = """
+TRL 1.16.0 is compared in `make test`. Every row was run on a CPU. No other trainer was run.
+"""
+
+
+def make_table(record: dict[str, dict]) -> str:
+    """Make the page."""
+    rows = (
+        f"| {host} | {entry['version']} | {what} | {difference:.1e} |\n"
+        for host, entry in sorted(record.items())
+        for what, difference in sorted(entry["differences"].items())
+    )
+    return HEAD + "".join(rows) + TAIL
+
+
+if __name__ == "__main__":
+    record = json.loads((DOCS / "conformance.json").read_text())
+    (DOCS / "conformance.md").write_text(make_table(record))
