@@ -70,8 +70,8 @@ class TokenBudget:
         ...         return {"input_ids": list(text.encode())}
         ...     def decode(self, ids):
         ...         return bytes(ids).decode()
-        >>> TokenBudget(Bytes(), max_draft_tokens=3).cut("so it is 42.")
-        ('42.', 9)
+        >>> TokenBudget(Bytes(), max_draft_tokens=5).cut("so it is 5.")
+        ('is 5.', 6)
     """
 
     tokenizer: Any
