@@ -30,8 +30,12 @@ class K1:
     Its own gradient averages to zero on policy: give it to the reward, or weight it.
 
     Examples:
-        >>> K1()
-        K1()
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, ref = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, ref, torch.ones(1, 2), Sequences.of(new))
+        >>> K1()(tokens, ref)
+        tensor([[ 0.5000, -1.0000]])
     """
 
     def __call__(self, tokens: Tokens, ref_logprobs: Tensor) -> Tensor:
@@ -44,8 +48,12 @@ class K2:
     """Half the squared log-ratio: k2 = (log pi - log pi_ref)^2 / 2. Biased, right gradient.
 
     Examples:
-        >>> K2()
-        K2()
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, ref = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, ref, torch.ones(1, 2), Sequences.of(new))
+        >>> K2()(tokens, ref)
+        tensor([[0.1250, 0.5000]])
     """
 
     def __call__(self, tokens: Tokens, ref_logprobs: Tensor) -> Tensor:
@@ -61,8 +69,12 @@ class K3:
     to at most 20 in the exponential, so that it stays finite.
 
     Examples:
-        >>> K3()
-        K3()
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, ref = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, ref, torch.ones(1, 2), Sequences.of(new))
+        >>> K3()(tokens, ref)
+        tensor([[0.1065, 0.7183]])
     """
 
     def __call__(self, tokens: Tokens, ref_logprobs: Tensor) -> Tensor:
@@ -81,8 +93,12 @@ class RatioWeighted:
         estimate: The estimator that is weighted.
 
     Examples:
-        >>> RatioWeighted(K3())
-        RatioWeighted(estimate=K3())
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, ref = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, ref, torch.ones(1, 2), Sequences.of(new))
+        >>> RatioWeighted(K3())(tokens, ref)
+        tensor([[0.1756, 0.2642]])
     """
 
     estimate: KlEstimator = field(default_factory=K3)
@@ -102,8 +118,12 @@ class ScoreWeighted:
         estimate: The estimator that is weighted.
 
     Examples:
-        >>> ScoreWeighted(K3())
-        ScoreWeighted(estimate=K3())
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, ref = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, ref, torch.ones(1, 2), Sequences.of(new))
+        >>> ScoreWeighted(K3())(tokens, ref)
+        tensor([[0.1065, 0.7183]])
     """
 
     estimate: KlEstimator = field(default_factory=K3)

@@ -33,8 +33,12 @@ class Clip(Surrogate):
         ValueError: A bound is negative, or `dual` lies inside the clip range.
 
     Examples:
-        >>> Clip(low=0.2, high=0.28)
-        Clip(low=0.2, high=0.28, dual=None)
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, old = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, old, torch.tensor([[1.0, -1.0]]), Sequences.of(new))
+        >>> Clip(low=0.2, high=0.28)(tokens).losses
+        tensor([[-1.2800,  0.8000]])
     """
 
     low: float = 0.2
@@ -72,8 +76,12 @@ class SequenceClip(Surrogate):
         ValueError: A bound is negative.
 
     Examples:
-        >>> SequenceClip()
-        SequenceClip(low=0.0003, high=0.0004)
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, old = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, old, torch.ones(1, 1), Sequences.of(new))
+        >>> SequenceClip()(tokens).losses
+        tensor([[-0.7788]])
     """
 
     low: float = 3e-4
@@ -113,8 +121,12 @@ class SequenceTokenClip(Surrogate):
         ValueError: A bound is negative.
 
     Examples:
-        >>> SequenceTokenClip()
-        SequenceTokenClip(low=0.0003, high=0.0004)
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, old = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, old, torch.ones(1, 1), Sequences.of(new))
+        >>> SequenceTokenClip()(tokens).losses
+        tensor([[-0.7788, -0.7788]])
     """
 
     low: float = 3e-4
@@ -158,8 +170,12 @@ class Gmpo(Surrogate):
         ValueError: A bound is negative.
 
     Examples:
-        >>> Gmpo()
-        Gmpo(low=0.4, high=0.4)
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, old = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, old, torch.ones(1, 1), Sequences.of(new))
+        >>> Gmpo()(tokens).losses
+        tensor([[-0.7408]])
     """
 
     low: float = 0.4

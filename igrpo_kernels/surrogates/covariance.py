@@ -105,8 +105,12 @@ class KlCov(Surrogate):
         ValueError: `share` is not in (0, 1], or `coef` is negative.
 
     Examples:
-        >>> KlCov()
-        KlCov(share=0.0002, coef=0.1)
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, old = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, old, torch.tensor([[1.0, -1.0]]), Sequences.of(new))
+        >>> KlCov(share=0.5)(tokens).losses
+        tensor([[-1.5987,  0.3679]])
     """
 
     share: float = 2e-4

@@ -21,8 +21,12 @@ class Reinforce(Surrogate):
     the metrics, not the loss.
 
     Examples:
-        >>> Reinforce()
-        Reinforce()
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, old = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, old, torch.tensor([[1.0, -1.0]]), Sequences.of(new))
+        >>> Reinforce()(tokens).losses
+        tensor([[ 0.5000, -2.0000]])
     """
 
     def __call__(self, tokens: Tokens) -> TokenLosses:
@@ -49,8 +53,12 @@ class Cispo(Surrogate):
         ValueError: The bounds do not enclose 1, or `min_ratio` is negative.
 
     Examples:
-        >>> Cispo(max_ratio=5.0)
-        Cispo(max_ratio=5.0, min_ratio=0.0)
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, old = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, old, torch.tensor([[1.0, -1.0]]), Sequences.of(new))
+        >>> Cispo(max_ratio=1.28)(tokens).losses
+        tensor([[ 0.6400, -0.7358]])
         >>> Cispo.relative(0.5, 1.0)
         Cispo(max_ratio=2.0, min_ratio=0.5)
     """
@@ -91,8 +99,12 @@ class Sapo(Surrogate):
         ValueError: A temperature is not above zero.
 
     Examples:
-        >>> Sapo()
-        Sapo(tau_positive=1.0, tau_negative=1.05)
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, old = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, old, torch.tensor([[1.0, -1.0]]), Sequences.of(new))
+        >>> Sapo()(tokens).losses
+        tensor([[-2.6269,  1.2949]])
     """
 
     tau_positive: float = 1.0
@@ -192,8 +204,12 @@ class DppoTv(Surrogate):
         ValueError: A bound is negative or `max_ratio` below 1.
 
     Examples:
-        >>> DppoTv()
-        DppoTv(low=0.2, high=0.2, max_ratio=20.0)
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, old = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, old, torch.tensor([[1.0, -1.0]]), Sequences.of(new))
+        >>> DppoTv(high=0.3)(tokens).losses
+        tensor([[0.8244, -0.0000]])
     """
 
     low: float = 0.2
@@ -234,8 +250,12 @@ class DppoKl(DppoTv):
         max_ratio: Truncation of the weight.
 
     Examples:
-        >>> DppoKl(low=0.05, high=0.05)
-        DppoKl(low=0.05, high=0.05, max_ratio=20.0)
+        >>> import torch
+        >>> from igrpo_kernels.sequences import Sequences
+        >>> new, old = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -1.0]])
+        >>> tokens = Tokens(new, old, torch.tensor([[1.0, -1.0]]), Sequences.of(new))
+        >>> DppoKl(low=0.05, high=0.2)(tokens).losses
+        tensor([[0.8244, -0.0000]])
     """
 
     def divergence(self, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:

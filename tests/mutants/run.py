@@ -92,7 +92,7 @@ def load_mutants(root: Path, only: str = "") -> list[Mutant]:
     keys = {field.name for field in fields(Mutant)} - {"source"}
     mutants = []
     for path in sorted((root / "tests" / "mutants").glob("*.toml")):
-        for entry in tomllib.loads(path.read_text())["mutant"]:
+        for entry in tomllib.loads(path.read_text()).get("mutant", []):
             if set(entry) != keys:
                 raise SystemExit(f"{path.name}: an entry has {sorted(entry)}, not {sorted(keys)}")
             mutants.append(Mutant(path.name, **entry))

@@ -1,6 +1,8 @@
 """Each public name is specified: signature, docstring with an example, a place in the docs."""
 
+import ast
 import dataclasses
+import doctest
 import importlib.util
 import inspect
 import pkgutil
@@ -210,3 +212,26 @@ def test_reference_shows_each_public_name_once() -> None:
     shown = [path.rpartition(".")[2] for path in reference()]
     assert sorted(set(shown)) == sorted(shown)
     assert homes().keys() <= set(shown)
+
+
+def examples() -> list[tuple[str, doctest.Example]]:
+    """Every example of the packages, with the file it stands in."""
+    found = []
+    for path in (
+        p for package in ("igrpo_algo", "igrpo_kernels") for p in ROOT.glob(f"{package}/**/*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                doc = ast.get_docstring(node) or ""
+                found += [(str(path), each) for each in doctest.DocTestParser().get_examples(doc)]
+    return found
+
+
+def test_no_example_echoes_a_constructor() -> None:
+    echoes = [
+        (path, example.source)
+        for path, example in examples()
+        if (call := re.match(r"([A-Z]\w*)\(", example.source)) and example.want.startswith(call[0])
+    ]
+    assert len(examples()) > 100
+    assert echoes == []
