@@ -13,7 +13,7 @@ from typing import Any
 from .rules import STATED, WRITTEN, apply_rules
 
 MAX_CHARACTERS = 1000
-"""An answer that is longer is compared as it stands."""
+"""Longer answers are compared as they stand."""
 
 CompletionLike = str | Sequence[Mapping[str, Any]]
 
@@ -60,13 +60,13 @@ def completion_text(completion: CompletionLike) -> str:
 def extract_answer(text: str) -> str | None:
     r"""Return the final answer that a text states, or None where it states none.
 
-    Only what follows the last `</think>` is read; thinking that never ends states no answer. Of
-    that, only the last `<answer>...</answer>` is read, where there is one. What is left states the
-    first of these that it has: the last `\boxed{...}`; the line behind the last `####` (GSM8K's
-    mark); what follows the last "answer is" or "answer:" in the same sentence, or a heading
-    "Final answer"; all of the text inside the answer tag. A last box that is empty or never closed
-    states no answer. Words around an answer outside of a box are cut off by the rules
-    `rules.STATED`. The time is linear in the length of the text.
+    Only the text behind the last `</think>` counts, and of that only the last
+    `<answer>...</answer>` if there is one; thinking that never ends states no answer. The answer
+    is then the first of these that the text has: the last `\boxed{...}`; the line behind the last
+    `####` (GSM8K's mark); the rest of the sentence behind the last "answer is" or "answer:", or
+    the line below a heading "Final answer"; all of the text inside the answer tag. A last box that
+    is empty or never closed states no answer. The rules `rules.STATED` cut off other words around
+    an answer that is not boxed. The time is linear in the length of the text.
 
     Args:
         text: A completion, or a worked solution.
@@ -99,8 +99,8 @@ def extract_answer(text: str) -> str | None:
 def extract_gold(value: object, *, name: str = "an answer") -> str | None:
     r"""Return the reference answer that a data set's cell holds, or None for an empty cell.
 
-    NaN counts as empty. A worked solution yields its final answer (`extract_answer`); a cell that
-    marks none is the answer itself; a number is written out.
+    NaN counts as empty. If the cell is a worked solution, `extract_answer` finds its answer; text
+    that marks no answer is the answer itself; a number is written out.
 
     Args:
         value: A string, a number or None.
@@ -134,10 +134,10 @@ def extract_gold(value: object, *, name: str = "an answer") -> str | None:
 def normalize_answer(answer: str) -> str:
     r"""Bring one answer to the spelling in which answers are compared (the rules `rules.WRITTEN`).
 
-    Unicode becomes LaTeX; math delimiters, bold marks, currency signs, thin spaces and a final
-    period go; blanks collapse; numbers lose the commas between their thousands; 1e3 becomes
-    1*10^{3} and 1 1/4 becomes 1\frac{1}{4}. A unit stays: see `units.split_words`. An answer of
-    more than 1,000 characters is returned as it is.
+    Unicode becomes LaTeX. Math delimiters, bold marks, currency signs, thin spaces, the commas in
+    1,000 and a final period are dropped, and blanks collapse. 1e3 becomes 1*10^{3}, and 1 1/4
+    becomes 1\frac{1}{4}. A unit stays: `units.split_words` takes it off. An answer of more than
+    1,000 characters is returned as it is.
 
     Args:
         answer: What `extract_answer` returned.

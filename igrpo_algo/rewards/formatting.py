@@ -10,8 +10,8 @@ def format_reward(
 ) -> list[float]:
     """Score 1 for `<think>...</think>` followed by `<answer>...</answer>` and nothing else.
 
-    Each of the four tags occurs once, in this order, with text inside both pairs; blanks may stand
-    before, between and after. Checked by counting and searching, not by a regular expression.
+    Each of the four tags must occur once, in this order, with text inside both pairs. Blanks are
+    allowed before, between and after them.
 
     Source: iGRPO, arXiv:2602.09000, App. C, which names a format reward and the tags; the exact
     rule is ours.
@@ -36,7 +36,7 @@ def format_reward(
 
 
 def opened_format_reward(completions: Sequence[CompletionLike], **columns: object) -> list[float]:
-    """Score as `format_reward` where the chat template has written `<think>` already.
+    """Score like `format_reward` if the chat template has written `<think>` already.
 
     Args:
         completions: One per row: a string or a list of messages.

@@ -1,9 +1,9 @@
 r"""Ask math-verify whether two answers are equal, in a process of its own that can be killed.
 
-Answers come from a model, and an algebra system may work on one for ever. math-verify stops itself
-by a Unix signal, which works in the main thread only; a trainer that scores in threads would hang.
-Here a child process (`judge_child`) does the algebra, and the parent kills it at a deadline, from
-any thread. The two exchange lines of JSON.
+Answers come from a model, and an algebra system may work on one for ever. math-verify's own time
+limit is a Unix signal, which works in the main thread only; a trainer that scores in threads would
+hang. Here a child process (`judge_child`) does the algebra, and the parent can kill it from any
+thread. The two exchange lines of JSON.
 """
 
 import atexit
@@ -23,7 +23,7 @@ from .answers import MAX_CHARACTERS
 CPU_SECONDS = 1.0
 """Processor time of one question; an ordinary one takes a hundredth of it."""
 LEAST_CPU_SECONDS = 0.1
-SECONDS_PER_PAIR = 20.0  # wall time, for a child that can't stop itself
+SECONDS_PER_PAIR = 20.0  # wall time, in case the child can't stop itself
 SECONDS_TO_START = 120.0
 _CHILD = Path(__file__).with_name("judge_child.py")
 
@@ -35,12 +35,12 @@ class NoVerdictError(RuntimeError):
 class MathJudge:
     r"""One child process with math-verify, started at the first question; safe to share.
 
-    A question that is interrupted, by Ctrl-C or any other exception, ends the child, so that its
-    late answer is never taken for the answer to the next question.
+    If Ctrl-C or any other exception interrupts a question, the child is ended: its late reply must
+    not be read as the reply to the next question.
 
-    A question may use a second of processor time. Each one that runs out of it leaves half as much
-    to the next, down to a tenth, and each verdict gives a little back: a batch of answers made to
-    be slow can't stop a run.
+    A question may use one second of processor time. After each one that runs out of time the next
+    gets half as much, down to a tenth of a second, and each verdict gives a little back: a batch of
+    answers made to be slow costs seconds, not minutes.
 
     Args:
         seconds: Deadline of one question; the child is killed and replaced when it passes.
@@ -67,10 +67,10 @@ class MathJudge:
         self._cpu_seconds = CPU_SECONDS
 
     def equal(self, gold: str, answer: str) -> bool | None:
-        """Return whether `answer` equals `gold`; None where `gold` is no mathematics.
+        """Return whether `answer` equals `gold`; None if `gold` is not mathematics.
 
-        False where `answer` is no mathematics, has more than 1,000 characters, or stands for a
-        number of too many digits.
+        False if `answer` is not mathematics, or is longer than 1,000 characters, or stands for a
+        number of more than 100,000 digits; None if `gold` is such.
 
         Raises:
             NoVerdictError: The child ran out of time or was killed; to ask again may help.

@@ -1,12 +1,12 @@
 r"""The process in which math-verify compares answers; `judge.MathJudge` runs this file and ends it.
 
-It reads one question a line, {"gold": ..., "answer": ..., "seconds": ...}, and writes one reply:
-{"equal": true}, false, null where the reference is no mathematics, or {} where it found no verdict
-in that much processor time. It imports nothing of this package, so that it starts fast.
+It reads one question per line, {"gold": ..., "answer": ..., "seconds": ...}, and writes one reply,
+{"equal": ...}: true, false, or null if the reference is not mathematics. The reply is {} if that
+much processor time brings no verdict. It imports nothing of this package, so that it starts fast.
 
-math-verify is asked with care for what it reads differently from a person: numbers so small that
-its fixed precision calls them equal, false equations ("7 = 8" is not 8), an inequality in the
-place of an interval, and powers too large to write down, on which an algebra system never ends.
+Four things math-verify judges unlike a person, and they are handled here: numbers so small that
+its fixed precision calls them equal, false equations ("7 = 8" is not 8), an inequality in place of
+an interval, and powers too large to write down, over which an algebra system runs for ever.
 """
 
 import contextlib
@@ -18,19 +18,16 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-MAX_DIGITS = 100_000  # of a number that may come up
+MAX_DIGITS = 100_000
 MAX_MEMORY = 8 << 30
 
 
 class OutOfTimeError(BaseException):
-    """A question has used up its time. No Exception, for libraries catch those on their way."""
+    """A question has used up its time. Not an Exception: libraries would catch it."""
 
 
 def compare(gold: str, answer: str) -> bool | None:
-    """Return whether two answers are equal; None where `gold` is no mathematics.
-
-    False where `answer` is none.
-    """
+    """Return whether two answers are equal; None for an unreadable `gold`."""
     from math_verify import verify
 
     expected, given = read(gold), read(answer)
@@ -53,10 +50,7 @@ def compare(gold: str, answer: str) -> bool | None:
 
 @functools.lru_cache(maxsize=4096)
 def read(text: str) -> Any:
-    """Parse an answer; None where math-verify can't.
-
-    Units are left alone: `units.split_words` has taken off those that are known.
-    """
+    """Parse an answer; None if math-verify can't. `units.split_words` has dealt with units."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
     from sympy import Eq
@@ -78,7 +72,7 @@ def read(text: str) -> Any:
 
 
 def relations(expression: Any) -> list[Any]:
-    """Return the parts of a chain of equations or inequalities, or of a list of inequalities."""
+    """Return the equations and inequalities of a chain or a list; [] for anything else."""
     from latex2sympy2_extended.logic import And
     from sympy import FiniteSet
     from sympy.core.relational import Relational
@@ -90,7 +84,7 @@ def relations(expression: Any) -> list[Any]:
 
 
 def is_false_equation(expression: Any) -> bool:
-    """Return whether an equation between numbers, or a part of a chain, does not hold."""
+    """Return whether an equation between numbers does not hold, alone or in a chain."""
     from math_verify import verify
     from sympy import Eq
 
@@ -104,36 +98,36 @@ def is_false_equation(expression: Any) -> bool:
 
 
 def as_sets(expected: Any, given: Any, gold: str, answer: str) -> tuple[Any, Any]:
-    """Turn inequalities into the set that they describe where the other side is a set."""
+    """Turn inequalities on one side into the set they describe if the other side is a set."""
     from sympy import Set
 
     if isinstance(expected, Set) and not relations(expected):
-        given = solution_set(given, answer) or given
-    elif isinstance(given, Set) and not relations(given):
-        expected = solution_set(expected, gold) or expected
+        return expected, solution_set(given, answer)
+    if isinstance(given, Set) and not relations(given):
+        return solution_set(expected, gold), given
     return expected, given
 
 
 def solution_set(expression: Any, text: str) -> Any:
-    """Return what solves inequalities of one variable; None where that is not clear."""
+    """Return the set that inequalities of one variable describe; anything else as it is."""
     from latex2sympy2_extended.logic import And
     from sympy import Eq, Intersection, Union
 
     parts = relations(expression)
     symbols = {symbol for part in parts for symbol in part.free_symbols}
     if len(symbols) != 1 or any(isinstance(part, Eq) for part in parts):
-        return None
+        return expression
     try:
         solutions = [part.as_set() for part in parts]
     except Exception:  # sympy can't solve it
-        return None
+        return expression
     if isinstance(expression, And) or " and " in text:
         return Intersection(*solutions)
-    return Union(*solutions) if len(parts) == 1 or "or" in text else None
+    return Union(*solutions) if len(parts) == 1 or " or " in text else expression
 
 
 def count_digits(expression: Any) -> float:
-    """Bound the decimal digits of the numbers that come up when an expression is evaluated."""
+    """Bound the number of decimal digits that evaluating an expression may have to write down."""
     from sympy import Pow, Rational, exp, factorial
 
     if isinstance(expression, Rational):
@@ -147,7 +141,7 @@ def count_digits(expression: Any) -> float:
 
 
 def count_zeros(expression: Any) -> int:
-    """Count the zeros between the decimal point and the first digit of the smallest number."""
+    """Count the zeros between the decimal point and the first digit of the smallest part."""
     from sympy import Expr, Integer, log
 
     if not isinstance(expression, Expr):
@@ -160,8 +154,8 @@ def count_zeros(expression: Any) -> int:
 
 @contextlib.contextmanager
 def limit_cpu(seconds: float) -> Iterator[None]:
-    """Raise OutOfTimeError in the block once it has used that much processor time."""
-    if not hasattr(signal, "setitimer"):  # on Windows only the parent keeps time
+    """Raise OutOfTimeError in a block that uses more processor time."""
+    if not hasattr(signal, "setitimer"):  # on Windows, the parent alone keeps time
         yield
         return
 
@@ -185,7 +179,7 @@ def limit_cpu(seconds: float) -> Iterator[None]:
 def serve() -> None:
     """Answer questions until there are no more."""
     replies, sys.stdout = sys.stdout, sys.stderr
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; we end by EOF
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too; it ends with its input
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 

@@ -20,8 +20,8 @@ BUILT_IN_REWARDS: Mapping[str, Callable[..., Any]] = {
 def load_reward(name: str) -> Callable[..., Any]:
     """Return a built-in reward by its name, or any Python callable by `module:function`.
 
-    The module is imported as `python -m` would: the current directory counts. The name is a
-    person's choice and runs that person's code; never pass one that came from a model or data set.
+    The module is imported as `python -m` imports it: from the current directory too. The name is a
+    person's choice and runs that person's code; never pass one that comes from a model or data set.
 
     Args:
         name: "math", "exact", "format", "format-opened", or "package.module:function".
@@ -31,8 +31,8 @@ def load_reward(name: str) -> Callable[..., Any]:
 
     Raises:
         ImportError: The module cannot be imported.
-        TypeError: What the name leads to is not callable.
-        ValueError: The name is no built-in and has no colon, or the module has no such attribute.
+        TypeError: The name leads to something that can't be called.
+        ValueError: The name is not built in and has no colon, or the module has no such attribute.
 
     Examples:
         >>> load_reward("format") is format_reward

@@ -22,8 +22,7 @@ _NEXT_CHOICE = re.compile(r"(?:^|[\s,;{])\(?[A-Z]\)")
 _BASED = re.compile(r"\(?(\d[0-9A-Za-z]*)\)?_(?:(\d)|\{\(?(\d\d?)\)?\})")
 _INTEGER = re.compile(r"[-+]?\d+")
 _DIGITS = re.compile("[0-9A-Za-z]+")
-# What no judge should read: two numbers with nothing between them (math-verify adds them up), and
-# lists that are not written out.
+# Not for math-verify: two numbers side by side, which it would add up, and lists with an ellipsis.
 _UNREADABLE = re.compile(r"\d \d|\\ldots")
 
 
@@ -38,33 +37,32 @@ def math_reward(
 
         R(o) = 1[extract(o) = a]
 
-    `extract_answer` finds both sides (answer tags, `\boxed{}`, `####`, "the answer is") and
-    `normalize_answer` brings them to one spelling. Equal spellings are equal; anything else is
-    decided by math-verify, in a process that is killed at a deadline (0.5 equals \frac{1}{2}).
+    `extract_answer` finds the answer in both texts (answer tags, `\boxed{}`, `####`, "the answer
+    is"), and `normalize_answer` brings both to one spelling. Equal spellings are equal; math-verify
+    decides about the others, in a process that can be killed (0.5 equals \frac{1}{2}).
 
-    A known unit (`split_words`) is dropped where the other side has none or the same; "5 km" is
-    not "5 m". Other words behind a number ("2 thirds", "8 pm", "72 clips") must be the same on
-    both sides. A reference made of words is compared as text, without regard to case; two letters
-    are a product ("xy" equals "yx") where both are consonants or of a, b, c, x, y, z, and a word
-    ("no") otherwise. "(B) 5" counts as B against a letter and as 5 against a value. A subscript is
-    a base: 52_8 equals 42, and is not 52_9; against the reference 52_8, an answer without a base
-    (52) is taken to be in that base, and one in another base is wrong. math-verify is lenient:
-    50\% equals both 50 and 0.5, 3/4 equals 3:4, x = 2 equals 2, 1 < x < 2 equals (1, 2), and b
-    equals B.
+    - Units: a known one (`split_words`) is ignored if the other side has none; "5 km" is not "5 m".
+      Other words behind a number ("2 thirds", "72 clips") must be the same on both sides.
+    - Words: a reference of words is compared as text, ignoring case. Two letters are a product
+      ("xy" equals "yx") if both are consonants or from a, b, c, x, y, z; else a word ("no").
+    - Choices: "(B) 5" is B against a letter and 5 against a value.
+    - Bases: a subscript is a base, so 101_2 equals 5. Against the reference 52_8, the answer 52 is
+      taken to be in base 8, and an answer in another base is wrong.
+    - math-verify is lenient: 50\% equals both 50 and 0.5, 3/4 equals 3:4, x = 2 equals 2,
+      1 < x < 2 equals (1, 2), and b equals B.
 
-    A completion that states no answer scores 0, and so does one whose answer is no mathematics,
-    has more than 1,000 characters or stands for a number of more than 100,000 digits. None is the
-    score of what cannot be judged: the reference is empty, no mathematics or a worked solution
-    that marks no answer, and the completion is not spelled like it; or math-verify comes to no
-    verdict in time. A verdict is remembered, a missing one is not.
+    The score is 0 if the completion states no answer, or one that is not mathematics, longer than
+    1,000 characters, or a number of more than 100,000 digits. It is None if there is no verdict:
+    the reference is empty, not mathematics, or a worked solution that marks no answer (unless the
+    completion's answer is spelled like it), or math-verify ran out of time or was killed. Verdicts
+    are remembered; a question without one is asked again.
 
     Source: iGRPO, arXiv:2602.09000, Eq. 6; the reading of answers is ours.
 
     Args:
         completions: One per row: a string or a list of messages.
         answer: Reference answers.
-        solution: Worked solutions, or answers under that name; read where `answer` is not given
-            or empty in that row.
+        solution: Worked solutions or answers; read in rows where `answer` is empty or not given.
         **columns: Whatever else a trainer passes; ignored.
 
     Returns:
@@ -72,9 +70,10 @@ def math_reward(
 
     Raises:
         ModuleNotFoundError: math-verify is needed and not installed.
-        TypeError: A completion or a reference is of a type that holds no text.
-        ValueError: Neither column is given, or a column's length differs from that of
-            `completions`, or a reference is a number that cannot be written out.
+        TypeError: A completion is neither a string nor messages, or a reference is neither a string
+            nor a number.
+        ValueError: Neither column is given, a column's length differs from that of `completions`,
+            or a reference is infinite or has more than 4,300 digits as a number.
 
     Examples:
         >>> math_reward([r"\boxed{\frac{1}{2}}", "#### 3", "Hm."], answer=["0.5", "4", "1"])
@@ -92,7 +91,7 @@ def _score_math(gold: str | None, answer: str | None) -> float | None:
         return None
     try:
         equal = _equal_answers(normalize_answer(gold), normalize_answer(answer or ""))
-    except NoVerdictError:  # an exception, for the cache below remembers whatever is returned
+    except NoVerdictError:  # raised, not returned: the cache below must not remember it
         return None
     return None if equal is None else float(equal)
 
@@ -166,7 +165,7 @@ def read_base(answer: str, *, default: int = 10) -> tuple[int, int | None]:
         default: The base of an integer without one.
 
     Returns:
-        The base and the integer; None for the integer where it is none in that base.
+        The base, and the integer, or None if it is not an integer in that base.
 
     Examples:
         >>> read_base("52_{8}"), read_base("52"), read_base("52_3")
@@ -193,7 +192,7 @@ def _is_text(answer: str) -> bool:
 
 
 def _is_prose(gold: str) -> bool:
-    """Return whether a reference is sentences, which state no answer to compare with."""
+    """Return whether a reference consists of sentences, so that no answer can be told from it."""
     words = [word.lower() for word in _WORD.findall(gold)]
     until_last_number = re.match(r"[\s\S]*(?=\d)", gold)
     before = _WORD.findall(until_last_number[0]) if until_last_number else []
@@ -215,21 +214,23 @@ def exact_match_reward(
 ) -> list[float | None]:
     """Score 1 where the final answer is spelled like the reference, 0 where it is not.
 
-    As `math_reward`, without any mathematics: both sides are cut out by `extract_answer` (the
-    whole completion where it marks no answer) and compared after their blanks are collapsed.
+    Like `math_reward`, but without any mathematics: `extract_answer` finds both sides (the whole
+    completion if it marks no answer), and they are compared with blanks collapsed.
 
     Args:
         completions: One per row: a string or a list of messages.
-        answer: Reference answers; goes before `solution` where both are given.
-        solution: Worked solutions, or answers under that name.
+        answer: Reference answers.
+        solution: Worked solutions or answers; read in rows where `answer` is empty or not given.
         **columns: Whatever else a trainer passes; ignored.
 
     Returns:
         One score per completion; None where the reference is empty.
 
     Raises:
-        TypeError: A completion or a reference is of a type that holds no text.
-        ValueError: Neither column is given, or its length differs from that of `completions`.
+        TypeError: A completion is neither a string nor messages, or a reference is neither a string
+            nor a number.
+        ValueError: Neither column is given, a column's length differs from that of `completions`,
+            or a reference is infinite or has more than 4,300 digits as a number.
 
     Examples:
         >>> exact_match_reward(["The answer is  Oslo.", "Bergen"], answer=["Oslo", "Oslo"])

@@ -1,9 +1,9 @@
 r"""The table of rules by which answers are read, each with its cases beside it.
 
 `STATED` cuts an answer out of the words around it ("therefore 72, in total"). `WRITTEN` brings its
-spelling to one form, so that most equal answers become equal texts and math-verify can read the
-rest. A rule is a regular expression with what replaces its matches; it changes how an answer is
-written, not what it is worth. The tests run every case with its rule and without.
+spelling to one form: most equal answers become equal texts, and math-verify can read the others. A
+rule is a regular expression and a replacement for its matches; it changes how an answer is
+written, not its value. The tests run every case with its rule and without.
 """
 
 # ruff: noqa: RUF001  (characters that look alike are what it is about)
@@ -21,10 +21,10 @@ class Rule:
     """One rewriting of an answer.
 
     Attributes:
-        pattern: What it looks for.
-        replacement: What it puts there, as in `re.sub`.
-        cases: Answers, each with what the whole table makes of it. An answer that changes would
-            come out differently without this rule; the others are to stay as they are.
+        pattern: What to look for.
+        replacement: What to put there, as in `re.sub`.
+        cases: Answers, each with what the whole table turns it into. Those that change come out
+            wrong without this rule; the others must stay as they are.
     """
 
     pattern: re.Pattern[str]
@@ -177,7 +177,7 @@ WRITTEN = (
         {"−3": "-3", "x ≤ 3": r"x \le 3", "(−∞, 2π)": r"(-\infty , 2\pi )"},
     ),
     _rule("[^\x00-\x7f]+", _plain, {"（1，2）": "(1,2)", "１２％": "12%"}),
-    # What does not print, or is one thing in several spellings.
+    # LaTeX and Markdown: what only changes the look, and commands with the same meaning.
     _rule(r"\.{3,}|\\[cdlh]?dots[bcimo]?(?![A-Za-z])", r"\\ldots", {"1, ...": r"1, \ldots"}),
     _rule(r"\\(?:left|right)(?![A-Za-z.])|\\displaystyle", "", {r"\left(1, 2\right)": "(1, 2)"}),
     _rule(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", {r"\dfrac{1}{2}": r"\frac{1}{2}"}),

@@ -59,17 +59,17 @@ _POWERS = {"square ": "^2", "sq ": "^2", "sq. ": "^2", "cubic ": "^3", "": ""}
 def split_words(answer: str) -> tuple[str, str, bool]:
     r"""Split a normalized answer into its value and the unit or other words behind it.
 
-    Known units are common ones of length, weight, volume, time, money, temperature and angle,
-    their squares, cubes and quotients, and a few counts (people, ways, points). A comparison may
-    drop them; it may not drop other words. Words that belong to the value ("3 million", "5 or 6")
-    stay with it, and so do single letters without a blank ("5m"), which may be variables.
+    Known are the common units of length, weight, volume, time, money, temperature and angle, their
+    squares, cubes and quotients, and a few counts (people, ways, points). A comparison may ignore
+    a known unit, but no other words. Words that are part of the value ("3 million", "5 or 6") stay
+    with it. So does a single letter without a blank ("5m"), for it may be a variable.
 
     Args:
         answer: What `normalize_answer` returned.
 
     Returns:
-        The value; the words, units in one spelling; whether they are a known unit. Without words
-        the answer, "" and True.
+        The value; the words, with one spelling for each unit; whether they are a known unit. An
+        answer without such words yields itself, "" and True.
 
     Examples:
         >>> split_words("42 kilometers per hour"), split_words(r"\sqrt{3} cm^2")

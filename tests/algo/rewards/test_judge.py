@@ -41,8 +41,8 @@ def test_hostile_answers_end_in_a_thread(judge: MathJudge) -> None:
 
 
 def test_power_towers_are_refused_before_they_cost_any_time() -> None:
-    towers = [rf"\boxed{{{base}^{{9^{{9^9}}}}}}" for base in range(2, 66)]
-    assert math_reward(towers, answer=["5"] * 64) == [0.0] * 64  # None where time has run out
+    for base in range(2, 66):  # one by one: without the bound, each costs a deadline
+        assert math_reward([rf"\boxed{{{base}^{{9^{{9^9}}}}}}"], answer=["5"]) == [0.0]
 
 
 def test_large_numbers_within_the_bound_are_compared(judge: MathJudge) -> None:
