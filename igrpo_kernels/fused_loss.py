@@ -125,9 +125,13 @@ class FusedLoss:
 
     @classmethod
     def of(
-        cls, batch: HeadBatch, losses: RowLosses, *, entropy: bool, every: bool, skips: bool
+        cls, batch: HeadBatch, losses: RowLosses, entropy: bool, every: bool, skips: bool
     ) -> "FusedLoss":
-        """Select the rows of a batch: those that need a gradient, and the others with `every`."""
+        """Select the rows of a batch.
+
+        With `skips` those whose loss may differ from zero, and with `every` the others too, for the
+        metrics.
+        """
         head, targets = batch.head, batch.targets
         check_rows(targets, batch.mask, head.transform.temperature, head.whole_vocabulary)
         marked, count = losses.may_be_nonzero() if skips else None, targets.numel()

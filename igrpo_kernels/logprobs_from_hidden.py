@@ -119,18 +119,8 @@ def linear_token_logprobs(
         >>> linear_token_logprobs(hidden, weight, torch.tensor([0, 3]))
         tensor([-1.2143, -2.2143])
     """
-    batch = HeadBatch.of(
-        hidden,
-        weight,
-        targets,
-        mask=mask,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        shard=shard,
-        chunk_bytes=chunk_bytes,
-    )
+    options = temperature, softcap, logit_scale, shard, chunk_bytes
+    batch = HeadBatch.of(hidden, weight, bias, targets, mask, *options)
     logprobs, entropy = score(batch, entropy=return_entropy, skip_zero_rows=skip_zero_rows)
     return logprobs if entropy is None else (logprobs, entropy)
 
