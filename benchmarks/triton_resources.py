@@ -58,7 +58,7 @@ POINTERS = {
     "SCALES": ("scaled_ptr",),
     "STORES": ("e_ptr", "e_desc"),
 }
-OTHER_FLAGS = ("HAS_SOFTCAP", "STORES_SLOPE", "NARROWS", "IS_WEIGHED")
+OTHER_FLAGS = ("HAS_SOFTCAP", "STORES_SLOPE", "NARROWS", "IS_WEIGHED", "WIDE")
 FLAGS = (*POINTERS, *OTHER_FLAGS)
 OF_DTYPE = (
     "x_ptr",
@@ -112,7 +112,7 @@ LAUNCHES: list[tuple[Any, dict[str, int], dict[str, int], list[str]]] = [
     (
         clip_terms.clip_tokens_kernel,
         {"BLOCK": clip_terms.BLOCK},
-        {},
+        WIDE,
         [
             "HAS_OLD HAS_LOSSES HAS_SLOPES",
             "HAS_MASK HAS_OLD HAS_REF HAS_IMPORTANCE HAS_WEIGHTS HAS_SLOPES HAS_SUMS",
@@ -151,9 +151,14 @@ class Variant:
         return " ".join([self.kernel.fn.__name__, self.dtype, *self.flags])
 
     @property
+    def is_product(self) -> bool:
+        """Whether it is the fused product, which has a tile by target."""
+        return self.kernel is PRODUCT
+
+    @property
     def targets(self) -> list[str]:
         """What it compiles for."""
-        return list(TILES if self.kernel is PRODUCT else TARGETS)
+        return list(TILES if self.is_product else TARGETS)
 
 
 def variant(kernel: Any, dtype: str, flags: str, blocks: Any, options: Any) -> Variant:
@@ -174,7 +179,7 @@ def product_variant(flags: str) -> Variant:
 
 def for_target(launch: Variant, target: str) -> Variant:
     """Put in the tile of the target."""
-    if launch.kernel is not PRODUCT:
+    if not launch.is_product:
         return launch
     tile = TILES[target]
     rich = {"HAS_SOFTCAP", "HAS_MOMENT"} & set(launch.flags)
@@ -197,6 +202,12 @@ def variants() -> Iterator[Variant]:
         for flags in launches:
             for dtype in ("bf16", "fp32") if of_dtype and "NARROWS" not in flags else ("bf16",):
                 yield variant(kernel, dtype, flags, blocks, options)
+
+
+def launches_of(kernel: Any, flags: str | None = None) -> list[Variant]:
+    """Those of a kernel, or those with these flags alone."""
+    found = [launch for launch in variants() if launch.kernel is kernel]
+    return [launch for launch in found if flags is None or launch.flags == tuple(flags.split())]
 
 
 def argument_type(name: str, launch: Variant) -> str:

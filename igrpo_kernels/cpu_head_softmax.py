@@ -15,7 +15,7 @@ from .row_statistics import LARGEST, RowStatistics
 CHUNK_BYTES = 2**28
 
 
-def rows_per_chunk(head: LinearHead, keeps: bool) -> int:
+def rows_per_chunk(head: LinearHead, count: int, keeps: bool) -> int:
     """How many rows of fp32 logits fit the budget; at least one."""
     budget = CHUNK_BYTES if head.chunk_bytes is None else head.chunk_bytes
     return max(1, budget // (4 * head.widest))

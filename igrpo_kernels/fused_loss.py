@@ -4,6 +4,7 @@ The gradients are taken in the forward, while a chunk's exponentials are at hand
 products per row (6 TVH operations) where computing the logits again in the backward takes four.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,12 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .head_arguments import HeadBatch, without_autocast
-from .head_softmax import holds_sequences, is_one_chunk, softmax_chunks
+from .head_softmax import SoftmaxChunk, holds_sequences, is_one_chunk, softmax_chunks
 from .linear_head import HeadGradients, LinearHead
 from .loss_terms import TokenInputs, TokenObjective, named_means
 from .row_checks import check_rows
 from .row_selection import Rows, rows_where, working_dtype
-from .row_softmax import ProductGradient, RowSoftmax
 from .row_statistics import RowStatistics
 from .upstream import times_upstream
 
@@ -159,14 +159,11 @@ class FusedLoss:
         keeps = any(needed)
         one_chunk = is_one_chunk(self.head, self.rows, keeps=keeps)
         gradients = HeadGradients(self.head, hidden, needed, one_chunk=one_chunk)
-        shares = []
-        for rows, some, softmax in self._chunks(hidden, self.rows, keeps=keeps):
-            share, gradient = self._step(rows, softmax, gradients if keeps else None)
-            if gradient is not None:
-                gradients.add(rows, some, gradient)
-            shares.append(share)
-        for rows, _, softmax in self._chunks(hidden, self.more, keeps=False):  # a loss of zero
-            shares.append(self.losses.share(rows, softmax.statistics, gradients=False))
+        # not in a loop, whose variables would hold the last chunk's memory while `finish` rounds
+        chunks = self._chunks(hidden, self.rows, keeps=keeps)
+        shares = [self._share(chunk, gradients if keeps else None) for chunk in chunks]
+        more = self._chunks(hidden, self.more, keeps=False)  # a loss of zero
+        shares += [self._share(chunk, None) for chunk in more]
         if not shares:
             none = hidden.new_empty(0, dtype=working_dtype(hidden.dtype))
             found = RowStatistics.zeros(none, none.dtype, entropy=self.with_entropy)
@@ -176,24 +173,26 @@ class FusedLoss:
         self.metrics.update(named_means(first.names, sums, count))
         return sum((share.loss for share in shares[1:]), first.loss), gradients.finish()
 
-    def _step(
-        self, rows: Rows, softmax: RowSoftmax, gradients: HeadGradients | None
-    ) -> tuple[Share, ProductGradient | None]:
-        """Take a chunk from log-probs to the gradient of its products, where that is wanted."""
+    def _share(self, chunk: SoftmaxChunk, gradients: HeadGradients | None) -> Share:
+        """Take a chunk from log-probs to its share in the loss, and in the gradients if given."""
+        rows, hidden, softmax = chunk
         scales = gradients is not None and gradients.needs_weight
         if self.losses.objective.has_kernel(softmax.statistics.logprobs):
             from ._triton.head_softmax import HeadSoftmax
 
             if isinstance(softmax, HeadSoftmax) and not softmax.lacks_slope:
                 loss, names, sums, gradient = softmax.clip(self.losses, rows, scales_hidden=scales)
-                return Share(loss, None, None, names, sums), gradient
+                if gradients is not None and gradient is not None:
+                    gradients.add(rows, hidden, gradient)
+                return Share(loss, None, None, names, sums)
         share = self.losses.share(rows, softmax.statistics, gradients=gradients is not None)
-        if gradients is None:
-            return share, None
-        slopes, dtype = (share.by_logprob, share.by_entropy), gradients.matrix_dtype
-        return share, softmax.gradient_(*slopes, dtype=dtype, scales_hidden=scales)
+        if gradients is not None:
+            slopes, dtype = (share.by_logprob, share.by_entropy), gradients.matrix_dtype
+            found = softmax.gradient_(*slopes, dtype=dtype, scales_hidden=scales)
+            gradients.add(rows, hidden, found)
+        return share
 
-    def _chunks(self, hidden: Tensor, rows: Rows, *, keeps: bool) -> Any:
+    def _chunks(self, hidden: Tensor, rows: Rows, *, keeps: bool) -> Iterator[SoftmaxChunk]:
         return softmax_chunks(
             self.head,
             hidden,

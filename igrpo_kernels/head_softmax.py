@@ -3,10 +3,10 @@
 `softmax_chunks` serves all ops over hidden states. What runs a chunk is chosen in `implementation`:
 `cpu_head_softmax` or `_triton.head_softmax`, two modules of the same three functions:
 
-    rows_per_chunk(head, keeps) -> int
-        How many rows' logits or exponentials may be held at a time within `head.chunk_bytes`, at
-        least 1. Alike on all ranks of a shard: count `head.widest` columns. A product that only
-        sums (`keeps=False`) holds nothing and may take any number.
+    rows_per_chunk(head, count, keeps) -> int
+        How many of `count` rows' logits or exponentials may be held at a time within
+        `head.chunk_bytes`, at least 1. Alike on all ranks of a shard: count `head.widest` columns.
+        A product that only sums (`keeps=False`) holds nothing and may take any number.
     new_memory(head, rows, keeps) -> Tensor
         Memory for a chunk of at most `rows` rows, which the chunks of a pass share.
     softmax_of_rows(head, memory, hidden, targets, transform, *, entropy, keeps, known=None)
@@ -88,7 +88,7 @@ def softmax_chunks(
     if head.shard is not None:
         head.shard.check_rows(len(rows), head.weight.device)
     run = implementation(head)
-    most = run.rows_per_chunk(head, keeps)
+    most = run.rows_per_chunk(head, len(rows), keeps)
     memory = None
     for chunk in row_chunks(rows, most, owner):
         some = take(hidden, chunk)
@@ -109,13 +109,13 @@ def softmax_chunks(
 
 def is_one_chunk(head: LinearHead, rows: Rows, *, keeps: bool = True) -> bool:
     """Whether some rows go through in one chunk."""
-    most: int = implementation(head).rows_per_chunk(head, keeps)
+    most: int = implementation(head).rows_per_chunk(head, len(rows), keeps)
     return len(rows) <= most
 
 
 def holds_sequences(head: LinearHead, rows: Rows, owner: Tensor) -> bool:
     """Whether each sequence of some rows fits a chunk."""
-    most: int = implementation(head).rows_per_chunk(head, keeps=True)
+    most: int = implementation(head).rows_per_chunk(head, len(rows), keeps=True)
     return len(rows) <= most or max(sequence_lengths(rows, owner)) <= most
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .head_arguments import HeadBatch, without_autocast
-from .head_softmax import is_one_chunk, softmax_chunks
+from .head_softmax import SoftmaxChunk, is_one_chunk, softmax_chunks
 from .linear_head import HeadGradients, LinearHead
 from .row_checks import NAMESPACE, check_rows
 from .row_selection import nonzero, rows_where, take, working_dtype
@@ -201,13 +201,17 @@ def _differentiate_rows(
     gradients = HeadGradients(head, hidden, needed, one_chunk=is_one_chunk(head, rows))
     statistics = RowStatistics.of_tensors(known)
     with without_autocast(hidden.device):
-        for chunk, some, softmax in softmax_chunks(head, hidden, targets, rows, known=statistics):
-            upstream = take(grad_logprobs, chunk), take(grad_entropy, chunk)
-            found = softmax.gradient_(
-                *upstream, dtype=gradients.matrix_dtype, scales_hidden=gradients.needs_weight
-            )
-            gradients.add(chunk, some, found)
+        for chunk in softmax_chunks(head, hidden, targets, rows, known=statistics):
+            _add_gradients(gradients, chunk, grad_logprobs, grad_entropy)
+            del chunk  # and with it its memory, while `finish` rounds
         return [gradient.to(hidden.dtype) for gradient in gradients.finish()]
+
+
+def _add_gradients(gradients: HeadGradients, chunk: SoftmaxChunk, *upstream: Tensor | None) -> None:
+    slopes = (take(part, chunk.rows) for part in upstream)
+    scales = gradients.needs_weight
+    found = chunk.softmax.gradient_(*slopes, dtype=gradients.matrix_dtype, scales_hidden=scales)
+    gradients.add(chunk.rows, chunk.hidden, found)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

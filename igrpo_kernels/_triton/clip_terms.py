@@ -23,7 +23,7 @@ from .device_math import expm1
 
 LARGEST = tl.constexpr(MAX_LOG_RATIO)
 NAN = tl.constexpr(tl.PropagateNan.ALL)
-BLOCK = 2048
+BLOCK = 1024
 
 
 @triton.jit
@@ -55,6 +55,12 @@ def clip_terms(
 
 
 @triton.jit
+def shared(at, span, WIDE: tl.constexpr):
+    """Which value belongs to a token, where `span` in a row share one; 32-bit division is cheap."""
+    return at // span if WIDE else at.to(tl.int32) // span
+
+
+@triton.jit
 def clip_tokens_kernel(
     losses_ptr, slopes_ptr, sums_ptr,  # outputs [N], [N], [K, programs]; None where not wanted
     logprobs_ptr, old_ptr, ref_ptr, entropy_ptr, mask_ptr,  # inputs [N]; None but for the first
@@ -64,7 +70,7 @@ def clip_tokens_kernel(
     HAS_MASK: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_ENTROPY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_LOSSES: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SUMS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss of each token, times its weight; its slope; and what a block's tokens add up to."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -80,14 +86,16 @@ def clip_tokens_kernel(
     if HAS_REF:
         ref_logprob = tl.load(ref_ptr + at, mask=counts, other=0.0)
     if HAS_IMPORTANCE:
-        importance = tl.load(importance_ptr + at // importance_span, mask=counts, other=0.0)
-    advantage = tl.load(advantages_ptr + at // advantage_span, mask=counts, other=0.0)
+        index = shared(at, importance_span, WIDE)
+        importance = tl.load(importance_ptr + index, mask=counts, other=0.0)
+    index = shared(at, advantage_span, WIDE)
+    advantage = tl.load(advantages_ptr + index, mask=counts, other=0.0)
     loss, slope, ratio, is_low, is_high, k3 = clip_terms(
         logprob, old_logprob, advantage, importance, ref_logprob, low, high, dual, kl_coef,
         HAS_IMPORTANCE, HAS_REF,
     )  # fmt: skip
     if HAS_WEIGHTS:
-        weight = tl.load(weights_ptr + at // weight_span, mask=counts, other=0.0)
+        weight = tl.load(weights_ptr + shared(at, weight_span, WIDE), mask=counts, other=0.0)
         loss *= weight
         slope *= weight
     if HAS_LOSSES:
@@ -203,7 +211,9 @@ def clip_tokens(
                 HAS_LOSSES=losses,
                 HAS_SLOPES=slopes,
                 HAS_SUMS=sums,
+                WIDE=tokens >= 2**31,
                 BLOCK=BLOCK,
+                num_warps=8,
                 enable_fp_fusion=True,
             )
     return found[0], found[1], None if parts is None else parts.sum(1)

@@ -25,13 +25,17 @@ from .exp_product import exp_product, tile_for
 from .exp_rows import exp_rows_, row_totals, target_logits
 from .head_rows import clip_rows, gradient_rows, weigh_rows_
 
-# Bytes of exponentials, or of fp32 products, held at a time: 8832 rows of 151,936 columns in bf16.
+# Bytes of exponentials, or of fp32 products, held at a time: 8833 rows of 151,936 columns in bf16.
 # Larger chunks spend less on summing dW, smaller ones hold less.
 CHUNK_BYTES = 5 * 2**29
 
 
-def rows_per_chunk(head: LinearHead, keeps: bool) -> int:
-    """How many rows fit the budget; at least one."""
+def rows_per_chunk(head: LinearHead, count: int, keeps: bool) -> int:
+    """How many of some rows go at a time: as many as fit the budget, at least one.
+
+    By default all go at once where that takes no more memory: of several chunks the gradient of the
+    weight is summed in fp32, which for bf16 is 2 VH bytes more, and 10 VH bytes of traffic a chunk.
+    """
     tile = tile_for(head.weight)
     if tile is None:
         row = 4 * head.widest
@@ -40,18 +44,25 @@ def rows_per_chunk(head: LinearHead, keeps: bool) -> int:
     else:  # the sums and moments of the tiles
         row = 8 * -(-head.widest // tile.columns)
     budget = CHUNK_BYTES if head.chunk_bytes is None else head.chunk_bytes
-    return max(1, budget // max(1, row))
+    most = max(1, budget // max(1, row))
+    if keeps and count > most and head.chunk_bytes is None and head.weight.requires_grad:
+        size = -(-count // -(-count // most))
+        wider = 4 - gradient_dtype(head.weight.dtype).itemsize
+        if (count - size) * row <= wider * head.widest * head.weight.shape[1]:
+            return count
+    return most
 
 
 def new_memory(head: LinearHead, rows: int, keeps: bool) -> Tensor:
-    """Memory for the exponentials of a chunk, in rows that begin at multiples of 16 bytes."""
-    fused = tile_for(head.weight) is not None
-    if fused and not keeps:
+    """Memory for a chunk: for exponentials, in rows of whole 16 bytes, or for fp32 products."""
+    if tile_for(head.weight) is None:
+        dtype = working_dtype(head.weight.dtype)
+        return head.weight.new_empty((rows, head.vocabulary), dtype=dtype)
+    if not keeps:
         return head.weight.new_empty(0)
-    dtype = gradient_dtype(head.weight.dtype) if fused else working_dtype(head.weight.dtype)
+    dtype = gradient_dtype(head.weight.dtype)
     step = 16 // dtype.itemsize
-    columns = -(-head.vocabulary // step) * step
-    return head.weight.new_empty((rows, columns), dtype=dtype)
+    return head.weight.new_empty((rows, -(-head.vocabulary // step) * step), dtype=dtype)
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ def test_chunks_are_cut_by_the_widest_slice(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cpu_head_softmax, "CHUNK_BYTES", 4 * 9 * 5)
     shard = VocabularyShard((3, 9), rank=0, group_name="0")
     head = LinearHead(torch.ones(3, 2), None, LogitTransform(), shard)
-    assert cpu_head_softmax.rows_per_chunk(head, keeps=True) == 5
+    assert cpu_head_softmax.rows_per_chunk(head, 100, keeps=True) == 5
     assert not is_one_chunk(head, range(6))
     assert is_one_chunk(head, range(5))
 

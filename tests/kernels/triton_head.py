@@ -5,7 +5,7 @@ tile of a few rows and columns and in fp32 (the interpreter's bf16 product over 
 wrong), and the library's with the pass that follows it. The oracle is torch in float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -33,10 +33,10 @@ ONE = torch.ones(1)
 TRANSFORMS = {
     "plain": LogitTransform(ONE),
     "temperature": LogitTransform(torch.tensor([0.7]), logit_scale=1.3),
-    "temperature per row": LogitTransform(torch.linspace(0.5, 2.0, 37)),
+    "temperature per row": LogitTransform(torch.linspace(0.5, 2.0, 20)),
     "cap": LogitTransform(torch.tensor([0.9]), softcap=5.0, logit_scale=1.3),
 }
-SHAPES = [(1, 1, 1), (2, 1, 4), (5, 7, 4), (37, 131, 20), (33, 96, 32)]  # N, V, H
+SHAPES = [(1, 1, 1), (2, 1, 4), (5, 7, 4), (20, 70, 20), (16, 64, 16)]  # N, V, H
 
 
 @pytest.fixture(params=["fused", "library"], autouse=True)
@@ -115,7 +115,8 @@ def check(got: Tensor, wanted: Tensor, rtol: float = 1e-5, atol: float = 3e-5) -
 
 def check_norm(got: Tensor, wanted: Tensor, limit: float = 1e-5) -> None:
     assert got.isfinite().all()
-    assert (got.double() - wanted.double()).norm() <= limit * wanted.norm().clamp(min=1e-6)
+    assert got.shape == wanted.shape
+    assert (got.double() - wanted.double()).norm() <= limit * wanted.norm().clamp(min=0.1)
 
 
 @pytest.mark.parametrize(("bias", "entropy"), [(False, False), (True, False), (True, True)])
@@ -140,28 +141,28 @@ def test_rows_to_gradients(
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_what_a_backward_knows_from_the_forward(name: str) -> None:
-    problem = Problem((37, 131, 20), TRANSFORMS[name], bias=True)
+    problem = Problem((20, 70, 20), TRANSFORMS[name], bias=True)
     for entropy in (False, True):
         forward = problem.run(entropy=entropy, keeps=False)
         assert forward.exponentials is None
-        upstream = torch.randn(37), torch.randn(37) if entropy else None
+        upstream = torch.randn(20), torch.randn(20) if entropy else None
         found = problem.run(known=forward.statistics).gradient_(*upstream, dtype=torch.float32)
         check_norm(found.matrix * found.factors[:, None], problem.gradient(*upstream))
 
 
 def test_forward_alone_keeps_nothing_of_the_size_of_the_logits(product: str) -> None:
-    problem = Problem((37, 131, 20))
+    problem = Problem((20, 70, 20))
     head = LinearHead(problem.weight, None, problem.transform)
-    memory = head_softmax.new_memory(head, 37, keeps=False)
-    assert memory.numel() == (0 if product == "fused" else 37 * 132)
+    memory = head_softmax.new_memory(head, 20, keeps=False)
+    assert memory.numel() == (0 if product == "fused" else 20 * 70)
 
 
 def far_from_the_target() -> Problem:
     """Rows whose target's logit is 43 to 700 below the maximum, or at -inf; and rows in range."""
-    problem = Problem((20, 131, 4), bias=True)
+    problem = Problem((20, 70, 4), bias=True)
     assert problem.bias is not None
     problem.bias[3], problem.bias[7], problem.bias[9:12] = 43.0, 700.0, -torch.inf
-    problem.targets[:10] = torch.tensor([5, 5, 5, 7, 7, 3, 9, 10, 5, 130])
+    problem.targets[:10] = torch.tensor([5, 5, 5, 7, 7, 3, 9, 10, 5, 69])
     problem.weight[7] = 0.0
     return problem
 
@@ -184,7 +185,7 @@ def test_rows_out_of_range_are_done_again(entropy: bool) -> None:
 
 
 def test_rows_in_range_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem((20, 131, 4), bias=True)
+    problem = Problem((20, 70, 4), bias=True)
     assert problem.bias is not None
     problem.bias[3], problem.targets[:] = 25.0, 5
     near = problem.run()
@@ -243,10 +244,10 @@ def test_confident_tokens_keep_their_digits(margin: float) -> None:
 def test_bf16_exponentials_take_the_front_half_of_the_products(product: str) -> None:
     if product == "fused":
         return  # the interpreter's bf16 product is wrong; its rounding is seen in the compiled code
-    problem = Problem((37, 131, 20), TRANSFORMS["cap"], bias=True, dtype=torch.bfloat16)
+    problem = Problem((20, 70, 20), TRANSFORMS["cap"], bias=True, dtype=torch.bfloat16)
     softmax = problem.run()
     assert softmax.exponentials.dtype == torch.bfloat16
-    upstream = torch.randn(37)
+    upstream = torch.randn(20)
     found = softmax.gradient_(upstream, dtype=torch.bfloat16)
     # rounded once, and the interpreter truncates
     check_norm(found.matrix * found.factors[:, None], problem.gradient(upstream, None), 8e-3)
@@ -299,14 +300,13 @@ def over_slices(problem: Problem, cuts: list[int], **options: Any) -> list[Any]:
         known.append(merge(torch.stack([values for _, values in waiting]), 0))
 
 
-@pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize("cuts", [[100], [1, 130], [0, 50, 50]])
-@pytest.mark.parametrize("kind", [*TRANSFORMS, "out of range"])
+@pytest.mark.parametrize(("cuts", "entropy"), [([1, 69], False), ([0, 30, 30], True)])
+@pytest.mark.parametrize("kind", ["temperature per row", "cap", "out of range"])
 def test_slices_of_the_vocabulary(kind: str, cuts: list[int], entropy: bool) -> None:
     if kind == "out of range":
         problem = far_from_the_target()
     else:
-        problem = Problem((37, 131, 20), TRANSFORMS[kind], bias=True)
+        problem = Problem((20, 70, 20), TRANSFORMS[kind], bias=True)
     count = len(problem.hidden)
     logprobs, entropies = problem.exact(problem.products())
     upstream = torch.randn(count), torch.randn(count) if entropy else None
@@ -345,17 +345,17 @@ SURROGATES = {
 }
 
 
-@pytest.mark.parametrize("chunks", [1, 3])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize(
+    ("softcap", "masked", "chunks"), [(None, False, 1), (None, True, 3), (4.0, False, 3)]
+)
 @pytest.mark.parametrize("name", SURROGATES)
 def test_linear_policy_loss(
     name: str, softcap: float | None, masked: bool, chunks: int, on_cuda: Any,
     monkeypatch: pytest.MonkeyPatch, product: str,
 ) -> None:  # fmt: skip
     hidden = torch.randn(4, 5, 8, requires_grad=True)
-    weight = torch.randn(131, 8, requires_grad=True)
-    bias = torch.randn(131, requires_grad=True)
+    weight = torch.randn(70, 8, requires_grad=True)
+    bias = torch.randn(70, requires_grad=True)
     mask = (torch.rand(4, 5) < 0.7) if masked else None
     given = {
         "old_logprobs": -4 - torch.rand(4, 5),
@@ -367,7 +367,7 @@ def test_linear_policy_loss(
         "bias": bias,
         **SURROGATES[name],
     }
-    targets = torch.randint(0, 131, (4, 5))
+    targets = torch.randint(0, 70, (4, 5))
     advantages = torch.tensor([1.0, -1.0, 0.0, 0.5])
 
     def run() -> list[Tensor]:
@@ -378,9 +378,9 @@ def test_linear_policy_loss(
     wanted = run()
     on_cuda()
     width = {"fused": 2, "library": 4}[product]
-    monkeypatch.setattr(head_softmax, "CHUNK_BYTES", width * 131 * -(-20 // chunks))
+    monkeypatch.setattr(head_softmax, "CHUNK_BYTES", width * 70 * -(-20 // chunks))
     for value, exact in zip(run(), wanted, strict=True):
-        torch.testing.assert_close(value, exact, rtol=2e-5, atol=2e-6)
+        check_norm(value, exact)
 
 
 @pytest.mark.parametrize("leaf", ["hidden", "weight", "bias"])
@@ -405,10 +405,10 @@ def test_each_gradient_alone(leaf: str, on_cuda: Any) -> None:
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_linear_token_logprobs(softcap: float | None, entropy: bool, on_cuda: Any) -> None:
     hidden = torch.randn(4, 5, 8, requires_grad=True)
-    weight = torch.randn(131, 8, requires_grad=True)
+    weight = torch.randn(70, 8, requires_grad=True)
     mask = torch.rand(4, 5) < 0.7
     options = {"mask": mask, "softcap": softcap, "temperature": 0.8, "return_entropy": entropy}
-    targets = torch.where(mask, torch.randint(0, 131, (4, 5)), -100)
+    targets = torch.where(mask, torch.randint(0, 70, (4, 5)), -100)
     upstream = torch.randn(2, 4, 5)
 
     def run() -> list[Tensor]:
@@ -420,7 +420,7 @@ def test_linear_token_logprobs(softcap: float | None, entropy: bool, on_cuda: An
     wanted = run()
     on_cuda()
     for value, exact in zip(run(), wanted, strict=True):
-        torch.testing.assert_close(value, exact, rtol=2e-5, atol=2e-6)
+        check_norm(value, exact)
 
 
 # Bad input, and sizes at the edge
@@ -439,7 +439,7 @@ def test_a_vocabulary_or_a_width_of_one(size: tuple[int, int], on_cuda: Any) -> 
     wanted = run()
     on_cuda()
     for value, exact in zip(run(), wanted, strict=True):
-        torch.testing.assert_close(value, exact, rtol=2e-5, atol=2e-6)
+        check_norm(value, exact)
 
 
 @pytest.mark.parametrize("case", ["mask", "advantages", "no tokens"])
@@ -459,26 +459,46 @@ def test_no_active_row(case: str, on_cuda: Any) -> None:
 
 
 def test_a_chunk_budget_below_one_row(product: str) -> None:
-    head = LinearHead(torch.randn(131, 8), None, LogitTransform(ONE), chunk_bytes=1)
-    assert head_softmax.rows_per_chunk(head, keeps=True) == 1
-    assert head_softmax.rows_per_chunk(head, keeps=False) == 1
+    head = LinearHead(torch.randn(70, 8), None, LogitTransform(ONE), chunk_bytes=1)
+    assert head_softmax.rows_per_chunk(head, 20, keeps=True) == 1
+    assert head_softmax.rows_per_chunk(head, 20, keeps=False) == 1
     widths = {"fused": 2, "library": 4}
-    budget = replace(head, chunk_bytes=widths[product] * 131 * 5)
-    assert head_softmax.rows_per_chunk(budget, keeps=True) == 5
+    budget = replace(head, chunk_bytes=widths[product] * 70 * 5)
+    assert head_softmax.rows_per_chunk(budget, 20, keeps=True) == 5
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "width", "trains", "chunk"),
+    [
+        (8192, 151_936, 4096, True, 8833),  # fits
+        (8192, 262_144, 4096, True, 8192),  # two chunks and an fp32 dW would take as much
+        (8192, 262_144, 4096, False, 5120),
+        (9216, 151_936, 1024, True, 8833),  # here they take less
+        (32_768, 151_936, 4096, True, 8833),
+    ],
+)
+def test_rows_go_at_once_where_that_takes_no_more_memory(
+    rows: int, vocabulary: int, width: int, trains: bool, chunk: int, product: str
+) -> None:
+    with torch.device("meta"):
+        weight = torch.empty(vocabulary, width, dtype=torch.bfloat16).requires_grad_(trains)
+    if product == "fused":
+        head = LinearHead(weight, None, LogitTransform(ONE))
+        assert head_softmax.rows_per_chunk(head, rows, keeps=True) == chunk
 
 
 def test_hidden_states_that_begin_off_a_boundary() -> None:
-    problem = Problem((37, 131, 20))
+    problem = Problem((20, 70, 20))
     aligned = problem.run().statistics.logprobs
-    moved = torch.empty(37 * 20 + 1)[1:].view(37, 20)
+    moved = torch.empty(20 * 20 + 1)[1:].view(20, 20)
     moved.copy_(problem.hidden)
     assert moved.data_ptr() % 16
     problem.hidden = moved
     assert torch.equal(problem.run().statistics.logprobs, aligned)
 
 
-def test_rows_of_exponentials_begin_at_multiples_of_16_bytes() -> None:
-    for vocabulary in (1, 7, 131, 136):
+def test_rows_of_exponentials_begin_at_multiples_of_16_bytes(product: str) -> None:
+    for vocabulary in (1, 7, 70, 72) if product == "fused" else ():
         head = LinearHead(torch.randn(vocabulary, 8), None, LogitTransform(ONE))
         memory = head_softmax.new_memory(head, 3, keeps=True)
         assert memory.stride(0) * memory.element_size() % 16 == 0
@@ -493,3 +513,61 @@ def test_float64_is_refused_in_words() -> None:
 
 def test_statistics_are_of_the_twins_kind() -> None:
     assert isinstance(Problem((2, 5, 4)).run().statistics, RowStatistics)
+
+
+# Which product runs
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., torch.device]]:
+    """A GPU of some capability, asked for and not used."""
+
+    def make(capability: tuple[int, int], hip: str | None = None) -> torch.device:
+        exp_product.tile_of_device.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        return torch.device("cuda", 0)
+
+    yield make
+    exp_product.tile_of_device.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "fuses"),
+    [
+        ((9, 0), None, True),
+        ((10, 0), None, True),
+        ((8, 0), None, False),  # no copy engine
+        ((8, 9), None, False),
+        ((12, 0), None, False),  # too little shared memory
+        ((9, 4), "6.4", False),  # AMD's gfx942 calls itself so
+    ],
+)
+def test_the_product_of_a_device(
+    capability: tuple[int, int], hip: str | None, fuses: bool, device: Any
+) -> None:
+    assert (exp_product.tile_of_device(device(capability, hip)) is not None) == fuses
+
+
+def test_the_product_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exp_product, "tile_of_device", lambda device: SMALL)
+    weight = torch.randn(40, 16).bfloat16()
+    assert exp_product.tile_for(weight) is SMALL
+    for other in (
+        weight.half(),
+        weight.float(),
+        weight[:, :12].contiguous(),  # rows of 24 bytes
+        weight[:, 1:9],  # begins off a boundary
+        weight.t(),
+        weight[:0],
+        torch.randn(40, 1).bfloat16(),
+    ):
+        assert exp_product.tile_for(other) is None
+    assert exp_product.tile_for(weight[:, :8]) is SMALL  # rows 32 bytes apart
+
+
+def test_every_tile_fits_what_a_block_has() -> None:
+    for tile in exp_product.TILES.values():
+        operands = tile.stages * (tile.rows + tile.columns) * tile.depth * 2
+        assert operands + tile.rows * (tile.columns // 2) * 2 <= 227 * 1024
+        assert tile.columns // 4 * 2 >= 16  # the least box of the copy engine, in bytes

@@ -173,16 +173,6 @@ def test_opcheck_of_linear_token_logprobs(place: Any, with_entropy: bool) -> Non
     check_op(place, logprobs_from_hidden._backward_op, arguments)
 
 
-def test_opcheck_of_clipped_policy_loss(place: Any) -> None:
-    if place.name == "cpu":
-        pytest.skip("CPU tensors take no operator of ours")
-    from igrpo_kernels._triton.clipped_policy_loss import losses_and_slopes
-
-    inputs = clipped_inputs(place, 0)
-    names = ("logprobs", "old_logprobs", "advantages", "mask")
-    check_op(place, losses_and_slopes, (*(inputs[name] for name in names), 0.2, 0.28, 3.0))
-
-
 def check_op(place: Any, op: Any, arguments: tuple[Any, ...]) -> None:
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if place.name != "interpreter":  # which cannot run under the tracer
