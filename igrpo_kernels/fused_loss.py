@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .head_arguments import HeadBatch, without_autocast
-from .head_softmax import holds_sequences, is_one_chunk, softmax_chunks
+from .head_softmax import SoftmaxChunk, holds_sequences, is_one_chunk, softmax_chunks
 from .linear_head import HeadGradients, LinearHead
 from .loss_terms import TokenInputs, TokenObjective, named_means
 from .row_checks import check_rows
 from .row_selection import Rows, rows_where, working_dtype
-from .row_softmax import ProductGradient, RowSoftmax
 from .row_statistics import RowStatistics
 from .upstream import times_upstream
 
@@ -128,9 +127,13 @@ class FusedLoss:
 
     @classmethod
     def of(
-        cls, batch: HeadBatch, losses: RowLosses, *, entropy: bool, every: bool, skips: bool
+        cls, batch: HeadBatch, losses: RowLosses, entropy: bool, every: bool, skips: bool
     ) -> "FusedLoss":
-        """Select the rows of a batch: those that need a gradient, and the others with `every`."""
+        """Select the rows of a batch.
+
+        With `skips` those whose loss may differ from zero, and with `every` the others too, for the
+        metrics.
+        """
         head, targets = batch.head, batch.targets
         check_rows(targets, batch.mask, head.transform.temperature, head.whole_vocabulary)
         marked, count = losses.may_be_nonzero() if skips else None, targets.numel()
@@ -159,12 +162,10 @@ class FusedLoss:
         one_chunk = is_one_chunk(self.head, self.rows, keeps=keeps)
         gradients = HeadGradients(self.head, hidden, needed, one_chunk=one_chunk)
         shares, found = [], []
-        for rows, some, softmax in self._chunks(hidden, self.rows, keeps=keeps):
-            share, gradient = self._step(rows, softmax, gradients if keeps else None)
-            found.append((rows, softmax.statistics))
-            if gradient is not None:
-                gradients.add(rows, some, gradient)
-            shares.append(share)
+        for chunk in self._chunks(hidden, self.rows, keeps=keeps):
+            shares.append(self._share(chunk, gradients if keeps else None))
+            found.append((chunk.rows, chunk.softmax.statistics))
+            del chunk  # and with it its memory, while `finish` rounds
         for rows, _, softmax in self._chunks(hidden, self.more, keeps=False):  # a loss of zero
             shares.append(self.losses.share(rows, softmax.statistics, gradients=False))
             found.append((rows, softmax.statistics))
@@ -179,22 +180,24 @@ class FusedLoss:
         self.scores[:] = self._scores(found)
         return sum((share.loss for share in shares[1:]), first.loss), gradients.finish()
 
-    def _step(
-        self, rows: Rows, softmax: RowSoftmax, gradients: HeadGradients | None
-    ) -> tuple[Share, ProductGradient | None]:
-        """Take a chunk from log-probs to the gradient of its products, where that is wanted."""
+    def _share(self, chunk: SoftmaxChunk, gradients: HeadGradients | None) -> Share:
+        """Take a chunk from log-probs to its share in the loss, and in the gradients if given."""
+        rows, hidden, softmax = chunk
         scales = gradients is not None and gradients.needs_weight
         if self.losses.objective.has_kernel(softmax.statistics.logprobs):
             from ._triton.head_softmax import HeadSoftmax
 
             if isinstance(softmax, HeadSoftmax) and not softmax.lacks_slope:
                 loss, names, sums, gradient = softmax.clip(self.losses, rows, scales_hidden=scales)
-                return Share(loss, None, None, names, sums), gradient
+                if gradients is not None and gradient is not None:
+                    gradients.add(rows, hidden, gradient)
+                return Share(loss, None, None, names, sums)
         share = self.losses.share(rows, softmax.statistics, gradients=gradients is not None)
-        if gradients is None:
-            return share, None
-        slopes, dtype = (share.by_logprob, share.by_entropy), gradients.matrix_dtype
-        return share, softmax.gradient_(*slopes, dtype=dtype, scales_hidden=scales)
+        if gradients is not None:
+            slopes, dtype = (share.by_logprob, share.by_entropy), gradients.matrix_dtype
+            found = softmax.gradient_(*slopes, dtype=dtype, scales_hidden=scales)
+            gradients.add(rows, hidden, found)
+        return share
 
     def _scores(self, found: list[tuple[Rows, RowStatistics]]) -> Iterator[Tensor | None]:
         """Lay the log-probs of all chunks out by row, and then the entropies."""
@@ -209,7 +212,7 @@ class FusedLoss:
                 every[where] = part.detach()
             yield every
 
-    def _chunks(self, hidden: Tensor, rows: Rows, *, keeps: bool) -> Any:
+    def _chunks(self, hidden: Tensor, rows: Rows, *, keeps: bool) -> Iterator[SoftmaxChunk]:
         return softmax_chunks(
             self.head,
             hidden,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .head_arguments import HeadBatch, without_autocast
-from .head_softmax import is_one_chunk, softmax_chunks
+from .head_softmax import SoftmaxChunk, is_one_chunk, softmax_chunks
 from .linear_head import HeadGradients, LinearHead
 from .row_checks import NAMESPACE, check_rows
 from .row_selection import nonzero, rows_where, take, working_dtype
@@ -119,18 +119,8 @@ def linear_token_logprobs(
         >>> linear_token_logprobs(hidden, weight, torch.tensor([0, 3]))
         tensor([-1.2143, -2.2143])
     """
-    batch = HeadBatch.of(
-        hidden,
-        weight,
-        targets,
-        mask=mask,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        shard=shard,
-        chunk_bytes=chunk_bytes,
-    )
+    options = temperature, softcap, logit_scale, shard, chunk_bytes
+    batch = HeadBatch.of(hidden, weight, bias, targets, mask, *options)
     logprobs, entropy = score(batch, entropy=return_entropy, skip_zero_rows=skip_zero_rows)
     return logprobs if entropy is None else (logprobs, entropy)
 
@@ -211,13 +201,17 @@ def _differentiate_rows(
     gradients = HeadGradients(head, hidden, needed, one_chunk=is_one_chunk(head, rows))
     statistics = RowStatistics.of_tensors(known)
     with without_autocast(hidden.device):
-        for chunk, some, softmax in softmax_chunks(head, hidden, targets, rows, known=statistics):
-            upstream = take(grad_logprobs, chunk), take(grad_entropy, chunk)
-            found = softmax.gradient_(
-                *upstream, dtype=gradients.matrix_dtype, scales_hidden=gradients.needs_weight
-            )
-            gradients.add(chunk, some, found)
+        for chunk in softmax_chunks(head, hidden, targets, rows, known=statistics):
+            _add_gradients(gradients, chunk, grad_logprobs, grad_entropy)
+            del chunk  # and with it its memory, while `finish` rounds
         return [gradient.to(hidden.dtype) for gradient in gradients.finish()]
+
+
+def _add_gradients(gradients: HeadGradients, chunk: SoftmaxChunk, *upstream: Tensor | None) -> None:
+    slopes = (take(part, chunk.rows) for part in upstream)
+    scales = gradients.needs_weight
+    found = chunk.softmax.gradient_(*slopes, dtype=gradients.matrix_dtype, scales_hidden=scales)
+    gradients.add(chunk.rows, chunk.hidden, found)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

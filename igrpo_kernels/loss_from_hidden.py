@@ -47,18 +47,16 @@ def linear_policy_loss(
 
     defines it, in value and gradient. Here each chunk of rows goes through the head once: from
     exponentials relative to the target's logit to log-probs, loss and the gradients of hidden,
-    weight and bias, which the backward only multiplies by the upstream scalar. A surrogate over
-    sequences (GSPO, GMPO, VESPO) is given whole sequences. Where a sequence is larger than a chunk,
-    for surrogates over the batch (Clip-Cov, KL-Cov) and under torch.compile, the definition's two
-    passes run.
+    weight and bias, which the backward multiplies by the upstream scalar. Surrogates over sequences
+    (GSPO, GMPO, VESPO) get whole sequences. The definition's two passes run where a sequence is
+    larger than a chunk, for surrogates over the batch (Clip-Cov, KL-Cov) and under torch.compile.
 
     Rows without a gradient cost nothing: masked ones; those of zero advantage or zero importance
     weight (for a surrogate over sequences, whole sequences of them), unless KL or entropy has a
-    coefficient; and on a CPU, after their logits, those whose gradient turns out as exactly zero,
-    such as clipped ones. From half-precision inputs, log-probs and all sums are in fp32, and each
-    gradient is rounded once more than its matrix. Masked slots may hold anything, NaN and inf
-    included. Without a counted token the loss is zero and still on the graph. The same call gives
-    the same bits. Once differentiable.
+    coefficient; and on a CPU, after their logits, those whose gradient comes out as exactly zero,
+    such as clipped ones. Log-probs and all sums are in fp32 from half-precision inputs too. Masked
+    slots may hold anything, NaN and inf included. Without a counted token the loss is zero and
+    still on the graph. The same call gives the same bits. Once differentiable.
 
     Args:
         hidden: Last hidden state of the position that predicts each target. Shape [B, T, H], or
@@ -122,20 +120,8 @@ def linear_policy_loss(
     """
     objective = TokenObjective.of(surrogate, aggregate, kl, kl_coef, entropy_coef, ref_logprobs)
     wants_entropy = return_entropy or entropy_coef != 0
-
-    batch = HeadBatch.of(
-        hidden,
-        weight,
-        targets,
-        mask=mask,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        shard=shard,
-        chunk_bytes=chunk_bytes,
-    )
-
+    options = temperature, softcap, logit_scale, shard, chunk_bytes
+    batch = HeadBatch.of(hidden, weight, bias, targets, mask, *options)
     inputs = TokenInputs.of(
         Sequences.of(batch.targets, batch.mask, cu_seqlens, name="targets"),
         batch.dtype,
@@ -147,11 +133,8 @@ def linear_policy_loss(
         legend="of targets",
     )
     if surrogate.scope != "batch" and not torch.compiler.is_compiling():
-        weights = aggregate.weights(inputs.sequences, batch.dtype)
-        losses = RowLosses(objective, inputs, weights)
-        fused = FusedLoss.of(
-            batch, losses, entropy=wants_entropy, every=all_metrics, skips=skip_zero_rows
-        )
+        losses = RowLosses(objective, inputs, aggregate.weights(inputs.sequences, batch.dtype))
+        fused = FusedLoss.of(batch, losses, wants_entropy, all_metrics, skip_zero_rows)
         if fused.holds_sequences:
             loss = fused.loss(batch.hidden)
             logprobs, entropy = (

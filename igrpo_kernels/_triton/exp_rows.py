@@ -199,8 +199,8 @@ BLOCK_V = 4096
 BLOCK_H = 1024
 TOTALS = {
     "BLOCK_T": 32,
-    "BLOCK_N": 32,
-    "BLOCK_V": 64,
+    "BLOCK_N": 64,
+    "BLOCK_V": 32,
     "BLOCK_H": 32,
     "num_warps": 8,
     "num_stages": 1,

@@ -87,7 +87,7 @@ def gradient_rows_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "first"])
+@triton.jit(do_not_specialize=["rows", "first", "advantage_span", "importance_span", "weight_span"])
 def clip_rows_kernel(
     terms_ptr, factors_ptr, scaled_ptr, e_ptr,  # outputs [K, N], and as in the kernel above
     logprobs_ptr, entropy_ptr, totals_ptr, references_ptr, targets_ptr, x_ptr, temperature_ptr,

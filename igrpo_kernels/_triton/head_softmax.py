@@ -25,7 +25,7 @@ from .exp_product import exp_product, tile_for
 from .exp_rows import exp_rows_, row_totals, target_logits
 from .head_rows import clip_rows, gradient_rows, weigh_rows_
 
-# Bytes of exponentials, or of fp32 products, held at a time: 8832 rows of 151,936 columns in bf16.
+# Bytes of exponentials, or of fp32 products, held at a time: 8833 rows of 151,936 columns in bf16.
 # Larger chunks spend less on summing dW, smaller ones hold less.
 CHUNK_BYTES = 5 * 2**29
 
@@ -54,14 +54,15 @@ def rows_per_chunk(head: LinearHead, count: int, keeps: bool) -> int:
 
 
 def new_memory(head: LinearHead, rows: int, keeps: bool) -> Tensor:
-    """Memory for the exponentials of a chunk, in rows that begin at multiples of 16 bytes."""
-    fused = tile_for(head.weight) is not None
-    if fused and not keeps:
+    """Memory for a chunk: for exponentials, in rows of whole 16 bytes, or for fp32 products."""
+    if tile_for(head.weight) is None:
+        dtype = working_dtype(head.weight.dtype)
+        return head.weight.new_empty((rows, head.vocabulary), dtype=dtype)
+    if not keeps:
         return head.weight.new_empty(0)
-    dtype = gradient_dtype(head.weight.dtype) if fused else working_dtype(head.weight.dtype)
+    dtype = gradient_dtype(head.weight.dtype)
     step = 16 // dtype.itemsize
-    columns = -(-head.vocabulary // step) * step
-    return head.weight.new_empty((rows, columns), dtype=dtype)
+    return head.weight.new_empty((rows, -(-head.vocabulary // step) * step), dtype=dtype)
 
 
 @dataclass(frozen=True)

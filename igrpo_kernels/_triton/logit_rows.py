@@ -48,7 +48,7 @@ def relative_sums(
     return tl.sum(sums, 0), tl.sum(moments, 0) * LN2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_size"])
 def logit_rows_fwd_kernel(
     logprobs_ptr, entropy_ptr, references_ptr, totals_ptr,  # outputs [N]
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # inputs [N, V], [N], [N], [N] or [1]
@@ -98,7 +98,7 @@ def logit_rows_fwd_kernel(
         tl.store(entropy_ptr + row, entropy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_size"])
 def logit_rows_bwd_kernel(
     grad_ptr,  # output [N, V]; may be logits_ptr
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # inputs, as in the forward

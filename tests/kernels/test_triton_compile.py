@@ -29,10 +29,6 @@ from igrpo_kernels._triton import exp_product, logit_rows
 ROW_KERNELS = [FORWARD, BACKWARD, EXP_ROWS]
 
 
-# The branch that takes a row out of range again costs the kernel that finishes rows two registers.
-SPILLS = {"row_totals_kernel": 8}
-
-
 def assembly(launch: Variant, name: str = "sm_90") -> dict[str, Any]:
     return compiled(launch, name).asm  # type: ignore[no-any-return]
 
@@ -41,7 +37,7 @@ def assembly(launch: Variant, name: str = "sm_90") -> dict[str, Any]:
 def test_no_kernel_spills(launch: Variant) -> None:
     for target in launch.targets:
         registers, spilled = resources(launch, target)
-        assert spilled <= SPILLS.get(launch.kernel.fn.__name__, 0), target
+        assert spilled == 0, target
         warps = for_target(launch, target).options.get("num_warps", 4)
         # a block of the product fills the 64 Ki registers of a multiprocessor; of the row kernels
         # two of 256 threads fit at least
@@ -58,14 +54,13 @@ def test_the_recorded_table_holds_every_kernel_and_no_spill() -> None:
     for launch in variants():
         targets = recorded[str(launch)]
         assert sorted(targets) == sorted(launch.targets)
-        most = SPILLS.get(launch.kernel.fn.__name__, 0)
-        assert all(registers > 0 and spilled <= most for registers, spilled in targets.values())
+        assert all(registers > 0 and spilled == 0 for registers, spilled in targets.values())
 
 
 def test_the_product_runs_on_tensor_cores_and_the_copy_engine() -> None:
     ptx = assembly(product_variant("STORES HAS_SUMS"))["ptx"]
     assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16" in ptx
-    assert "cp.async.bulk.tensor.2d.shared" in ptx  # operands in
+    assert "cp.async.bulk.tensor.2d.shared::c" in ptx  # operands in
     assert "cp.async.bulk.tensor.2d.global.shared::cta" in ptx  # exponentials out
     assert "cvt.rn.bf16x2.f32" in ptx  # rounded, not truncated
     assert "tcgen05.mma" in assembly(product_variant("STORES HAS_SUMS"), "sm_100")["ptx"]

@@ -5,7 +5,7 @@ tile of a few rows and columns and in fp32 (the interpreter's bf16 product over 
 wrong), and the library's with the pass that follows it. The oracle is torch in float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -115,7 +115,8 @@ def check(got: Tensor, wanted: Tensor, rtol: float = 1e-5, atol: float = 3e-5) -
 
 def check_norm(got: Tensor, wanted: Tensor, limit: float = 1e-5) -> None:
     assert got.isfinite().all()
-    assert (got.double() - wanted.double()).norm() <= limit * wanted.norm().clamp(min=1e-6)
+    assert got.shape == wanted.shape
+    assert (got.double() - wanted.double()).norm() <= limit * wanted.norm().clamp(min=0.1)
 
 
 @pytest.mark.parametrize(("bias", "entropy"), [(False, False), (True, False), (True, True)])
@@ -153,7 +154,7 @@ def test_forward_alone_keeps_nothing_of_the_size_of_the_logits(product: str) -> 
     problem = Problem((20, 70, 20))
     head = LinearHead(problem.weight, None, problem.transform)
     memory = head_softmax.new_memory(head, 20, keeps=False)
-    assert memory.numel() == (0 if product == "fused" else 20 * 72)
+    assert memory.numel() == (0 if product == "fused" else 20 * 70)
 
 
 def far_from_the_target() -> Problem:
@@ -379,8 +380,7 @@ def test_linear_policy_loss(
     width = {"fused": 2, "library": 4}[product]
     monkeypatch.setattr(head_softmax, "CHUNK_BYTES", width * 70 * -(-20 // chunks))
     for value, exact in zip(run(), wanted, strict=True):
-        # fp32 throughout; a row where the ratio meets a bound of the clip keeps four digits
-        torch.testing.assert_close(value, exact, rtol=1e-4, atol=2e-5)
+        check_norm(value, exact)
 
 
 @pytest.mark.parametrize("leaf", ["hidden", "weight", "bias"])
@@ -420,7 +420,7 @@ def test_linear_token_logprobs(softcap: float | None, entropy: bool, on_cuda: An
     wanted = run()
     on_cuda()
     for value, exact in zip(run(), wanted, strict=True):
-        torch.testing.assert_close(value, exact, rtol=2e-5, atol=2e-6)
+        check_norm(value, exact)
 
 
 # Bad input, and sizes at the edge
@@ -439,7 +439,7 @@ def test_a_vocabulary_or_a_width_of_one(size: tuple[int, int], on_cuda: Any) -> 
     wanted = run()
     on_cuda()
     for value, exact in zip(run(), wanted, strict=True):
-        torch.testing.assert_close(value, exact, rtol=2e-5, atol=2e-6)
+        check_norm(value, exact)
 
 
 @pytest.mark.parametrize("case", ["mask", "advantages", "no tokens"])
@@ -480,8 +480,8 @@ def test_a_chunk_budget_below_one_row(product: str) -> None:
 def test_rows_go_at_once_where_that_takes_no_more_memory(
     rows: int, vocabulary: int, width: int, trains: bool, chunk: int, product: str
 ) -> None:
-    weight = torch.zeros(vocabulary, width, dtype=torch.bfloat16, device="meta")
-    weight.requires_grad_(trains)
+    with torch.device("meta"):
+        weight = torch.empty(vocabulary, width, dtype=torch.bfloat16).requires_grad_(trains)
     if product == "fused":
         head = LinearHead(weight, None, LogitTransform(ONE))
         assert head_softmax.rows_per_chunk(head, rows, keeps=True) == chunk
@@ -497,7 +497,10 @@ def test_hidden_states_that_begin_off_a_boundary() -> None:
     assert torch.equal(problem.run().statistics.logprobs, aligned)
 
 
-def test_rows_of_exponentials_begin_at_multiples_of_16_bytes() -> None:
+def test_rows_of_exponentials_begin_at_multiples_of_16_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(head_softmax, "tile_for", lambda weight: SMALL)
     for vocabulary in (1, 7, 70, 72):
         head = LinearHead(torch.randn(vocabulary, 8), None, LogitTransform(ONE))
         memory = head_softmax.new_memory(head, 3, keeps=True)
@@ -513,3 +516,61 @@ def test_float64_is_refused_in_words() -> None:
 
 def test_statistics_are_of_the_twins_kind() -> None:
     assert isinstance(Problem((2, 5, 4)).run().statistics, RowStatistics)
+
+
+# Which product runs
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., torch.device]]:
+    """A GPU of some capability, asked for and not used."""
+
+    def make(capability: tuple[int, int], hip: str | None = None) -> torch.device:
+        exp_product.tile_of_device.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        return torch.device("cuda", 0)
+
+    yield make
+    exp_product.tile_of_device.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "fuses"),
+    [
+        ((9, 0), None, True),
+        ((10, 0), None, True),
+        ((8, 0), None, False),  # no copy engine
+        ((8, 9), None, False),
+        ((12, 0), None, False),  # too little shared memory
+        ((9, 4), "6.4", False),  # AMD's gfx942 calls itself so
+    ],
+)
+def test_the_product_of_a_device(
+    capability: tuple[int, int], hip: str | None, fuses: bool, device: Any
+) -> None:
+    assert (exp_product.tile_of_device(device(capability, hip)) is not None) == fuses
+
+
+def test_the_product_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exp_product, "tile_of_device", lambda device: SMALL)
+    weight = torch.randn(40, 16).bfloat16()
+    assert exp_product.tile_for(weight) is SMALL
+    for other in (
+        weight.half(),
+        weight.float(),
+        weight[:, :12].contiguous(),  # rows of 24 bytes
+        weight[:, 1:9],  # begins off a boundary
+        weight.t(),
+        weight[:0],
+        torch.randn(40, 1).bfloat16(),
+    ):
+        assert exp_product.tile_for(other) is None
+    assert exp_product.tile_for(weight[:, :8]) is SMALL  # rows 32 bytes apart
+
+
+def test_every_tile_fits_what_a_block_has() -> None:
+    for tile in exp_product.TILES.values():
+        operands = tile.stages * (tile.rows + tile.columns) * tile.depth * 2
+        assert operands + tile.rows * (tile.columns // 2) * 2 <= 227 * 1024
+        assert tile.columns // 4 * 2 >= 16  # the least box of the copy engine, in bytes
