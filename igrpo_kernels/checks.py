@@ -18,8 +18,8 @@ def describe(value: object) -> str:
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     if isinstance(value, int) and value.bit_length() > 256:  # Python may refuse to print it
         return f"an int of {value.bit_length()} bits"
-    shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 80 else shown[:77] + '...'}"
+    shown, kind = repr(value), type if isinstance(value, type) else type(value)
+    return f"{kind.__name__} {shown if len(shown) <= 80 else shown[:77] + '...'}"
 
 
 def check_tensor(name: str, value: object) -> Tensor:

@@ -6,14 +6,9 @@ One of the two modules behind `head_softmax`, which says what the functions owe 
 from torch import Tensor
 
 from .linear_head import LinearHead
-from .relative_softmax import (
-    LogitTransform,
-    SoftmaxRows,
-    exponentials,
-    relative_sums,
-    softmax_of_logits,
-)
+from .relative_softmax import SoftmaxRows, exponentials, relative_sums, softmax_of_logits
 from .row_selection import row_slices, take, working_dtype
+from .row_softmax import LogitTransform
 from .row_statistics import LARGEST, RowStatistics
 
 # fp32 logits held at a time. Larger chunks spend less on accumulating dW, smaller ones hold less.

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .head_softmax import SoftmaxChunk, is_one_chunk, softmax_chunks
+from .head_arguments import HeadBatch, without_autocast
+from .head_softmax import SoftmaxChunk, holds_sequences, is_one_chunk, softmax_chunks
 from .linear_head import HeadGradients, LinearHead
 from .loss_terms import TokenInputs, TokenObjective, named_means
-from .row_selection import Rows, working_dtype
+from .row_checks import check_rows
+from .row_selection import Rows, rows_where, working_dtype
 from .row_statistics import RowStatistics
 from .upstream import times_upstream
 
@@ -121,11 +123,36 @@ class FusedLoss:
     with_entropy: bool
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls, batch: HeadBatch, losses: RowLosses, entropy: bool, every: bool, skips: bool
+    ) -> "FusedLoss":
+        """Select the rows of a batch.
+
+        With `skips` those whose loss may differ from zero, and with `every` the others too, for the
+        metrics.
+        """
+        head, targets = batch.head, batch.targets
+        check_rows(targets, batch.mask, head.transform.temperature, head.whole_vocabulary)
+        marked, count = losses.may_be_nonzero() if skips else None, targets.numel()
+        rows = rows_where(count, batch.mask, marked)
+        more: Rows = range(0)
+        if every and marked is not None:
+            more = rows_where(count, batch.mask, ~marked)
+        return cls(losses, head, targets.flatten(), rows, more, entropy)
+
+    @property
+    def holds_sequences(self) -> bool:
+        """Whether no sequence that has to stay whole is larger than a chunk."""
+        owner = self.losses.owner
+        return owner is None or holds_sequences(self.head, self.rows, owner)
+
     def loss(self, hidden: Tensor) -> Tensor:
         """Return the loss, through which the gradient flows to hidden, weight and bias."""
-        if not torch.is_grad_enabled():
-            return self.run(hidden, [False] * 3)[0]
-        return FusedLossFunction.apply(hidden, self.head.weight, self.head.bias, self)
+        with without_autocast(hidden.device):
+            if not torch.is_grad_enabled():
+                return self.run(hidden, [False] * 3)[0]
+            return FusedLossFunction.apply(hidden, self.head.weight, self.head.bias, self)
 
     def run(self, hidden: Tensor, needed: list[bool]) -> tuple[Tensor, list[Tensor]]:
         """Return the loss and the gradients that are needed, of hidden, weight and bias."""

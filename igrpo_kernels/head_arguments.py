@@ -16,9 +16,9 @@ from .checks import (
     describe,
 )
 from .linear_head import LinearHead
-from .relative_softmax import LogitTransform
 from .row_checks import check_targets, row_temperature
 from .row_selection import working_dtype
+from .row_softmax import LogitTransform
 from .vocabulary_shard import VocabularyShard, check_slice
 
 
@@ -37,15 +37,19 @@ class HeadBatch(NamedTuple):
     targets: Tensor
     mask: Tensor | None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic, and of log-probs and losses."""
+        return working_dtype(self.head.weight.dtype)
+
     @classmethod
     def of(
         cls,
         hidden: Tensor,
         weight: Tensor,
-        targets: Tensor,
-        *,
-        mask: Tensor | None,
         bias: Tensor | None,
+        targets: Tensor,
+        mask: Tensor | None,
         temperature: float | Tensor,
         softcap: float | None,
         logit_scale: float,

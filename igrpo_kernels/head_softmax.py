@@ -30,9 +30,9 @@ for it where none has to be. `gradient_` returns a `ProductGradient`: E in whate
 stored, with -others at the targets (`statistics.others`), and factors [N] in fp32, so that rows
 without an upstream gradient may stay, at a factor of 0, and nothing is compacted.
 
-Three small functions elsewhere run on rows, and are where a kernel may take their place on CUDA:
-`linear_head.scale_rows` (hidden rows times factors, and dX), `fused_loss.RowLosses.share`
-(from log-probs to loss and upstream gradients) and `fused_loss.scale_` (the upstream scalar).
+Three small functions elsewhere run on rows, and have their kernels on CUDA too: `HeadGradients`
+(hidden rows times factors, and dX), `FusedLoss` (from log-probs to loss and upstream gradients) and
+`times_upstream` (the upstream scalar).
 """
 
 from collections.abc import Iterator
@@ -43,8 +43,8 @@ from torch import Tensor
 
 from . import cpu_head_softmax
 from .linear_head import LinearHead
-from .relative_softmax import RowSoftmax
 from .row_selection import Rows, row_chunks, sequence_lengths, take
+from .row_softmax import RowSoftmax
 from .row_statistics import RowStatistics
 
 

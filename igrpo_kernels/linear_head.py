@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .relative_softmax import LogitTransform, ProductGradient, TargetColumns
 from .row_selection import Rows, compose, take, working_dtype
+from .row_softmax import LogitTransform, ProductGradient, TargetColumns
 from .vocabulary_shard import VocabularyShard
 
 # Rows of a half-precision weight that a CPU casts at a time: few enough to multiply from cache.

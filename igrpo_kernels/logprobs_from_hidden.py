@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 from .head_arguments import HeadBatch, without_autocast
 from .head_softmax import SoftmaxChunk, is_one_chunk, softmax_chunks
 from .linear_head import HeadGradients, LinearHead
-from .relative_softmax import LogitTransform
 from .row_checks import NAMESPACE, check_rows
 from .row_selection import nonzero, rows_where, take, working_dtype
+from .row_softmax import LogitTransform
 from .row_statistics import RowStatistics
 from .vocabulary_shard import VocabularyShard, from_schema, to_schema
 
@@ -119,18 +119,8 @@ def linear_token_logprobs(
         >>> linear_token_logprobs(hidden, weight, torch.tensor([0, 3]))
         tensor([-1.2143, -2.2143])
     """
-    batch = HeadBatch.of(
-        hidden,
-        weight,
-        targets,
-        mask=mask,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        shard=shard,
-        chunk_bytes=chunk_bytes,
-    )
+    options = temperature, softcap, logit_scale, shard, chunk_bytes
+    batch = HeadBatch.of(hidden, weight, bias, targets, mask, *options)
     logprobs, entropy = score(batch, entropy=return_entropy, skip_zero_rows=skip_zero_rows)
     return logprobs if entropy is None else (logprobs, entropy)
 

@@ -9,15 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import check_floating
-from .relative_softmax import (
-    LogitTransform,
-    SoftmaxRows,
-    TargetColumns,
-    exponentials,
-    softmax_of_logits,
-)
+from .relative_softmax import SoftmaxRows, exponentials, softmax_of_logits
 from .row_checks import NAMESPACE, check_rows, check_targets, row_temperature
 from .row_selection import Rows, nonzero, row_pieces, rows_where, take, working_dtype
+from .row_softmax import LogitTransform, TargetColumns
 from .row_statistics import RowStatistics
 
 

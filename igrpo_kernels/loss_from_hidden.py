@@ -5,14 +5,11 @@ from torch import Tensor
 
 from .aggregates import Aggregate
 from .fused_loss import FusedLoss, RowLosses
-from .head_arguments import HeadBatch, without_autocast
-from .head_softmax import holds_sequences
+from .head_arguments import HeadBatch
 from .kl import K3, KlEstimator
 from .logprobs_from_hidden import score
-from .loss_from_logprobs import PolicyLoss, policy_loss
+from .loss_from_logprobs import PolicyLoss, average
 from .loss_terms import TokenInputs, TokenObjective
-from .row_checks import check_rows
-from .row_selection import Rows, rows_where, working_dtype
 from .sequences import Sequences
 from .surrogates.base import Surrogate
 from .vocabulary_shard import VocabularyShard
@@ -50,18 +47,16 @@ def linear_policy_loss(
 
     defines it, in value and gradient. Here each chunk of rows goes through the head once: from
     exponentials relative to the target's logit to log-probs, loss and the gradients of hidden,
-    weight and bias, which the backward only multiplies by the upstream scalar. A surrogate over
-    sequences (GSPO, GMPO, VESPO) is given whole sequences. Where a sequence is larger than a chunk,
-    for surrogates over the batch (Clip-Cov, KL-Cov) and under torch.compile, the definition's two
-    passes run.
+    weight and bias, which the backward multiplies by the upstream scalar. Surrogates over sequences
+    (GSPO, GMPO, VESPO) get whole sequences. The definition's two passes run where a sequence is
+    larger than a chunk, for surrogates over the batch (Clip-Cov, KL-Cov) and under torch.compile.
 
     Rows without a gradient cost nothing: masked ones; those of zero advantage or zero importance
     weight (for a surrogate over sequences, whole sequences of them), unless KL or entropy has a
-    coefficient; and on a CPU, after their logits, those whose gradient turns out as exactly zero,
-    such as clipped ones. From half-precision inputs, log-probs and all sums are in fp32, and each
-    gradient is rounded once more than its matrix. Masked slots may hold anything, NaN and inf
-    included. Without a counted token the loss is zero and still on the graph. The same call gives
-    the same bits. Once differentiable.
+    coefficient; and on a CPU, after their logits, those whose gradient comes out as exactly zero,
+    such as clipped ones. Log-probs and all sums are in fp32 from half-precision inputs too. Masked
+    slots may hold anything, NaN and inf included. Without a counted token the loss is zero and
+    still on the graph. The same call gives the same bits. Once differentiable.
 
     Args:
         hidden: Last hidden state of the position that predicts each target. Shape [B, T, H], or
@@ -125,45 +120,11 @@ def linear_policy_loss(
     """
     objective = TokenObjective.of(surrogate, aggregate, kl, kl_coef, entropy_coef, ref_logprobs)
     wants_entropy = return_entropy or entropy_coef != 0
-
-    batch = HeadBatch.of(
-        hidden,
-        weight,
-        targets,
-        mask=mask,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        shard=shard,
-        chunk_bytes=chunk_bytes,
-    )
-
-    def in_two_passes() -> PolicyLoss:
-        logprobs, entropy = score(batch, entropy=wants_entropy, skip_zero_rows=skip_zero_rows)
-        return policy_loss(
-            logprobs,
-            advantages,
-            batch.mask,
-            surrogate=surrogate,
-            aggregate=aggregate,
-            old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs,
-            kl_coef=kl_coef,
-            kl=kl,
-            importance_weights=importance_weights,
-            entropy=entropy,
-            entropy_coef=entropy_coef,
-            cu_seqlens=cu_seqlens,
-        )
-
-    if surrogate.scope == "batch" or torch.compiler.is_compiling():
-        return in_two_passes()
-    head, dtype = batch.head, working_dtype(batch.head.weight.dtype)
-    sequences = Sequences.of(batch.targets, batch.mask, cu_seqlens, name="targets")
+    options = temperature, softcap, logit_scale, shard, chunk_bytes
+    batch = HeadBatch.of(hidden, weight, bias, targets, mask, *options)
     inputs = TokenInputs.of(
-        sequences,
-        dtype,
+        Sequences.of(batch.targets, batch.mask, cu_seqlens, name="targets"),
+        batch.dtype,
         advantages,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
@@ -171,17 +132,10 @@ def linear_policy_loss(
         per_token_weights=surrogate.folds_importance_weights,
         legend="of targets",
     )
-    losses = RowLosses(objective, inputs, aggregate.weights(sequences, dtype))
-    check_rows(batch.targets, batch.mask, head.transform.temperature, head.whole_vocabulary)
-    marked = losses.may_be_nonzero() if skip_zero_rows else None
-    count = targets.numel()
-    rows = rows_where(count, batch.mask, marked)
-    if losses.owner is not None and not holds_sequences(head, rows, losses.owner):
-        return in_two_passes()
-    more: Rows = range(0)
-    if all_metrics and marked is not None:
-        more = rows_where(count, batch.mask, ~marked)
-    fused = FusedLoss(losses, head, batch.targets.flatten(), rows, more, wants_entropy)
-    with without_autocast(hidden.device):
-        loss = fused.loss(batch.hidden)
-    return PolicyLoss(loss, fused.metrics)
+    if surrogate.scope != "batch" and not torch.compiler.is_compiling():
+        losses = RowLosses(objective, inputs, aggregate.weights(inputs.sequences, batch.dtype))
+        fused = FusedLoss.of(batch, losses, wants_entropy, all_metrics, skip_zero_rows)
+        if fused.holds_sequences:
+            return PolicyLoss(fused.loss(batch.hidden), fused.metrics)
+    logprobs, entropy = score(batch, entropy=wants_entropy, skip_zero_rows=skip_zero_rows)
+    return average(objective, aggregate, inputs, logprobs, entropy)

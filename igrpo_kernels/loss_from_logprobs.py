@@ -110,6 +110,18 @@ def policy_loss(
     if entropy is not None:
         check_shape("entropy", check_floating("entropy", entropy), logprobs.shape, "of logprobs")
         entropy = entropy.to(dtype)
+    return average(objective, aggregate, inputs, logprobs, entropy)
+
+
+def average(
+    objective: TokenObjective,
+    aggregate: Aggregate,
+    inputs: TokenInputs,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+) -> PolicyLoss:
+    """Compute the loss from inputs that are checked."""
+    sequences, dtype = inputs.sequences, working_dtype(logprobs.dtype)
     weights = aggregate.weights(sequences, dtype)
     if objective.has_kernel(logprobs):
         from ._triton.clip_terms import clipped_loss

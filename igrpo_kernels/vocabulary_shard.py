@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checks import check_count, check_rank, check_tensor, describe
-from .row_statistics import SoftmaxStatistics
 
 
 @dataclass(frozen=True)
@@ -123,10 +122,6 @@ class VocabularyShard:
     def maximum(self, values: Tensor) -> Tensor:
         """Take the maximum over the ranks."""
         return _gather(values, self._group).amax(0)
-
-    def merge(self, statistics: SoftmaxStatistics) -> SoftmaxStatistics:
-        """Merge this slice's statistics with those of the other ranks; the same on every rank."""
-        return SoftmaxStatistics.unstack(_gather(statistics.stack(), self._group)).merge()
 
     def sum_(self, values: Tensor) -> Tensor:
         """Overwrite values by their sum over the ranks."""

@@ -6,8 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..relative_softmax import LogitTransform
 from ..row_selection import Rows
+from ..row_softmax import LogitTransform
 
 
 @dataclass(frozen=True)

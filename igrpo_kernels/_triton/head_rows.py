@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..relative_softmax import ProductGradient
 from ..row_selection import Rows
+from ..row_softmax import ProductGradient
 from ..row_statistics import RowStatistics
 from .chunk import Chunk, contiguous, where
 from .clip_terms import ClippedRows, clip_numbers, clip_terms, names_of, span

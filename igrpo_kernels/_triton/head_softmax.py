@@ -14,14 +14,9 @@ from torch import Tensor
 
 from ..checks import describe
 from ..linear_head import LinearHead, gradient_dtype
-from ..relative_softmax import (
-    LogitTransform,
-    ProductGradient,
-    RelativeSums,
-    TargetColumns,
-    softmax_of_logits,
-)
+from ..relative_softmax import RelativeSums, softmax_of_logits
 from ..row_selection import Rows, working_dtype
+from ..row_softmax import LogitTransform, ProductGradient, TargetColumns
 from ..row_statistics import LARGEST, RowStatistics
 from ..vocabulary_shard import VocabularyShard
 from .chunk import Chunk, contiguous

@@ -8,7 +8,7 @@ from torch import Tensor
 import igrpo_kernels.cpu_head_softmax as cpu_head_softmax
 import igrpo_kernels.linear_head as linear_head
 import igrpo_kernels.row_selection as row_selection
-from igrpo_kernels.relative_softmax import ProductGradient
+from igrpo_kernels.row_softmax import ProductGradient
 from tests.kernels.linear_policy_cases import T, V
 
 

@@ -159,8 +159,8 @@ def make_banned() -> Batch:
 
 def without_bias(batch: Batch) -> Outputs:
     """One temperature per token, and a head of a weight alone."""
-    heat = torch.linspace(0.5, 2.0, B * T).view(B, T)
-    out = batch.loss(bias=None, temperature=heat, aggregate=SequenceMean())
+    temperatures = torch.linspace(0.5, 2.0, B * T).view(B, T)
+    out = batch.loss(bias=None, temperature=temperatures, aggregate=SequenceMean())
     return [("loss", out.loss), ("weight", torch.autograd.grad(out.loss, batch.weight)[0])]
 
 

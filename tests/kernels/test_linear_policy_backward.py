@@ -17,12 +17,8 @@ from igrpo_kernels import (
     TokenMean,
     linear_policy_loss,
 )
-from igrpo_kernels.relative_softmax import (
-    LogitTransform,
-    SoftmaxRows,
-    TargetColumns,
-    softmax_of_logits,
-)
+from igrpo_kernels.relative_softmax import SoftmaxRows, softmax_of_logits
+from igrpo_kernels.row_softmax import LogitTransform, TargetColumns
 from tests.kernels.linear_policy_cases import (
     B,
     H,
@@ -84,6 +80,16 @@ def test_no_second_backward_and_no_second_copy_of_the_gradients() -> None:
     assert [leaf.grad.data_ptr() for leaf in case.leaves if leaf.grad is not None] == saved
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25, 0.0, -1.0, 3.0])
+def test_any_upstream_scalar(factor: float) -> None:
+    case = make_case()
+    options = {"surrogate": Clip(), "aggregate": TokenMean()}
+    wanted = torch.autograd.grad(case.composed(**options).loss, case.leaves)
+    (factor * case.fused(**options).loss).backward()
+    for leaf, grad in zip(case.leaves, wanted, strict=True):
+        torch.testing.assert_close(leaf.grad, factor * grad, rtol=1e-10, atol=1e-12)
 
 
 def test_accumulating_over_two_backwards_leaves_the_saved_gradients_alone() -> None:

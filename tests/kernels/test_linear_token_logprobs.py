@@ -52,7 +52,7 @@ def test_gradcheck(softcap: float | None, temperature: float | str, masked: bool
     hidden, weight, bias, targets = head(6, 3, 7)
     hidden = hidden.detach().view(2, 3, 3).requires_grad_()
     mask = torch.tensor([[1, 0, 1], [1, 1, 0]]) if masked else None
-    heat = torch.rand(2, 3) + 0.5 if isinstance(temperature, str) else temperature
+    temperatures = torch.rand(2, 3) + 0.5 if isinstance(temperature, str) else temperature
 
     def both(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return linear_token_logprobs(
@@ -61,7 +61,7 @@ def test_gradcheck(softcap: float | None, temperature: float | str, masked: bool
             targets.view(2, 3),
             mask=mask,
             bias=bias,
-            temperature=heat,
+            temperature=temperatures,
             softcap=softcap,
             logit_scale=1.1,
             return_entropy=True,

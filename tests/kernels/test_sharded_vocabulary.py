@@ -27,7 +27,8 @@ import igrpo_kernels.row_checks as row_checks
 from igrpo_kernels import VocabularyShard, linear_policy_loss, linear_token_logprobs
 from igrpo_kernels.head_softmax import is_one_chunk
 from igrpo_kernels.linear_head import HeadGradients, LinearHead
-from igrpo_kernels.relative_softmax import LogitTransform, ProductGradient, SoftmaxRows
+from igrpo_kernels.relative_softmax import SoftmaxRows
+from igrpo_kernels.row_softmax import LogitTransform, ProductGradient
 
 WORKER = Path(__file__).with_name("sharded_ranks.py")
 
@@ -414,6 +415,12 @@ def test_a_slice_without_columns_beside_the_largest_logits() -> None:
         assert rows.statistics.entropy.item() == pytest.approx(math.log(2), rel=1e-6)
     grads = gradients_of(slices, torch.ones(1), torch.ones(1))
     torch.testing.assert_close(grads, torch.tensor([[-0.5, 0.5]]))
+
+
+def test_a_slice_without_columns_has_no_maximum() -> None:
+    unlikely = torch.tensor([[-2000.0, -1900.0]])  # done again relative to the maximum
+    for rows in in_slices(unlikely, torch.tensor([0]), LogitTransform(), [0]):
+        assert rows.statistics.logprobs.item() == pytest.approx(-100.0, rel=1e-6)
 
 
 @pytest.mark.parametrize("margin", [8.0, 17.0, 30.0])

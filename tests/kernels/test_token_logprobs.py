@@ -72,10 +72,12 @@ def test_gradcheck(temperature: float | str, masked: bool) -> None:
     targets = torch.randint(0, 5, (2, 3))
     mask = torch.tensor([[1, 0, 1], [1, 1, 0]]) if masked else None
     spread = torch.tensor([[0.7, 1.0, 1.3], [0.5, 1.1, 0.9]])
-    heat = spread if isinstance(temperature, str) else temperature
+    temperatures = spread if isinstance(temperature, str) else temperature
 
     def both(logits: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(logits, targets, mask=mask, temperature=heat, return_entropy=True)
+        return token_logprobs(
+            logits, targets, mask=mask, temperature=temperatures, return_entropy=True
+        )
 
     assert torch.autograd.gradcheck(both, logits)
 
@@ -218,9 +220,9 @@ def test_rows_left_out_are_written_and_cost_no_gradient_prime_rl_1525(junk: floa
     logits[mask == 0] = junk
     logits.requires_grad_()
     targets = torch.tensor([[0, 1, -100], [-100, 2, 4]])
-    heat = torch.where(mask == 1, 0.5, torch.nan)
+    temperatures = torch.where(mask == 1, 0.5, torch.nan)
     logprobs, entropy = token_logprobs(
-        logits, targets, mask=mask, temperature=heat, return_entropy=True
+        logits, targets, mask=mask, temperature=temperatures, return_entropy=True
     )
     (logprobs.sum() + entropy.sum()).backward()
     assert (logprobs[mask == 0] == 0).all()

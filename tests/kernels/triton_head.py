@@ -25,7 +25,7 @@ from igrpo_kernels import (
 )
 from igrpo_kernels._triton import exp_product, exp_rows, head_rows, head_softmax
 from igrpo_kernels.linear_head import LinearHead
-from igrpo_kernels.relative_softmax import LogitTransform
+from igrpo_kernels.row_softmax import LogitTransform
 from igrpo_kernels.row_statistics import LARGEST, RowStatistics
 
 SMALL = exp_product.Tile(rows=16, columns=32, depth=16, group=2, warps=4, stages=1)

@@ -21,7 +21,7 @@ VENDORED_TESTS = (
     "test_policy_loss_input.py",
     "test_sequences.py",
     "test_token_logprobs.py",
-    "triton_logits.py",
+    "triton_losses.py",
 )
 HEAVY = ["triton", "transformers", "trl", "matplotlib", "datasets", "accelerate"]
 
@@ -193,7 +193,7 @@ def test_a_vendored_copy_passes_the_kernel_tests(tmp_path: Path) -> None:
         renamed = source.replace("igrpo_kernels", "otherpkg._vendored")
         (tests / "kernels" / name).write_text(renamed)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error"]
-    # NumPy's words for inf and NaN, which both sides of a select in a kernel may hold
+    # NumPy's words for inf and NaN, which both sides of a select in the interpreter may hold
     command += ["-W", "ignore::RuntimeWarning:triton.runtime.interpreter"]
     command += ["--import-mode=importlib", "-k", "not compile"]
     command += [str(tests / "kernels" / name) for name in VENDORED_TESTS]

@@ -141,14 +141,14 @@ def test_torch_compile_gives_the_eager_result(place: Any, name: str) -> None:
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_opcheck_of_token_logprobs(place: Any, with_entropy: bool) -> None:
     inputs = logits_inputs(place, 0)
-    heat = torch.ones(1, device=place.device)
+    temperatures = torch.ones(1, device=place.device)
     flat = inputs["targets"].flatten()
     mask = flat % 5 != 0
     op = logprobs_from_logits._op
-    check_op(place, op, (inputs["logits"], flat, mask, heat, with_entropy))
+    check_op(place, op, (inputs["logits"], flat, mask, temperatures, with_entropy))
     upstream = torch.linspace(-1, 1, len(flat), device=place.device)
     by_entropy = upstream.flip(0) if with_entropy else None
-    given = (inputs["logits"].detach(), flat, mask, heat)
+    given = (inputs["logits"].detach(), flat, mask, temperatures)
     arguments = (*given, list(op(*given, with_entropy)), upstream, by_entropy)
     check_op(place, logprobs_from_logits._backward_op, arguments)
     check_op(place, logprobs_from_logits._backward_op_, arguments)
@@ -157,9 +157,12 @@ def test_opcheck_of_token_logprobs(place: Any, with_entropy: bool) -> None:
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_opcheck_of_linear_token_logprobs(place: Any, with_entropy: bool) -> None:
     inputs = head_inputs(place, 0)
-    hidden, heat = inputs["hidden"].flatten(0, 1).detach(), torch.ones(1, device=place.device)
+    hidden, temperatures = (
+        inputs["hidden"].flatten(0, 1).detach(),
+        torch.ones(1, device=place.device),
+    )
     flat = inputs["targets"].flatten()
-    head = (inputs["weight"].detach().requires_grad_(), None, flat, flat % 5 != 0, heat)
+    head = (inputs["weight"].detach().requires_grad_(), None, flat, flat % 5 != 0, temperatures)
     op = logprobs_from_hidden._op
     check_op(place, op, (hidden.requires_grad_(), *head, 20.0, 1.3, with_entropy))
     upstream = torch.linspace(-1, 1, len(flat), device=place.device)
