@@ -100,8 +100,8 @@ def sync_sampler(sampler: Any, model: nn.Module, accelerator: Any, backend: Any)
     """Give the sampler the model's weights as they are now.
 
     Every rank calls it. Engines are synced one after the other; servers that all ranks share
-    (`is_shared`) by the main process alone. A sampler without `sync_weights`, and one that draws from the very model
-    that is trained, are left alone.
+    (`is_shared`) by the main process alone. A sampler without `sync_weights`, and one that draws
+    from the very model that is trained, are left alone.
     """
     unwrapped = accelerator.unwrap_model(model)
     sync = getattr(sampler, "sync_weights", None)
