@@ -14,6 +14,9 @@ VENV_VLLM := .venv-vllm
 BIN_VLLM := $(VENV_VLLM)/bin
 READY_VLLM := $(VENV_VLLM)/.ready
 VLLM_ADDOPTS := -ra --import-mode=importlib --strict-markers --strict-config
+VENV_TRL := .venv-trl-oldest
+BIN_TRL := $(VENV_TRL)/bin
+READY_TRL := $(VENV_TRL)/.ready
 VENV_HOST := .venv-
 HOSTS ?= openrlhf swift verl
 ARGS ?=
@@ -23,7 +26,7 @@ CANDIDATES := python3 python python3.14 python3.13 python3.12 python3.11
 PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	if $$python $(IS_NEW_ENOUGH) 2>/dev/null; then echo $$python; break; fi; done)
 
-.PHONY: help demo test test-vllm conformance lint format docs bench bench-suites gpu-check mutants clean
+.PHONY: help demo test test-vllm test-trl-oldest test-trl conformance lint format docs bench bench-suites gpu-check mutants clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -36,6 +39,13 @@ test: $(READY)  ## run the tests
 
 test-vllm: $(READY_VLLM)  ## run the tests of the vLLM samplers on a real engine (x86_64 Linux, CPU is enough)
 	$(BIN_VLLM)/python -m pytest -o addopts='$(VLLM_ADDOPTS)' tests/vllm $(ARGS)
+
+test-trl-oldest: $(READY_TRL)  ## run the tests of the TRL trainer on the oldest TRL it works with
+	OMP_NUM_THREADS=1 $(BIN_TRL)/python -m pytest -n logical --maxprocesses 8 --dist worksteal \
+		tests/algo/trainers/test_trl_*.py $(ARGS)
+
+test-trl: $(READY)  ## run TRL's own GRPO tests on our trainer (TRL_SOURCE=a clone of TRL; without one: nothing)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/trl_suite/run.py "$(TRL_SOURCE)" $(ARGS)
 
 conformance: $(HOSTS:%=$(VENV_HOST)%/.ready)  ## run this package inside OpenRLHF, ms-swift and verl (HOSTS=verl: one of them)
 	@for host in $(HOSTS); do \
@@ -72,7 +82,7 @@ mutants: $(READY)  ## plant every known fault and see a test go red
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 clean:  ## remove what the other targets made, .venv included
-	rm -rf $(VENV) $(VENV_VLLM) $(addprefix $(VENV_HOST),openrlhf swift verl) build dist site runs .benchmarks .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_TRL) $(addprefix $(VENV_HOST),openrlhf swift verl) build dist site runs .benchmarks .hypothesis *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
@@ -109,6 +119,21 @@ $(READY_VLLM): constraints.txt tests/vllm/requirements.txt
 	@echo "[3/3] installing what vLLM and its tests import"
 	@$(BIN_VLLM)/python -m pip install --quiet --constraint constraints.txt \
 		--requirement tests/vllm/requirements.txt
+	@touch $@
+
+# The packages of $(VENV), but for TRL, whose pinned version stands before them.
+$(READY_TRL): $(READY) tests/algo/trainers/oldest_trl.txt
+	@echo "[1/2] making $(VENV_TRL)"
+	@rm -rf $(VENV_TRL)
+	@$(BIN)/python -m venv --without-pip $(VENV_TRL)
+	@echo "[2/2] installing the oldest TRL"
+	@folder=$$($(BIN_TRL)/python -c 'import site; print(site.getsitepackages()[0])'); \
+	$(BIN)/python -m pip install --quiet --no-deps --target "$$folder" \
+		--requirement tests/algo/trainers/oldest_trl.txt; \
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$folder/others.pth"
+	@$(BIN_TRL)/python -c 'import trl; print("TRL", trl.__version__)' | \
+		diff - <(sed -n 's/^trl==/TRL /p' tests/algo/trainers/oldest_trl.txt)
 	@touch $@
 
 # Each trainer has an environment of its own. The project goes in last and without its dependencies,

@@ -18,6 +18,7 @@ from .errors import usage_errors
 from .metrics_file import MetricsFile, Record, write_json
 from .run_config import Settings, build_config, parse_assignments, read_config_file
 from .run_folder import Checkpoint, check_settings, last_checkpoint, save_settings
+from .samplers import CHOICES, check_sampler_name, make_sampler
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,6 +46,7 @@ class Job:
     peft: Any
     settings: Settings
     resume: bool
+    sampler: str | None = None
 
 
 def train(
@@ -93,6 +95,9 @@ def train(
     system_prompt: options.SystemPrompt = None,
     limit: options.Limit = None,
     peft_r: Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help=f"What draws, in TRL's place: {CHOICES}.")
+    ] = None,
     chat_template_kwargs: options.ChatTemplateKwargs = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
@@ -123,6 +128,7 @@ def train(
         "config": dataset_config,
     }
     with usage_errors("train"):
+        check_sampler_name(sampler)
         settings = read_config_file(config) if config else {}
         flags["chat_template_kwargs"] = options.parse_kwargs(chat_template_kwargs)
         settings |= {name: value for name, value in flags.items() if value is not None}
@@ -134,7 +140,8 @@ def train(
         )
         record = {
             "model": model, "dataset": dataset, "split": split, "eval_dataset": eval_dataset,
-            "reward": reward, "paper": paper, "peft_r": peft_r, **reading, **settings,
+            "reward": reward, "paper": paper, "peft_r": peft_r, "sampler": sampler,
+            **reading, **settings,
         }  # fmt: skip
         peft = _lora(peft_r)
         tokenizer = options.load_tokenizer(model, trust_remote_code=arguments.trust_remote_code)
@@ -146,7 +153,7 @@ def train(
                 eval_dataset, tokenizer, functions, split=eval_split, **reading
             )
         _check_batch(arguments, rows)
-    job = Job(model, tokenizer, rewards, rows, eval_rows, arguments, peft, record, resume)
+    job = Job(model, tokenizer, rewards, rows, eval_rows, arguments, peft, record, resume, sampler)
     run(job, output_dir)
 
 
@@ -187,6 +194,7 @@ def build_trainer(job: Job, metrics: MetricsFile) -> "IGRPOTrainer":
         eval_dataset=as_dataset(job.eval_rows) if job.eval_rows else None,
         processing_class=job.tokenizer,
         peft_config=job.peft,
+        sampler=make_sampler(job.sampler, job.model, job.tokenizer, job.config),
         callbacks=[Recorder(metrics)],
     )
 

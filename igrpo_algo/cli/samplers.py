@@ -1,0 +1,53 @@
+"""`--sampler`: from a word or addresses to what draws the completions of a training run."""
+
+from typing import TYPE_CHECKING, Any
+
+from ..rollouts.sampling import AnySampler
+
+if TYPE_CHECKING:
+    from ..trainers.trl.config import IGRPOConfig
+
+CHOICES = "transformers, vllm, or the addresses of vLLM servers, separated by commas"
+
+
+def check_sampler_name(name: str | None) -> None:
+    """Raise ValueError if a name is neither of the two words nor made of addresses."""
+    if name is None or name in ("transformers", "vllm"):
+        return
+    if not all(url.startswith(("http://", "https://")) for url in name.split(",")):
+        raise ValueError(f"--sampler must be {CHOICES} (http://...), got {name!r}")
+
+
+def make_sampler(
+    name: str | None, model: str, tokenizer: Any, config: "IGRPOConfig"
+) -> AnySampler | None:
+    """Make the sampler that draws both stages; None leaves them to TRL's own generation.
+
+    Args:
+        name: "transformers" (a copy of the model beside the one that is trained), "vllm" (an engine
+            in this process), or the servers' addresses.
+        model: A folder, or a name on the hub.
+        tokenizer: The model's tokenizer.
+        config: Gives the temperature, the length and what the chat template is given.
+    """
+    if name is None:
+        return None
+    options: dict[str, Any] = {
+        "max_new_tokens": config.max_completion_length,
+        "temperature": config.temperature,
+        "chat_template_kwargs": config.chat_template_kwargs,
+    }
+    if name == "transformers":
+        from transformers import AutoModelForCausalLM
+
+        from ..engines.transformers import TransformersSampler
+
+        copy = AutoModelForCausalLM.from_pretrained(
+            model, dtype="float32", trust_remote_code=config.trust_remote_code
+        )
+        return TransformersSampler(copy.to(config.device), tokenizer, **options)
+    from ..engines.vllm import VllmSampler, VllmServerSampler
+
+    if name == "vllm":
+        return VllmSampler(model, tokenizer=tokenizer, **options)
+    return VllmServerSampler(name.split(","), tokenizer, **options)
