@@ -103,7 +103,7 @@ def build_trainer(config: DemoConfig, run: Run, output_dir: Path) -> GRPOTrainer
         num_refinements=arm.num_refinements,
         draft_choice=arm.draft_choice,
         draft_loss_coef=arm.draft_loss_coef,
-        draft_template=chain.TEMPLATE,
+        draft_template=asdict(chain.TEMPLATE),
         **arguments,
     )
     return IGRPOTrainer(args=args, **common)
