@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from .markers import check_markers, check_text, neutralize
 
-Prompt = TypeVar("Prompt", str, list[dict[str, Any]])
+Question = TypeVar("Question", str, list[dict[str, Any]])
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ apart, and only the system prompt (`data.PAPER_SYSTEM_PROMPT`) says what to do w
 
 
 def splice_prompt(
-    prompt: Prompt,
+    prompt: Question,
     draft: str,
     *,
     template: DraftTemplate = DEFAULT_TEMPLATE,
     special_tokens: Collection[str] = (),
-) -> Prompt:
+) -> Question:
     r"""Put a draft after the question: the Stage-2 prompt.
 
     q' = q + before + draft + after
@@ -123,8 +123,8 @@ def splice_prompt(
 
 
 def splice_cleaned(
-    prompt: Prompt, draft: str, *, template: DraftTemplate, special_tokens: Collection[str]
-) -> tuple[Prompt, str]:
+    prompt: Question, draft: str, *, template: DraftTemplate, special_tokens: Collection[str]
+) -> tuple[Question, str]:
     """Splice as `splice_prompt` does; give the prompt, and the draft as it reads in its place."""
     check_text("draft", draft)
     if not isinstance(template, DraftTemplate):

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-Rows = Sequence[Mapping[str, Any]]
+from ...files import write_whole
+from ..metrics_file import Record
+
 Points = list[tuple[float, float]]
 
 COLORS = {
@@ -40,7 +42,7 @@ PANELS = (
 )
 
 
-def curves_by_seed(rows: Rows, arm: str, split: str, metric: str) -> dict[int, Points]:
+def curves_by_seed(rows: Sequence[Record], arm: str, split: str, metric: str) -> dict[int, Points]:
     """Collect (completions, value) for each seed of an arm, in the order of the rows.
 
     Examples:
@@ -70,7 +72,7 @@ def mean_curve(curves: Mapping[int, Points]) -> Points:
     return [(x, fmean(ys)) for x, ys in sorted(full)]
 
 
-def build_figure(rows: Rows, labels: Mapping[str, str], title: str) -> Figure:
+def build_figure(rows: Sequence[Record], labels: Mapping[str, str], title: str) -> Figure:
     """Draw all panels: thin lines are seeds, thick ones their mean.
 
     Args:
@@ -92,13 +94,13 @@ def build_figure(rows: Rows, labels: Mapping[str, str], title: str) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write the figure as a PNG, at once or not at all."""
-    fresh = path.with_name(f".{path.name}")
-    figure.savefig(fresh, format="png")
-    fresh.replace(path)
+    """Write the figure as a PNG, the whole of it or nothing."""
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(path, picture.getvalue())
 
 
-def _draw_arm(axes: Axes, rows: Rows, arm: str, panel: Panel, label: str) -> None:
+def _draw_arm(axes: Axes, rows: Sequence[Record], arm: str, panel: Panel, label: str) -> None:
     curves = curves_by_seed(rows, arm, panel.split, panel.metric)
     if len(curves) > 1:
         for points in curves.values():
