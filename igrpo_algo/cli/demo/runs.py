@@ -34,10 +34,10 @@ class Arm:
 
 
 ARMS = {
-    "grpo": Arm("GRPO, 8", 0, 8),
-    "igrpo": Arm("iGRPO of the paper, 4 + 4", 4, 4),
-    "both-worst": Arm("iGRPO, worst draft, both stages trained", 4, 4, "worst", 1.0),
-    "both-best": Arm("iGRPO, best draft, both stages trained", 4, 4, "best", 1.0),
+    "grpo": Arm("GRPO", 0, 8),
+    "igrpo": Arm("iGRPO of the paper", 4, 4),
+    "both-worst": Arm("iGRPO on both stages with the worst draft", 4, 4, "worst", 1.0),
+    "both-best": Arm("iGRPO on both stages with the best draft", 4, 4, "best", 1.0),
     "random": Arm("iGRPO, random draft", 4, 4, "random"),
 }
 DEFAULT_ARMS = ("grpo", "igrpo", "both-worst")

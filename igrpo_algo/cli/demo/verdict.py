@@ -9,7 +9,7 @@ from .runs import ARMS, DemoConfig
 
 COUNTS = {"accuracy": "right", "refined_accuracy": "refined_right"}
 """Metrics of a result, and where it counts the right answers to each problem."""
-PLACES = {"accuracy": "single-shot", "refined_accuracy": "when the model drafts and then refines"}
+PLACES = {"accuracy": "single-shot", "refined_accuracy": "draft, then refine"}
 
 
 def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval:
@@ -102,30 +102,22 @@ def standing(gap: Mapping[str, float]) -> str:
 
 
 def takeaway(summary: Mapping[str, Any]) -> str:
-    """Say in one sentence what to train with."""
-    stands = {
-        summary["arms"][arm]["label"]: {metric: standing(gap) for metric, gap in gaps.items()}
-        for arm, gaps in summary["difference_to_grpo"].items()
-    }
-    ahead = {
-        metric: [label for label, where in stands.items() if where[metric] == "ahead"]
-        for metric in COUNTS
-    }
-    for label, where in stands.items():
-        if "ahead" in where.values() and "behind" not in where.values():
-            places = [PLACES[metric] for metric in COUNTS if where[metric] == "ahead"]
-            where_ahead = " and ".join(places)
-            return f"Train with {label}: here it is ahead of GRPO {where_ahead}, and never behind."
-    if not any(ahead.values()):
-        return "Train with GRPO: here no form of iGRPO is ahead of it."
+    """Say in one sentence what to train with: GRPO, unless a form of iGRPO is ahead of it."""
+    single_shot, refined = (_choose(summary, metric) for metric in COUNTS)
+    if single_shot == refined:
+        return f"Here, train with {single_shot}."
     return (
-        "Here ahead of GRPO: "
-        + "; ".join(
-            f"{PLACES[metric]}, {' and '.join(labels) or 'no form of iGRPO'}"
-            for metric, labels in ahead.items()
-        )
-        + "."
+        f"Here, train with {single_shot} for single-shot answers, "
+        f"and with {refined} where the model drafts and then refines."
     )
+
+
+def _choose(summary: Mapping[str, Any], metric: str) -> str:
+    gaps = {arm: by_metric[metric] for arm, by_metric in summary["difference_to_grpo"].items()}
+    ahead = [arm for arm, gap in gaps.items() if standing(gap) == "ahead"]
+    arm = max(ahead, key=lambda arm: gaps[arm]["mean"], default="grpo")
+    label: str = summary["arms"][arm]["label"]
+    return label
 
 
 def write_verdict(summary: Mapping[str, Any]) -> str:

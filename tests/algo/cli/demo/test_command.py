@@ -92,7 +92,7 @@ def test_a_finished_demo_trains_nothing_and_draws_again(finished: Path, monkeypa
     assert done.exit_code == 0
     assert "All 3 runs" in done.stdout
     assert "finished; --fresh starts again" in " ".join(done.stdout.split())
-    assert "iGRPO of the paper, 4 + 4: single-shot -30.0 points" in done.stdout
+    assert "iGRPO of the paper: single-shot -30.0 points" in done.stdout
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["base_accuracy"] == 0.9
@@ -205,8 +205,8 @@ def test_progress_without_a_terminal_is_a_line_per_evaluation(capsys) -> None:
         progress.show([row])
         progress.show([row, {**row, "split": "train", "step": 2}, {**row, "step": 5}])
     assert capsys.readouterr().out.splitlines() == [
-        "GRPO, 8, seed 0: step 0 of 10, held-out  12.5 %",
-        "GRPO, 8, seed 0: step 5 of 10, held-out  12.5 %",
+        "GRPO, seed 0: step 0 of 10, held-out  12.5 %",
+        "GRPO, seed 0: step 5 of 10, held-out  12.5 %",
     ]
 
 
