@@ -1,10 +1,11 @@
-"""`--sampler`: from a word or addresses to what draws the completions of a training run."""
+"""What draws completions: a model for `igrpo eval`, and `--sampler` of `igrpo train`."""
 
 from typing import TYPE_CHECKING, Any
 
 from ..rollouts.sampling import AnySampler
 
 if TYPE_CHECKING:
+    from ..engines.transformers import TransformersSampler
     from ..trainers.trl.config import IGRPOConfig
 
 CHOICES = "transformers, vllm, or the addresses of vLLM servers, separated by commas"
@@ -51,3 +52,19 @@ def make_sampler(
     if name == "vllm":
         return VllmSampler(model, tokenizer=tokenizer, **options)
     return VllmServerSampler(name.split(","), tokenizer, **options)
+
+
+def load_sampler(
+    model: str, tokenizer: Any, *, trust_remote_code: bool, **options: Any
+) -> "TransformersSampler":
+    """Load a model onto the accelerator, if there is one, and make a sampler of it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ..engines.transformers import TransformersSampler
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, dtype="auto", trust_remote_code=trust_remote_code
+    )
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return TransformersSampler(loaded.to(device or "cpu"), tokenizer, **options)

@@ -145,11 +145,6 @@ class Rollouts:
         """Collect rollouts in whatever order a stream gave them, and sort them by prompt."""
         return cls(sorted(rollouts, key=lambda rollout: rollout.index))
 
-    @classmethod
-    def concat(cls, parts: Iterable["Rollouts"]) -> "Rollouts":
-        """Join rollouts in the order given; each prompt keeps its `index`."""
-        return cls([rollout for part in parts for rollout in part])
-
     def __len__(self) -> int:
         return len(self.rollouts)
 

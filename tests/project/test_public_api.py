@@ -162,8 +162,10 @@ def test_docstring_has_an_example_that_runs(package: str, name: str) -> None:
 
 
 def documented_arguments(doc: str) -> dict[str, str]:
-    """Descriptions under `Args:` and `Attributes:`, by name."""
+    """Descriptions under `Args:` and `Attributes:`, by name; those of another function it names."""
     found: dict[str, str] = {}
+    if other := re.search(r"all arguments of `(\w+)`, and these:", doc):
+        found = documented_arguments(inspect.getdoc(resolve("igrpo_algo", other[1])) or "")
     for section in re.findall(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)+)", doc, re.MULTILINE):
         for entry in re.split(r"\n(?=    \S)", section.rstrip()):
             name, _, text = entry.strip().partition(":")
