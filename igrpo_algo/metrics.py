@@ -13,7 +13,7 @@ from torch import Tensor
 from igrpo_kernels.checks import check_count, check_number, check_rank, check_shape, describe
 
 from .advantages.moments import GroupedRewards, to_scores
-from .drafts.text import strip_thinking
+from .thinking import strip_thinking
 
 
 def zero_variance_rate(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:

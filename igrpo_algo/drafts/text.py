@@ -146,47 +146,6 @@ def splice_cleaned(
     return [*prompt[:last], grown, *prompt[last + 1 :]], cleaned
 
 
-def strip_thinking(text: str, *, open: str = "<think>", close: str = "</think>") -> str:
-    r"""Drop the thinking from a completion and keep the answer.
-
-    A closed block goes with its marks. A block that is never closed runs to the end of the text: a
-    completion cut off while it thinks has no answer. A close without an open ends thinking that
-    began in the prompt (many chat templates open it there): all that precedes it goes. Space
-    around what is left is stripped.
-
-    Args:
-        text: A completion.
-        open: The mark before the thinking.
-        close: The mark after it.
-
-    Returns:
-        The answer; may be empty.
-
-    Raises:
-        TypeError: An argument is no string.
-        ValueError: A mark is empty, or the two are the same.
-
-    Examples:
-        >>> strip_thinking("<think>2 + 3 = 6? No.</think>\n\nIt is 5.")
-        'It is 5.'
-        >>> strip_thinking("2 + 3 = 6? No.</think>\n\nIt is 5.")
-        'It is 5.'
-    """
-    for name, value in (("text", text), ("open", open), ("close", close)):
-        check_text(name, value)
-    if not open or not close or open == close:
-        raise ValueError(f"open and close must be two different marks, got {open!r} and {close!r}")
-    *closed, rest = text.split(close)
-    answers: list[str] = []
-    for piece in closed:
-        answer, opened, _ = piece.partition(open)
-        if opened:
-            answers.append(answer)
-        else:
-            answers.clear()
-    return "".join([*answers, rest.partition(open)[0]]).strip()
-
-
 def _last_user_turn(messages: object) -> int:
     if not isinstance(messages, list):
         raise TypeError(
