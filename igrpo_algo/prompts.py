@@ -26,7 +26,7 @@ def encode_prompt(
 
     - Token ids are taken as they are.
     - A string gets what the tokenizer puts before it (a BOS token, where it has one), and nothing
-      behind it: a prompt that ends with the end of a sequence has no continuation.
+      after it: no model continues a prompt that ends with an end of sequence.
     - Chat messages go through the tokenizer's chat template. If the last one is the assistant's, it
       is left open and the model continues it; otherwise the template opens the assistant's turn.
 

@@ -47,7 +47,7 @@ def strip_thinking(text: str, *, open: str | None = None, close: str | None = No
         The answer; may be empty.
 
     Raises:
-        TypeError: An argument is no string.
+        TypeError: An argument is not a string.
         ValueError: A mark is empty, the two are the same, or one is given without the other.
 
     Examples:

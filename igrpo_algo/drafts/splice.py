@@ -62,7 +62,7 @@ class TokenBudget:
         chat_template_kwargs: Passed to the chat template.
 
     Raises:
-        TypeError: A limit is no int.
+        TypeError: A limit is not an int.
         ValueError: A limit is below 1, or there is none, or `keep` is neither.
 
     Examples:

@@ -35,7 +35,7 @@ class DraftTemplate:
             `splice_prompt` takes them out of the draft.
 
     Raises:
-        TypeError: A part is no string, or `delimiters` is no tuple of strings.
+        TypeError: A part is not a string, or `delimiters` is not a tuple of strings.
         ValueError: A delimiter is empty, or occurs in neither part and would have no effect.
 
     Examples:
@@ -80,7 +80,7 @@ PAPER_TEMPLATE = DraftTemplate(
 
 CONCATENATION = DraftTemplate(before="\n\n", after="")
 """The paper's equation 3 to the letter: the draft stands right after the question, an empty line
-apart, and only the system prompt (`data.PAPER_SYSTEM_PROMPT`) says what to do with it."""
+apart, and only the system prompt (`cli.data.PAPER_SYSTEM_PROMPT`) says what to do with it."""
 
 
 def splice_prompt(

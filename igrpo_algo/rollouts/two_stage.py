@@ -116,7 +116,7 @@ def stream_two_stage_rollout(  # noqa: D417  # the docstring names where the oth
     A stream that is closed (`aclose`, best through `contextlib.aclosing`), cancelled or failed
     cancels its requests and waits until they are gone; what had finished by then is in the
     journal. A sampler without `sample_one` runs in threads; a call that has begun there cannot be
-    cancelled and only its result is dropped. A reward that is no coroutine function runs in the
+    cancelled and only its result is dropped. A reward that is not a coroutine function runs in the
     event loop.
 
     Early selection (`reward_max`): drafts are requested one by one, the first to reach the maximum

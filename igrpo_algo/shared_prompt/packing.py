@@ -1,8 +1,8 @@
 """A prompt and the completions drawn from it, laid out so that the prompt is computed once.
 
 Stage 2 trains G refinements under one q' = question + draft. As G sequences, q' goes through the
-model G times; here it stands in the row once, and the refinements after it all continue it. What
-the rows run through is `igrpo_algo.trainers.transformers`.
+model G times; here it is in the row once, and all refinements continue it.
+`igrpo_algo.trainers.transformers` runs such rows.
 """
 
 import math

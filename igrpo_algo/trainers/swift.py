@@ -132,7 +132,7 @@ class _IGRPOTrainer(GRPOTrainer):
 
 
 class _AsTokenizer:
-    """The tokenizer, with ms-swift's own template in the place of the tokenizer's."""
+    """The tokenizer, with ms-swift's own template in place of the tokenizer's."""
 
     def __init__(self, trainer: _IGRPOTrainer) -> None:
         self._template = trainer.template
