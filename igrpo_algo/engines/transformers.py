@@ -161,7 +161,7 @@ class TransformersSampler(EngineSampler):
             out = self.model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask.long(),
-                logits_processor=LogitsProcessorList([race] if race else []),
+                logits_processor=LogitsProcessorList([race or _Greedy()]),
                 generation_config=GenerationConfig(
                     do_sample=False,
                     max_new_tokens=self.max_new_tokens,
@@ -185,6 +185,15 @@ class TransformersSampler(EngineSampler):
             logprobs=None if logprobs is None else logprobs[: len(ids)],
             finish_reason="length" if end is None else "stop",
         )
+
+
+class _Greedy(LogitsProcessor):
+    """Leaves the scores as they are, for `generate` to take the maximum."""
+
+    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
+        if scores.isnan().any():
+            raise ValueError("logits must be numbers, got nan: are the model's weights broken?")
+        return scores
 
 
 class _Race(LogitsProcessor):

@@ -153,6 +153,9 @@ def test_a_broken_model_gives_no_completion(model, tokenizer):
     sampler = TransformersSampler(model, tokenizer, max_new_tokens=4)
     with pytest.raises(ValueError, match="logprobs must be finite, got nan for token 0"):
         sampler.sample(["q"], 1, seed=0)
+    greedy = TransformersSampler(model, tokenizer, max_new_tokens=4, temperature=0)
+    with pytest.raises(ValueError, match="logits must be numbers, got nan"):
+        greedy.sample(["q"], 1)
 
 
 def test_seeds_fix_the_samples_whatever_the_batch(model, tokenizer):
