@@ -31,7 +31,7 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
-demo: $(READY)  ## train a tiny model with GRPO and with iGRPO, draw both (minutes, CPU is enough)
+demo: $(READY)  ## train a tiny model with GRPO and two forms of iGRPO, and draw them (minutes, CPU is enough)
 	$(BIN)/igrpo demo --output-dir runs/demo $(ARGS)
 
 test: $(READY)  ## run the tests

@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 REFERENCE = {  # page: title, where its names are defined
     "algo/rollouts.md": ("Sampling and rollouts", ("igrpo_algo.rollouts", "igrpo_algo.batch")),
-    "algo/drafts.md": ("Drafts and prompts", ("igrpo_algo.drafts", "igrpo_algo.prompts")),
+    "algo/drafts.md": (
+        "Drafts and prompts",
+        ("igrpo_algo.drafts", "igrpo_algo.prompts", "igrpo_algo.thinking"),
+    ),
     "algo/rewards.md": ("Rewards", ("igrpo_algo.rewards",)),
     "algo/advantages.md": ("Advantages", ("igrpo_algo.advantages",)),
     "algo/losses.md": ("Losses", ("igrpo_algo.losses",)),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from igrpo_kernels.checks import check_number, check_rank, check_shape
 
-from .moments import Groups, check_ddof, divide, to_scores, weighted_moments
+from .moments import GroupedRewards, check_ddof, divide, to_scores, weighted_moments
 
 
 def center_by_group(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
@@ -49,7 +49,7 @@ def center_by_group(rewards: Tensor, groups: int | Tensor | None = None) -> Tens
         >>> center_by_group(torch.tensor([1, 5, 0]), groups=torch.tensor([7, 3, 7]))
         tensor([ 0.5000,  0.0000, -0.5000])
     """
-    grouped = Groups.of(rewards, groups)
+    grouped = GroupedRewards.of(rewards, groups)
     return grouped.restore(grouped.centered())
 
 
@@ -87,7 +87,7 @@ def standardize_by_group(
                 [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     check_number("eps", eps, at_least=0)
-    grouped = Groups.of(rewards, groups)
+    grouped = GroupedRewards.of(rewards, groups)
     centered = grouped.centered()
     std = grouped.std(centered, check_ddof(ddof))
     return grouped.restore(divide(centered, std, eps))
@@ -116,7 +116,7 @@ def std_by_group(rewards: Tensor, groups: int | Tensor | None = None, *, ddof: i
         >>> std_by_group(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
         tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
-    grouped = Groups.of(rewards, groups)
+    grouped = GroupedRewards.of(rewards, groups)
     return grouped.restore(grouped.std(grouped.centered(), check_ddof(ddof)))
 
 
@@ -154,7 +154,7 @@ def center_by_group_scale_by_batch(
                 [ 0.0000,  0.0000]])
     """
     check_number("eps", eps, at_least=0)
-    grouped = Groups.of(rewards, groups)
+    grouped = GroupedRewards.of(rewards, groups)
     _, variance = weighted_moments(to_scores("rewards", rewards), None, check_ddof(ddof))
     return grouped.restore(divide(grouped.centered(), variance.sqrt(), eps))
 

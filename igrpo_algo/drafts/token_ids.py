@@ -12,11 +12,11 @@ from torch import Tensor
 
 from igrpo_kernels.checks import check_count, check_integral, check_rank, describe
 
-Ids = TypeVar("Ids", list[int], Tensor)
+TokenIds = TypeVar("TokenIds", list[int], Tensor)
 Keep = Literal["tail", "head"]
 
 
-def truncate_draft(draft_ids: Ids, max_tokens: int, *, keep: Keep = "tail") -> Ids:
+def truncate_draft(draft_ids: TokenIds, max_tokens: int, *, keep: Keep = "tail") -> TokenIds:
     """Cut a draft to at most `max_tokens` tokens.
 
     keep="tail" cuts the beginning and keeps the last tokens, where the final answer stands;

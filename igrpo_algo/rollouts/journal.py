@@ -18,7 +18,7 @@ from ..prompts import Prompt
 from .from_json import from_json, parse, to_json
 from .records import Rollout
 
-Record = TypeVar("Record")
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def _read_header(path: str | os.PathLike[str], lines: list[bytes]) -> Header | N
     return _read(Header, lines[0], f"journal: line 1 of {os.fspath(path)}") if lines else None
 
 
-def _read(kind: type[Record], line: bytes, where: str) -> Record:
+def _read(kind: type[Kind], line: bytes, where: str) -> Kind:
     try:
-        return cast(Record, from_json(kind, parse(line), kind.__name__.lower()))
+        return cast(Kind, from_json(kind, parse(line), kind.__name__.lower()))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -25,8 +25,6 @@ from igrpo_kernels.checks import (
 from ..layouts import PackedRow, Tails, fill, lay_in_row
 from ..rollouts.completions import Completion
 
-Ids = Sequence[int] | Tensor
-
 
 @dataclass(frozen=True, eq=False)
 class SharedPromptRow(PackedRow):
@@ -112,8 +110,8 @@ class SharedPromptRow(PackedRow):
 
 
 def pack_shared_prompt(
-    prompt_ids: Sequence[Ids],
-    completions: Sequence[Sequence[Completion | Ids]],
+    prompt_ids: Sequence[Sequence[int] | Tensor],
+    completions: Sequence[Sequence[Completion | Sequence[int] | Tensor]],
     *,
     max_tokens: int | None = None,
 ) -> list[SharedPromptRow]:

@@ -203,7 +203,7 @@ TOTALS = {
     "BLOCK_V": 32,
     "BLOCK_H": 32,
     "num_warps": 8,
-    "num_stages": 1,
+    "num_stages": 2,
 }
 FUSION = {"enable_fp_fusion": True}
 

@@ -9,7 +9,8 @@ from ...drafts.markers import marker_tokens
 from ...drafts.rules import DraftRules, Fallback, Ties
 from ...drafts.select import select_best_draft, select_random_draft, select_worst_draft
 from ...drafts.splice import TextSplice, TokenBudget
-from ...drafts.text import DEFAULT_TEMPLATE, DraftTemplate, strip_thinking
+from ...drafts.text import DEFAULT_TEMPLATE, DraftTemplate
+from ...thinking import strip_thinking
 
 if TYPE_CHECKING:
     from .config import IGRPOConfig

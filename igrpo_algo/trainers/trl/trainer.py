@@ -19,6 +19,7 @@ from igrpo_kernels.surrogates import Surrogate
 from ...drafts.rules import DraftRules
 from ...early_warning import EarlyWarning
 from ...rollouts.sampling import AnySampler
+from ..draft_layout import DraftLayout
 from .advantage_options import Advantage, check_advantage
 from .config import IGRPOConfig
 from .data_checks import check_images, check_prompts
@@ -27,7 +28,7 @@ from .loss_rows import join_stages
 from .metrics import count_rows, stage_metrics
 from .sampled_stages import SampledTrainer
 from .sampler import check_sampler_options
-from .stages import DraftLayout, Stage, TwoStages
+from .stages import Stage, TwoStages
 from .versions import warn_of_untested_trl
 
 logger = logging.getLogger(__name__)

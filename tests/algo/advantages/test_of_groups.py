@@ -17,7 +17,7 @@ from igrpo_algo.advantages.baselines import (
     rloo,
     standardize_leave_one_out,
 )
-from igrpo_algo.advantages.moments import Groups
+from igrpo_algo.advantages.moments import GroupedRewards
 from igrpo_algo.advantages.of_groups import (
     center_by_group,
     center_by_group_scale_by_batch,
@@ -415,7 +415,7 @@ def test_rewards_and_groups_must_fit(
     with pytest.raises(error, match=message):
         center_by_group(rewards, groups)
     with pytest.raises(error, match=message):
-        Groups.of(rewards, groups)
+        GroupedRewards.of(rewards, groups)
 
 
 @pytest.mark.parametrize(
