@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,21 @@ from benchmarks.replication.models import held_out_problems, load, warm_weights
 from benchmarks.replication.tasks import TASKS
 from benchmarks.replication.training import Divergence, Settings, Step, build_sampler, train
 from igrpo_algo.cli.demo.warmup import WarmUp
+from igrpo_algo.early_warning import EarlyWarning
 from igrpo_algo.files import write_whole
 
 EVALUATION_SEED = 0
 FINISHED, DIVERGED, DIED = "finished", "diverged", "died"
+WATCHED = {
+    "copied": "copy_rate",
+    "refinement_zero_std": "zero_variance",
+    "draft_zero_std": "draft_zero_variance",
+    "draft_reward": "reward",
+    "uplift": "uplift",
+    "right_after_right_draft": "after_right",
+    "right_after_wrong_draft": "after_wrong",
+}
+"""Names of the trainer's metrics, by which the early warning knows them, and of ours."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,7 @@ def do(run: Run, settings: Settings, folder: Path, weights: Path) -> str:
         "began": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "curve": [],
         "steps": [],
+        "warnings": [],
     }
     try:
         for name, row in measure(run, settings, weights):
@@ -106,15 +119,19 @@ def measure(run: Run, settings: Settings, weights: Path) -> Iterator[tuple[str, 
 
     yield "curve", {"step": 0, **spent, **evaluate(samples=1, rounds=1)}
     rows: list[dict[str, float]] = []
+    watch = EarlyWarning()
     steps = train(model, sampler, task, arm, settings, run.seed, frozenset(problems))
     for number in range(1, settings.steps + 1):
         wall, cpu = time.perf_counter(), time.process_time()
         step = next(steps)
+        stop_with_the_sweep()
         spent["seconds"] += time.perf_counter() - wall
         spent["cpu_seconds"] += time.process_time() - cpu
         for name, count in counts(step).items():
             spent[name] += count
         rows.append(of_step(step.rollouts))
+        for text in watch.see({ours: rows[-1][name] for ours, name in WATCHED.items()}):
+            yield "warnings", {"step": number, "text": text}
         if number in (*settings.evaluation_steps, settings.steps):
             yield "steps", {"step": number, **mean_of(rows)}
             rows = []
@@ -122,6 +139,13 @@ def measure(run: Run, settings: Settings, weights: Path) -> Iterator[tuple[str, 
             yield "curve", {"step": number, **spent, **evaluate(samples=1, rounds=1)}
     final = {"step": settings.steps, **spent}
     yield "final", final | evaluate(samples=settings.samples, rounds=settings.rounds)
+
+
+def stop_with_the_sweep() -> None:
+    """End a worker whose sweep has ended, however that ended."""
+    sweep = parent_process()
+    if sweep is not None and not sweep.is_alive():
+        raise SystemExit("the sweep has ended")
 
 
 def counts(step: Step) -> dict[str, int]:

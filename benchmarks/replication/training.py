@@ -39,7 +39,7 @@ class Settings:
     """
 
     steps: int = 80
-    prompts: int = 32
+    prompts: int = 16
     learning_rate: float = 3e-4
     evaluations: int = 4
     held_out: int = 500
