@@ -75,9 +75,7 @@ MORE = {
         "both stages, worst draft, dropped half of the time",
         _both("worst") | {"draft_dropout": 0.5},
     ),
-    "not-solved": Arm(
-        "best draft, none where all are right", {"all_drafts_right": "plain_prompt"}
-    ),
+    "not-solved": Arm("best draft, none where all are right", {"all_drafts_right": "plain_prompt"}),
     "mixed": Arm(
         "best draft, only where drafts differ",
         {"all_drafts_right": "plain_prompt", "all_drafts_failed": "plain_prompt"},

@@ -27,9 +27,7 @@ def write_words(largest: int, *others: str) -> tuple[str, ...]:
     return (*WORDS, *numbers, *(f" {number}" for number in numbers), *others)
 
 
-CHAIN_WORDS = write_words(
-    chain.MODULUS, *(f" {operation}" for operation in chain.OPERATIONS)
-)
+CHAIN_WORDS = write_words(chain.MODULUS, *(f" {operation}" for operation in chain.OPERATIONS))
 
 
 def build_tokenizer(words: Sequence[str] = CHAIN_WORDS) -> PreTrainedTokenizerFast:
