@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
@@ -27,9 +28,7 @@ SIZES = {"64x2": Size(64, 2), "128x3": Size(128, 3), "256x4": Size(256, 4)}
 SHIPPED = "64x2"
 
 
-def warm_weights(
-    task: Task, size: str, path: Path, *, held_out: int, settings: WarmUp = WarmUp()
-) -> None:
+def warm_weights(task: Task, size: str, path: Path, *, held_out: int, settings: WarmUp) -> None:
     """Write the warmed weights of a task and size, if they are not there."""
     if path.exists():
         return
@@ -55,6 +54,6 @@ def load(task: Task, size: str, path: Path) -> tuple[Qwen3ForCausalLM, PreTraine
     return load_model(path, tokenizer, width=rung.width, layers=rung.layers), tokenizer
 
 
-def held_out_problems(task: Task, count: int) -> list:
+def held_out_problems(task: Task, count: int) -> list[Any]:
     """Give the problems that neither the warm-up nor any run trains on."""
     return task.draw_many(count, HELD_OUT_SEED)

@@ -17,7 +17,7 @@ from benchmarks.replication.arms import ARMS
 from benchmarks.replication.measures import mean_of, of_model, of_step
 from benchmarks.replication.models import held_out_problems, load, warm_weights
 from benchmarks.replication.tasks import TASKS
-from benchmarks.replication.training import Divergence, Settings, Step, build_sampler, train
+from benchmarks.replication.training import DivergenceError, Settings, Step, build_sampler, train
 from igrpo_algo.cli.demo.warmup import WarmUp
 from igrpo_algo.early_warning import EarlyWarning
 from igrpo_algo.files import write_whole
@@ -89,9 +89,9 @@ def do(run: Run, settings: Settings, folder: Path, weights: Path) -> str:
             else:
                 record[name].append(row)
         record["status"] = FINISHED
-    except (Divergence, ValueError) as error:
+    except (DivergenceError, ValueError) as error:
         # A model whose log-probs are no numbers any more is refused by the sampler's records.
-        diverged = isinstance(error, Divergence) or "finite" in str(error)
+        diverged = isinstance(error, DivergenceError) or "finite" in str(error)
         record |= {"status": DIVERGED if diverged else DIED, "error": describe(error)}
     except Exception as error:
         record |= {"status": DIED, "error": describe(error)}

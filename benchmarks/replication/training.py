@@ -117,11 +117,9 @@ def train(
             rules=rules,
             seed=derive_seed(seed, step),
         )
-        tokens = 0
+        tokens, pad = 0, sampler.tokenizer.pad_token_id
         for _ in range(args.num_iterations):
-            tokens += accumulate_gradients(
-                model, rollouts, args, pad=sampler.tokenizer.pad_token_id
-            )
+            tokens += accumulate_gradients(model, rollouts, args, pad=pad)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -156,10 +154,10 @@ def accumulate_gradients(
                 temperature=args.temperature,
             ).loss
             if not loss.isfinite():
-                raise Divergence("the loss is not finite")
+                raise DivergenceError("the loss is not finite")
             (weight * loss).backward()
     return tokens
 
 
-class Divergence(ArithmeticError):
+class DivergenceError(ArithmeticError):
     """A run whose numbers left the finite ones."""

@@ -9,8 +9,9 @@ from typing import Any
 class RandomTokens:
     """Replaces a draft by as many random tokens: a control for what drafts say.
 
-    The tokens are uniform over the vocabulary without its special tokens. The same draft gives the
-    same ones, on every rank. Give it to `TextSplice` in the place of `strip_thinking`.
+    The tokens are uniform over the vocabulary without its special tokens; as text in a prompt, a
+    tokenizer may read some of them otherwise. The same draft gives the same ones, on every rank.
+    Give it to `TextSplice` in the place of `strip_thinking`.
 
     Attributes:
         tokenizer: Hugging Face's interface: called on text, `decode`, `get_vocab`,

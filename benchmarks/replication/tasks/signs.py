@@ -1,7 +1,7 @@
 """Search with a checkable near miss: add or subtract each number, so that the last value is right.
 
-    question   7 5 3 11 2 6 to 12          (7, then +-5 +-3 +-11 +-2 +-6, modulo 16)
-    answer     12 9 4 2 12
+    question   7 5 3 6 2 1 to 2            (7, then +-5 +-3 +-6 +-2 +-1, modulo 16)
+    answer     12 9 3 1 2
 
 A greedy answer ends beside its target. As a draft it tells how far beside, and turning the sign of
 one number may mend it: it helps, and gives nothing away.
@@ -16,7 +16,7 @@ from igrpo_algo.cli.demo.model import write_words
 
 from .task import Task
 
-MODULUS, NUMBERS = 16, 5
+MODULUS, NUMBERS, LARGEST = 16, 5, 7
 SLIP = 0.02  # how often the teacher writes any value in the place of a sum
 FORESIGHT = 0.5  # how often the teacher looks ahead, and how often it looks at a draft
 
@@ -37,7 +37,7 @@ class Signs:
 def draw(rng: random.Random) -> Signs:
     """Draw a problem that can be solved."""
     start = rng.randrange(MODULUS)
-    numbers = tuple(rng.randrange(1, MODULUS) for _ in range(NUMBERS))
+    numbers = tuple(rng.randint(1, LARGEST) for _ in range(NUMBERS))
     signs = [rng.choice((1, -1)) for _ in numbers]
     return Signs(start, numbers, walk(start, numbers, signs)[-1])
 
@@ -46,8 +46,8 @@ def walk(start: int, numbers: Sequence[int], signs: Sequence[int]) -> list[int]:
     """Give the values on the way.
 
     Examples:
-        >>> walk(7, (5, 3, 11), (1, -1, 1))
-        [12, 9, 4]
+        >>> walk(7, (5, 3, 6), (1, -1, 1))
+        [12, 9, 15]
     """
     values, value = [], start
     for number, sign in zip(numbers, signs, strict=True):
@@ -60,7 +60,8 @@ def read_signs(text: str, problem: Signs) -> list[int] | None:
     """Give the sign of each step that an answer takes; None if it takes any other step.
 
     Examples:
-        >>> read_signs("12 9 4", Signs(7, (5, 3, 11), 4)), read_signs("12 8 4", Signs(7, (5, 3, 11), 4))
+        >>> problem = Signs(7, (5, 3, 6), 15)
+        >>> read_signs("12 9 15", problem), read_signs("12 8 15", problem)
         ([1, -1, 1], None)
     """
     values = read_values(text)

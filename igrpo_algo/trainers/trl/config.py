@@ -48,8 +48,8 @@ class IGRPOConfig(GRPOConfig):
         all_drafts_failed: What a prompt without a right draft does: "condition" on the best of the
             wrong ones (the paper's literal reading), "plain_prompt", or "skip" (plain prompt and
             zero advantages). A prompt none of whose drafts could be scored stays plain in any case.
-        all_drafts_right: The same for a prompt whose drafts are all right. "plain_prompt" here shows
-            drafts only where they differ or have all failed.
+        all_drafts_right: The same for a prompt whose drafts are all right: with "plain_prompt"
+            it sees drafts only where they differ or have all failed.
         success_reward: The training reward from which a draft or a refinement counts as right.
         selection_reward: Name of the one reward function that ranks drafts; None ranks by the
             weighted sum that Stage 2 is trained on. A function that is not trained on goes to the
