@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from ..engines.transformers import TransformersSampler
     from ..trainers.trl.config import IGRPOConfig
 
-CHOICES = "transformers, vllm, or the addresses of vLLM servers, separated by commas"
+CHOICES = "static, transformers, vllm, or the addresses of vLLM servers, separated by commas"
 
 
 def check_sampler_name(name: str | None) -> None:
-    """Raise ValueError if a name is neither of the two words nor made of addresses."""
-    if name is None or name in ("transformers", "vllm"):
+    """Raise ValueError if a name is neither one of the words nor made of addresses."""
+    if name is None or name in ("static", "transformers", "vllm"):
         return
     if not all(url.startswith(("http://", "https://")) for url in name.split(",")):
         raise ValueError(f"--sampler must be {CHOICES} (http://...), got {name!r}")
@@ -25,8 +25,9 @@ def make_sampler(
     """Make the sampler that draws both stages; None leaves them to TRL's own generation.
 
     Args:
-        name: "transformers" (a copy of the model beside the one that is trained), "vllm" (an engine
-            in this process), or the servers' addresses.
+        name: "static" or "transformers" (a copy of the model beside the trained one, decoded over
+            static caches or by `generate`), "vllm" (an engine in this process), or the servers'
+            addresses.
         model: A folder, or a name on the hub.
         tokenizer: The model's tokenizer.
         config: Gives the temperature, the length and what the chat template is given.
@@ -38,15 +39,17 @@ def make_sampler(
         "temperature": config.temperature,
         "chat_template_kwargs": config.chat_template_kwargs,
     }
-    if name == "transformers":
+    if name in ("static", "transformers"):
         from transformers import AutoModelForCausalLM
 
+        from ..engines.static import StaticSampler
         from ..engines.transformers import TransformersSampler
 
         copy = AutoModelForCausalLM.from_pretrained(
             model, dtype="float32", trust_remote_code=config.trust_remote_code
         )
-        return TransformersSampler(copy.to(config.device), tokenizer, **options)
+        kind = StaticSampler if name == "static" else TransformersSampler
+        return kind(copy.to(config.device), tokenizer, **options)
     from ..engines.vllm import VllmSampler, VllmServerSampler
 
     if name == "vllm":

@@ -7,11 +7,13 @@ keeps a draft from writing turns of its own.
 
 from .budget import fit_draft
 from .markers import neutralize
+from .random_tokens import RandomTokens
 from .rules import DraftChoice, DraftChoices, DraftRules, Fallback, Ties
 from .select import (
     SelectedDrafts,
     random_ties,
     select_best_draft,
+    select_best_wrong_draft,
     select_random_draft,
     select_worst_draft,
     shortest_first,
@@ -35,6 +37,7 @@ __all__ = [
     "DraftRules",
     "DraftTemplate",
     "Fallback",
+    "RandomTokens",
     "SelectedDrafts",
     "Spliced",
     "TextSplice",
@@ -46,6 +49,7 @@ __all__ = [
     "neutralize",
     "random_ties",
     "select_best_draft",
+    "select_best_wrong_draft",
     "select_random_draft",
     "select_worst_draft",
     "shortest_first",

@@ -3,8 +3,8 @@
 d* = argmax_i R(d_i)   (iGRPO, Hatamizadeh et al. 2026, arXiv:2602.09000, equation 2)
 
 The paper does not say what happens to ties and to drafts that could not be scored: here each is an
-argument or a documented rule. The best draft is the method; the worst and a random one are its
-controls.
+argument or a documented rule. The best draft is the method; the worst, a random one and the
+best wrong one are its controls.
 """
 
 import math
@@ -18,6 +18,7 @@ from igrpo_kernels.checks import (
     check_count,
     check_floating,
     check_integral,
+    check_number,
     check_rank,
     check_shape,
     check_tensor,
@@ -108,6 +109,40 @@ def select_worst_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> 
     """
     best = select_best_draft(-_check_rewards(rewards), tie_scores=tie_scores)
     return best._replace(reward=-best.reward)
+
+
+def select_best_wrong_draft(
+    rewards: Tensor, *, tie_scores: Tensor | None = None, success_reward: float = 1.0
+) -> SelectedDrafts:
+    """Choose each prompt's best draft among those that are wrong: a near miss, never the answer.
+
+    index[p] = argmax_n { rewards[p, n] : rewards[p, n] < success_reward }
+
+    A prompt whose scored drafts are all right has none: its index is -1, as if none were scored, so
+    that `when_unscored` of `DraftRules` says what Stage 2 sees (by default the plain prompt).
+
+    Args:
+        rewards: Reward of each draft; NaN could not be scored, never chosen. Shape [P, N].
+        tie_scores: Ranks drafts of equal reward. Shape [P, N].
+        success_reward: A draft of at least this reward is right. Elsewhere than at 1, give
+            `functools.partial(select_best_wrong_draft, success_reward=...)` to `DraftRules`.
+
+    Returns:
+        As `select_best_draft`.
+
+    Raises:
+        TypeError: `rewards` is not floating point, `tie_scores` is no tensor of real numbers, or
+            `success_reward` no number.
+        ValueError: The shapes are not [P, N], or N is 0.
+
+    Examples:
+        >>> select_best_wrong_draft(torch.tensor([[0.0, 1.0, 0.5], [1.0, 1.0, 1.0]])).index
+        tensor([ 2, -1])
+    """
+    check_number("success_reward", success_reward)
+    rewards = _check_rewards(rewards)
+    wrong = rewards.masked_fill(rewards >= success_reward, math.nan)
+    return select_best_draft(wrong, tie_scores=tie_scores)
 
 
 def select_random_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> SelectedDrafts:

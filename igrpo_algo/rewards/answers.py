@@ -66,8 +66,8 @@ def extract_answer(text: str) -> str | None:
     answer is then the first of these that the text has: the last `\boxed{...}`; the line behind the
     last `####` (GSM8K's mark); the rest of the sentence behind the last "answer is" or "answer:",
     or the line below a heading "Final answer"; all of the text inside the answer tag. A last box
-    that is empty or never closed states no answer. The rules `rules.STATED` cut off other words around
-    an answer that is not boxed. The time is linear in the length of the text.
+    that is empty or never closed states no answer. The rules `rules.STATED` cut off other words
+    around an answer that is not boxed. The time is linear in the length of the text.
 
     Args:
         text: A completion, or a worked solution.

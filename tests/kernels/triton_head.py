@@ -25,8 +25,8 @@ from tests.kernels.triton_problem import (
     TRANSFORMS,
     Problem,
     both_products,  # noqa: F401  # runs by itself
-    check,
-    check_norm,
+    assert_close,
+    assert_close_in_norm,
 )
 
 
@@ -39,15 +39,17 @@ def test_rows_to_gradients(
     problem = Problem(shape, TRANSFORMS[name], bias=bias)
     softmax = problem.run(entropy=entropy)
     logprobs, entropies = problem.exact(problem.products())
-    check(softmax.statistics.logprobs, logprobs)
+    assert_close(softmax.statistics.logprobs, logprobs)
     if entropy:
-        check(softmax.statistics.entropy, entropies)
+        assert_close(softmax.statistics.entropy, entropies)
     upstream = torch.randn(shape[0])
     on_entropy = torch.randn(shape[0]) if entropy else None
     found = softmax.gradient_(upstream, on_entropy, dtype=torch.float32, scales_hidden=True)
     wanted = problem.gradient(upstream, on_entropy)
-    check_norm(found.matrix * found.factors[:, None], wanted)
-    check_norm(found.matrix.t() @ found.scaled_hidden, wanted.t() @ problem.hidden.double())
+    assert_close_in_norm(found.matrix * found.factors[:, None], wanted)
+    assert_close_in_norm(
+        found.matrix.t() @ found.scaled_hidden, wanted.t() @ problem.hidden.double()
+    )
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -58,7 +60,7 @@ def test_what_a_backward_knows_from_the_forward(name: str) -> None:
         assert forward.exponentials is None
         upstream = torch.randn(20), torch.randn(20) if entropy else None
         found = problem.run(known=forward.statistics).gradient_(*upstream, dtype=torch.float32)
-        check_norm(found.matrix * found.factors[:, None], problem.gradient(*upstream))
+        assert_close_in_norm(found.matrix * found.factors[:, None], problem.gradient(*upstream))
 
 
 def test_forward_alone_keeps_nothing_of_the_size_of_the_logits(product: str) -> None:
@@ -84,15 +86,15 @@ def test_rows_out_of_range_are_done_again(entropy: bool) -> None:
     softmax = problem.run(entropy=entropy)
     logprobs, entropies = problem.exact(problem.products())
     assert (logprobs < -100).sum() > 10
-    check(softmax.statistics.logprobs, logprobs)
+    assert_close(softmax.statistics.logprobs, logprobs)
     assert (softmax.statistics.total < LARGEST).all()
     if entropy:
-        check(softmax.statistics.entropy, entropies)
+        assert_close(softmax.statistics.entropy, entropies)
     upstream = torch.randn(20), torch.randn(20) if entropy else None
     found = softmax.gradient_(*upstream, dtype=torch.float32)
     assert problem.bias is not None
     problem.bias.clamp_(min=-1e4)  # whose gradient torch knows
-    check_norm(found.matrix * found.factors[:, None], problem.gradient(*upstream))
+    assert_close_in_norm(found.matrix * found.factors[:, None], problem.gradient(*upstream))
 
 
 def test_rows_in_range_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +122,7 @@ def test_all_others_without_weight(others: float) -> None:
     problem.bias[4] = problem.bias[39] = 0.0
     problem.weight[39] = problem.weight[4]
     got = problem.run(entropy=True).statistics
-    check(got.logprobs, -torch.full((3,), 2.0).log())
+    assert_close(got.logprobs, -torch.full((3,), 2.0).log())
     problem.bias[39] = others
     got = problem.run(entropy=True).statistics
     assert (got.logprobs[:2] == 0).all()
@@ -146,10 +148,10 @@ def test_confident_tokens_keep_their_digits(margin: float) -> None:
     others[:, 5] = 0.0
     others = others.sum(1)
     softmax = problem.run()
-    check(softmax.statistics.logprobs, -others.log1p(), 2e-5, 0.0)
+    assert_close(softmax.statistics.logprobs, -others.log1p(), 2e-5, 0.0)
     found = softmax.gradient_(torch.ones(16), dtype=torch.float32)
     got = (found.matrix * found.factors[:, None])[:, 5]
-    check(got, others / (1 + others), 2e-5, 0.0)
+    assert_close(got, others / (1 + others), 2e-5, 0.0)
 
 
 def test_bf16_exponentials_take_the_front_half_of_the_products(product: str) -> None:
@@ -161,7 +163,9 @@ def test_bf16_exponentials_take_the_front_half_of_the_products(product: str) -> 
     upstream = torch.randn(20)
     found = softmax.gradient_(upstream, dtype=torch.bfloat16)
     # rounded once, and the interpreter truncates
-    check_norm(found.matrix * found.factors[:, None], problem.gradient(upstream, None), 8e-3)
+    assert_close_in_norm(
+        found.matrix * found.factors[:, None], problem.gradient(upstream, None), 8e-3
+    )
 
 
 class WaitsError(Exception):
@@ -223,14 +227,14 @@ def test_slices_of_the_vocabulary(kind: str, cuts: list[int], entropy: bool) -> 
     upstream = torch.randn(count), torch.randn(count) if entropy else None
     grads = []
     for softmax in over_slices(problem, cuts, entropy=entropy):
-        check(softmax.statistics.logprobs, logprobs)
+        assert_close(softmax.statistics.logprobs, logprobs)
         if entropy:
-            check(softmax.statistics.entropy, entropies)
+            assert_close(softmax.statistics.entropy, entropies)
         found = softmax.gradient_(*upstream, dtype=torch.float32)
         grads.append(found.matrix * found.factors[:, None])
     if problem.bias is not None:
         problem.bias.clamp_(min=-1e4)
-    check_norm(torch.cat(grads, 1), problem.gradient(*upstream))
+    assert_close_in_norm(torch.cat(grads, 1), problem.gradient(*upstream))
 
 
 def test_a_chunk_budget_below_one_row(product: str) -> None:

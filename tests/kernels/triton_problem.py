@@ -90,12 +90,12 @@ class Problem:
         return torch.autograd.grad(value, products)[0]
 
 
-def check(got: Tensor, wanted: Tensor, rtol: float = 1e-5, atol: float = 3e-5) -> None:
+def assert_close(got: Tensor, wanted: Tensor, rtol: float = 1e-5, atol: float = 3e-5) -> None:
     """Compare with float64: to 1e-5 of the logits' scale, which is about 10 here."""
     torch.testing.assert_close(got.double(), wanted.double(), rtol=rtol, atol=atol)
 
 
-def check_norm(got: Tensor, wanted: Tensor, limit: float = 1e-5) -> None:
+def assert_close_in_norm(got: Tensor, wanted: Tensor, limit: float = 1e-5) -> None:
     assert got.isfinite().all()
     assert got.shape == wanted.shape
     assert (got.double() - wanted.double()).norm() <= limit * wanted.norm().clamp(min=0.1)
