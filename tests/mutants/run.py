@@ -225,7 +225,7 @@ def outcomes(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Plant each known fault; see its test go red.")
-    parser.add_argument("--only", default="", help="regular expression: toml name, file or text")
+    parser.add_argument("--only", default="", help="regular expression, for any part of an entry")
     parser.add_argument("--workers", type=int, default=2, help="copies tested at once (2)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one fault (300)")
     parser.add_argument("--import", default=HEAVY, dest="modules", help=f"before all ({HEAVY})")

@@ -225,7 +225,7 @@ def test_map_names_what_exists_once_and_all_that_most_users_type() -> None:
     named = re.findall(r"`(\w+)`", text)
     assert sorted(set(named)) == sorted(named)
     assert {*igrpo_algo.__all__, *igrpo_kernels.__all__} <= set(named)
-    known = {*docs_pages().all_public_names(), "igrpo_algo", "igrpo_kernels", "select"}
+    known = {*docs_pages().all_public_names(), "igrpo_algo", "igrpo_kernels", "select", "generate"}
     assert set(named) - known == set()
     files = re.findall(r"`(igrpo_\w+/\S+)`", text)
     assert len(files) > 5
