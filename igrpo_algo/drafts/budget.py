@@ -8,8 +8,9 @@ stands between text and ids, `fit_draft` does it through callables, so any token
 from collections.abc import Callable
 from typing import NamedTuple
 
-from igrpo_kernels.checks import check_count
+from igrpo_kernels.checks import check_callable, check_count
 
+from .markers import check_text
 from .token_ids import Keep, check_keep, truncate_draft
 
 
@@ -57,7 +58,7 @@ def fit_draft(
         The draft's text, the prompt's ids, and the number of draft tokens cut.
 
     Raises:
-        TypeError: `max_prompt_tokens` is not an int.
+        TypeError: `draft` is no string, a callable is none, or `max_prompt_tokens` is not an int.
         ValueError: `max_prompt_tokens` is negative, or `keep` is neither "tail" nor "head".
 
     Examples:
@@ -66,6 +67,9 @@ def fit_draft(
         >>> fit_draft("so it is 2", render, encode=encode, decode=decode, max_prompt_tokens=15)[::2]
         ('t is 2', 4)
     """
+    check_text("draft", draft)
+    for name, function in (("render", render), ("encode", encode), ("decode", decode)):
+        check_callable(name, function)
     check_count("max_prompt_tokens", max_prompt_tokens, at_least=0)
     check_keep(keep)
     prompt_ids = render(draft)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from igrpo_kernels.checks import check_count, check_integral, check_rank, describe
 
+from ..prompts import check_ids
+
 TokenIds = TypeVar("TokenIds", list[int], Tensor)
 Keep = Literal["tail", "head"]
 
@@ -41,8 +43,8 @@ def truncate_draft(draft_ids: TokenIds, max_tokens: int, *, keep: Keep = "tail")
     """
     if isinstance(draft_ids, Tensor):
         check_rank("draft_ids", check_integral("draft_ids", draft_ids), 1, "[T]")
-    elif not isinstance(draft_ids, list):
-        raise TypeError(f"draft_ids must be a list or a tensor, got {describe(draft_ids)}")
+    else:
+        check_ids("draft_ids", draft_ids)
     check_count("max_tokens", max_tokens, at_least=0)
     if check_keep(keep) == "head":
         return draft_ids[:max_tokens]
@@ -80,9 +82,9 @@ def splice_prompt_ids(
         The ids of the spliced prompt.
 
     Raises:
-        TypeError: Ids come as a tensor, or `max_prompt_tokens` is not an int.
-        ValueError: What surrounds the draft exceeds `max_prompt_tokens` alone, or `keep` is
-            neither "tail" nor "head".
+        TypeError: Ids are not a list of int, or `max_prompt_tokens` is not an int.
+        ValueError: An id is negative, what surrounds the draft exceeds `max_prompt_tokens` alone,
+            or `keep` is neither "tail" nor "head".
 
     Examples:
         >>> splice_prompt_ids([1, 2], [7, 8, 9], after_ids=[3], max_prompt_tokens=5)
@@ -95,9 +97,8 @@ def splice_prompt_ids(
         "after_ids": after_ids,
     }
     for name, ids in parts.items():
-        if isinstance(ids, Tensor):
-            raise TypeError(f"{name} must be a sequence of int (.tolist()), got {describe(ids)}")
-    dropped = frozenset(special_ids)
+        check_ids(name, ids)
+    dropped = frozenset(check_special_ids(special_ids))
     draft = [token for token in draft_ids if token not in dropped]
     room = len(draft)
     if max_prompt_tokens is not None:
@@ -141,6 +142,14 @@ def draft_budget(max_prompt_tokens: int, question_tokens: int, bridge_tokens: in
 
 def check_keep(keep: Keep) -> Keep:
     """Return `keep` if it is "tail" or "head"; raise ValueError otherwise."""
-    if keep not in ("tail", "head"):
-        raise ValueError(f"keep must be 'tail' or 'head', got {keep!r}")
+    if not isinstance(keep, str) or keep not in ("tail", "head"):
+        raise ValueError(f"keep must be 'tail' or 'head', got {describe(keep)}")
     return keep
+
+
+def check_special_ids(special_ids: Collection[int]) -> Collection[int]:
+    """Return the ids of control tokens if they are a collection of int."""
+    if isinstance(special_ids, str | bytes | Tensor) or not isinstance(special_ids, Collection):
+        raise TypeError(f"special_ids must be a collection of int, got {describe(special_ids)}")
+    check_ids("special_ids", list(special_ids))
+    return special_ids

@@ -120,7 +120,7 @@ def test_bad_fits():
     options = {"encode": encode, "decode": decode}
     with pytest.raises(ValueError, match=r"max_prompt_tokens must be >= 0, got -1"):
         fit_draft("so it is 2", Renderer(), max_prompt_tokens=-1, **options)
-    with pytest.raises(ValueError, match=r"keep must be 'tail' or 'head', got 'both'"):
+    with pytest.raises(ValueError, match=r"keep must be 'tail' or 'head', got str 'both'"):
         fit_draft("", Renderer(), max_prompt_tokens=99, keep="both", **options)
     with pytest.raises(TypeError, match=r"max_prompt_tokens must be an int, got float"):
         fit_draft("", Renderer(), max_prompt_tokens=9.0, **options)

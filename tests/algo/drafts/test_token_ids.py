@@ -37,12 +37,12 @@ def test_truncate_returns_the_type_it_was_given():
 @pytest.mark.parametrize(
     ("ids", "max_tokens", "keep", "error", "message"),
     [
-        ("abc", 1, "tail", TypeError, r"draft_ids must be a list or a tensor, got str 'abc'"),
+        ("abc", 1, "tail", TypeError, r"draft_ids must be a list, got str 'abc'"),
         (torch.ones(2), 1, "tail", TypeError, r"draft_ids must be an integer tensor"),
         (torch.ones(1, 2, dtype=torch.int64), 1, "tail", ValueError, r"draft_ids must have shape"),
         ([1], -1, "tail", ValueError, r"max_tokens must be >= 0, got -1"),
         ([1], 1.0, "tail", TypeError, r"max_tokens must be an int, got float 1.0"),
-        ([1], 1, "middle", ValueError, r"keep must be 'tail' or 'head', got 'middle'"),
+        ([1], 1, "middle", ValueError, r"keep must be 'tail' or 'head', got str 'middle'"),
     ],
 )
 def test_bad_truncation(ids, max_tokens, keep, error, message):
@@ -80,7 +80,7 @@ def test_special_ids_leave_the_draft_alone_and_take_no_room():
 @pytest.mark.parametrize("name", ["prompt_ids", "draft_ids", "before_ids", "after_ids"])
 def test_ids_as_a_tensor_are_refused(name):
     ids = {"prompt_ids": [1], "draft_ids": [2], name: torch.tensor([1, 2])}
-    with pytest.raises(TypeError, match=rf"{name} must be a sequence of int .* int64 tensor"):
+    with pytest.raises(TypeError, match=rf"{name} must be a list, got a int64 tensor"):
         splice_prompt_ids(**ids)
 
 
