@@ -156,6 +156,7 @@ def pad_sequences(
         >>> rows.input_ids, rows.mask
         (tensor([[5, 6, 7], [5, 8, 0]]), tensor([[False,  True], [ True, False]]))
     """
+    check_count("pad_token_id", pad_token_id, at_least=0)
     sizes = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     layouts = []
     for batch in fill(sizes, max_tokens, cost=lambda rows: len(rows) * max(rows)):

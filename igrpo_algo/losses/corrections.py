@@ -303,5 +303,7 @@ def high_entropy_mask(entropy: Tensor, threshold: Tensor | float) -> Tensor:
         tensor([[0., 1.]])
     """
     check_floating("entropy", entropy)
+    if not isinstance(threshold, Tensor):
+        threshold = check_number("threshold", threshold)
     dtype = torch.promote_types(entropy.dtype, torch.float32)
     return (entropy.detach() >= threshold).to(dtype)

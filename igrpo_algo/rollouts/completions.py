@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import describe
+from igrpo_kernels.checks import LARGEST_FLOAT32, describe
+
+from ..prompts import check_entries, check_ids
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Completion:
             "cancelled" (early selection), "skipped" (its prompt was), or what the sampler says.
 
     Raises:
-        ValueError: `logprobs` and `token_ids` differ in length, or a log-prob is not finite.
+        TypeError: A field has another type.
+        ValueError: A token id is negative, `logprobs` and `token_ids` differ in length, or a
+            log-prob is not finite.
 
     Examples:
         >>> Completion([5, 2], "four", [-0.1, -0.2]).finish_reason
@@ -39,16 +43,28 @@ class Completion:
     finish_reason: str = "stop"
 
     def __post_init__(self) -> None:
-        if self.logprobs is not None and len(self.logprobs) != len(self.token_ids):
+        check_ids("token_ids", self.token_ids)
+        for name in ("text", "finish_reason"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a string, got {describe(getattr(self, name))}")
+        if self.logprobs is not None:
+            self._check_logprobs(self.logprobs)
+
+    def _check_logprobs(self, logprobs: Sequence[float]) -> None:
+        check_entries("logprobs", logprobs, (int, float), "a number")
+        if len(logprobs) != len(self.token_ids):
             raise ValueError(
-                f"logprobs must hold one number per token: {len(self.logprobs)} log-probs "
+                f"logprobs must hold one number per token: {len(logprobs)} log-probs "
                 f"for {len(self.token_ids)} token_ids"
             )
-        if self.logprobs is not None and not all(map(math.isfinite, self.logprobs)):
-            place = next(i for i, each in enumerate(self.logprobs) if not math.isfinite(each))
+        bound = LARGEST_FLOAT32
+        if logprobs and not (
+            -bound <= min(logprobs) <= max(logprobs) <= bound and all(map(math.isfinite, logprobs))
+        ):
+            place = next(i for i, each in enumerate(logprobs) if not abs(each) <= bound)
             raise ValueError(
-                f"logprobs must be finite, got {self.logprobs[place]} for token {place}: does the "
-                "model give NaN?"
+                f"logprobs must be finite, got {logprobs[place]} for token {place}: does the model "
+                "give NaN?"
             )
 
 

@@ -12,6 +12,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from igrpo_kernels.checks import check_list, describe
+
 from ..drafts.rules import DraftChoice
 from ..prompts import Prompt
 from .completions import Completion
@@ -130,6 +132,9 @@ class Rollouts:
     rollouts: list[Rollout]
 
     def __post_init__(self) -> None:
+        for index, rollout in enumerate(check_list("rollouts", self.rollouts)):
+            if not isinstance(rollout, Rollout):
+                raise TypeError(f"rollouts[{index}] must be a Rollout, got {describe(rollout)}")
         for what, sizes in {
             "drafts": {len(rollout.drafts.completions) for rollout in self.rollouts},
             "rounds": {len(rollout.refinements) for rollout in self.rollouts},
