@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from igrpo_kernels.checks import check_list, describe
+from igrpo_kernels.checks import check_callable, check_list, describe
 
 from .thinking import MARK_TOKENS
 
@@ -52,7 +52,7 @@ def encode_prompt(
         ([104, 105], [104, 105])
     """
     if isinstance(prompt, str):
-        return _encode_text(prompt, tokenizer)
+        return _encode_text(prompt, check_callable("tokenizer", tokenizer))
     if not isinstance(prompt, list) or not prompt:
         raise TypeError(f"prompt must be a string or a non-empty list, got {describe(prompt)}")
     if not isinstance(prompt[0], Mapping):
@@ -83,6 +83,8 @@ def decode_completion(ids: Sequence[int], tokenizer: Any) -> str:
         The text.
     """
     check_ids("ids", ids)
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        raise TypeError(f"tokenizer must be one of transformers, got {describe(tokenizer)}")
     known = map(tokenizer.convert_tokens_to_ids, sorted(MARK_TOKENS))
     marks = {token for token in known if token != getattr(tokenizer, "unk_token_id", None)}
     if marks.isdisjoint(ids):

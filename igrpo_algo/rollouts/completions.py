@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import LARGEST_FLOAT32, describe
+from igrpo_kernels.checks import LARGEST_FLOAT32, check_count, check_list, describe
 
 from ..prompts import check_entries, check_ids
 
@@ -118,6 +118,7 @@ def pad_completions(completions: Sequence[Completion], *, pad_token_id: int = 0)
         tensor([[7, 8],
                 [9, 0]])
     """
+    check_count("pad_token_id", pad_token_id, at_least=0)
     packed = pack_completions(completions)
     lengths = packed.cu_seqlens.diff().long()
     width = int(lengths.max()) if len(completions) else 0
@@ -141,6 +142,9 @@ def pack_completions(completions: Sequence[Completion]) -> Packed:
         >>> pack_completions([Completion([7, 8], "a"), Completion([9], "b")]).cu_seqlens
         tensor([0, 2, 3], dtype=torch.int32)
     """
+    for index, completion in enumerate(check_list("completions", completions)):
+        if not isinstance(completion, Completion):
+            raise TypeError(f"completions[{index}] is no Completion, but {describe(completion)}")
     ids = [token for completion in completions for token in completion.token_ids]
     ends = accumulate((len(completion.token_ids) for completion in completions), initial=0)
     cu_seqlens = torch.tensor(list(ends), dtype=torch.int32)

@@ -51,7 +51,8 @@ class Stage:
     ended: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
-        if len(self.rewards) != len(self.completions):
+        check_list("completions", self.completions)
+        if len(check_list("rewards", self.rewards)) != len(self.completions):
             raise ValueError(
                 f"rewards must hold one number per completion: {len(self.rewards)} rewards for "
                 f"{len(self.completions)} completions"
@@ -149,6 +150,11 @@ class Rollouts:
     def of(cls, rollouts: Iterable[Rollout]) -> "Rollouts":
         """Collect rollouts in whatever order a stream gave them, and sort them by prompt."""
         return cls(sorted(rollouts, key=lambda rollout: rollout.index))
+
+    @classmethod
+    def concat(cls, parts: Iterable["Rollouts"]) -> "Rollouts":
+        """Join rollouts in the order given; each prompt keeps its `index`."""
+        return cls([rollout for part in parts for rollout in part])
 
     def __len__(self) -> int:
         return len(self.rollouts)
