@@ -41,7 +41,7 @@ def strip_thinking(text: str, *, open: str | None = None, close: str | None = No
 
     Args:
         text: A completion.
-        open: The mark before the thinking; None, for both, stands for all `THINKING_MARKS`.
+        open: The mark before the thinking; None, for both, means all `THINKING_MARKS`.
         close: The mark after it.
 
     Returns:
@@ -70,7 +70,7 @@ def strip_thinking(text: str, *, open: str | None = None, close: str | None = No
 
 
 def text_after_thinking(text: str) -> str | None:
-    """Return what stands behind the last thinking; None for thinking that never ends.
+    """Return what follows the last thinking; None for thinking that never ends.
 
     Unlike `strip_thinking`, this drops what was said before a block too: of two answers, the one
     after more thinking counts.

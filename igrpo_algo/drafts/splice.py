@@ -207,7 +207,7 @@ class TokenSplice:
     The ids stay those that the model sampled, so an engine's prefix cache can hold them.
 
     Attributes:
-        before_ids: What stands between question and draft.
+        before_ids: Between question and draft.
         after_ids: What follows the draft, the assistant's turn included.
         special_ids: Control tokens, dropped from the draft (its stop token, say).
         max_draft_tokens: Most tokens of the draft; None sets no limit.

@@ -108,7 +108,7 @@ def pad_completions(completions: Sequence[Completion], *, pad_token_id: int = 0)
 
     Args:
         completions: B completions.
-        pad_token_id: What stands in masked slots of `ids`.
+        pad_token_id: Fills the masked slots of `ids`.
 
     Returns:
         Ids, mask and sampler log-probs, on the CPU.

@@ -107,7 +107,7 @@ class Rollout:
 class Rollouts:
     """What happened to P prompts, prompt-major.
 
-    Tensors are made anew at each access, on the CPU; keep the ones you use in a loop. Refinements
+    Tensors are made at each access, on the CPU; keep those that you use in a loop. Refinements
     are those of the last round; `until_round` shows an earlier one.
 
     Row p * G + g of `refinements.padded()` is element [p, g] of every [P, G] tensor. A skipped
