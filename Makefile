@@ -18,7 +18,7 @@ VENV_TRL := .venv-trl-oldest
 BIN_TRL := $(VENV_TRL)/bin
 READY_TRL := $(VENV_TRL)/.ready
 VENV_HOST := .venv-
-HOSTS ?= openrlhf swift verl
+HOSTS ?= areal openrlhf skyrl swift unsloth verl $(if $(SLIME_SOURCE),slime)  # a clone of slime
 ARGS ?=
 
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -47,7 +47,7 @@ test-trl-oldest: $(READY_TRL)  ## run the tests of the TRL trainer on the oldest
 test-trl: $(READY)  ## run TRL's own GRPO tests on our trainer (TRL_SOURCE=a clone of TRL; without one: nothing)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/trl_suite/run.py "$(TRL_SOURCE)" $(ARGS)
 
-conformance: $(HOSTS:%=$(VENV_HOST)%/.ready)  ## run this package inside OpenRLHF, ms-swift and verl (HOSTS=verl: one of them)
+conformance: $(HOSTS:%=$(VENV_HOST)%/.ready)  ## run this package inside other trainers (HOSTS=verl: one of them; SLIME_SOURCE=a clone of slime: slime too)
 	@for host in $(HOSTS); do \
 		echo "tests/hosts/$$host"; \
 		OMP_NUM_THREADS=1 $(VENV_HOST)$$host/bin/python -m pytest -o addopts='$(VLLM_ADDOPTS)' \
@@ -82,7 +82,7 @@ mutants: $(READY)  ## plant every known fault and see a test go red
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 clean:  ## remove what the other targets made, .venv included
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_TRL) $(addprefix $(VENV_HOST),openrlhf swift verl) build dist site runs .benchmarks .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_TRL) $(VENV_HOST)* build dist site runs .benchmarks .hypothesis *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
@@ -139,6 +139,7 @@ $(READY_TRL): $(READY) tests/algo/trainers/oldest_trl.txt
 # Each trainer has an environment of its own. The project goes in last and without its dependencies,
 # since it asks for Triton, which a CPU does not need; what a requirements file wants in without its
 # dependencies stands there behind "# --no-deps".
+$(VENV_HOST)skyrl/.ready: PYTHON = python3.12
 $(VENV_HOST)%/.ready: tests/hosts/%/requirements.txt pyproject.toml
 	$(call make-venv,$(@D))
 	@echo "[2/3] installing torch"
