@@ -27,7 +27,7 @@ from ..prompts import decode_completion
 from ..rollouts.completions import Completion
 from ..rollouts.once_per_group import check_rules, fit_to_tokenizer, refuse_templated
 from ..seeds import derive_seed
-from .layout import DraftLayout
+from .draft_layout import DraftLayout
 from .versions import requires
 
 with requires("unsloth", "2026.10", "2026.10"):
@@ -127,17 +127,15 @@ class _TwoStages:
             lengths=torch.tensor(lengths).view(rewards.shape),
             seeds=[derive_seed(self.args.seed, *step, prompt) for prompt in range(len(rewards))],
         )
-        chosen = {}
-        for prompt, index in enumerate(choices.index.masked_fill(choices.plain, -1).tolist()):
-            draft = prompt * self.num_drafts + index
-            if index >= 0 and draft in layout.drafts:
-                drawn = ids[draft - layout.drafts.start]
-                chosen[prompt] = (list(drawn), decode_completion(drawn, self._tokens))
-        chosen = dict(gather_object(list(chosen.items())))
+        here = [
+            (prompt, list(ids[place]), decode_completion(ids[place], self._tokens))
+            for prompt, place in layout.chosen_here(choices).items()
+        ]
+        chosen = {prompt: Completion(drawn, text) for prompt, drawn, text in gather_object(here)}
         rules = fit_to_tokenizer(self.rules, self._tokens, self.max_prompt_tokens)
         self._draft_rewards = rewards
         return [
-            rules.condition(row["prompt"], Completion(*chosen[prompt])).prompt
+            rules.condition(row["prompt"], chosen[prompt]).prompt
             if prompt in chosen
             else row["prompt"]
             for row, prompt in zip(rows, layout.row_prompts, strict=True)
