@@ -79,6 +79,7 @@ class _TwoStages:
     num_drafts: int
     max_prompt_tokens: int | None
     _rows: list[dict[str, Any]] | None = None
+    _draft_rewards: torch.Tensor | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         for name in ("tools", "environment_factory", "rollout_func"):
@@ -157,19 +158,14 @@ class _TwoStages:
         finally:
             vars(self).update(kept)
 
-    def _calculate_rewards(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        per_function: torch.Tensor = super()._calculate_rewards(inputs, *args, **kwargs)
-        if self.model.training and self.num_generations * len(per_function):
-            self._log_stages(per_function)
+    def _calculate_rewards(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        per_function: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+        drafts, self._draft_rewards = self._draft_rewards, None
+        if drafts is not None:  # these are their refinements
+            rewards = sum_rewards(per_function, self.reward_weights.to(per_function.device))
+            refinements = rewards.view(-1, self.num_generations)
+            metrics = self._metrics["train"]
+            metrics["igrpo/draft_reward"].append(drafts.nanmean().item())
+            metrics["igrpo/uplift"].append(stage_uplift(drafts, refinements).item())
+            metrics["igrpo/refinement_zero_std"].append(zero_variance_rate(refinements).item())
         return per_function
-
-    def _log_stages(self: Any, per_function: torch.Tensor) -> None:
-        drafts = getattr(self, "_draft_rewards", None)
-        if drafts is None:
-            return
-        rewards = sum_rewards(per_function, self.reward_weights.to(per_function.device))
-        refinements = rewards.view(-1, self.num_generations)
-        metrics = self._metrics["train"]
-        metrics["igrpo/draft_reward"].append(drafts.nanmean().item())
-        metrics["igrpo/uplift"].append(stage_uplift(drafts, refinements).item())
-        metrics["igrpo/refinement_zero_std"].append(zero_variance_rate(refinements).item())
