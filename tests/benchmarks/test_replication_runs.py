@@ -181,6 +181,25 @@ def test_the_gradient_is_that_of_refinements_and_of_weighted_drafts(world) -> No
     model.zero_grad()
 
 
+def test_training_moves_all_weights_and_none_without_a_gradient(world) -> None:
+    model, tokenizer, task, problems, _ = world
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    sampler, held_out = build_sampler(model, tokenizer, task), frozenset(problems)
+
+    def train(task) -> tuple[int, set[bool]]:
+        steps = training.train(model, sampler, task, ARMS["grpo"], TINY, 0, held_out)
+        tokens = sum(step.trained_tokens for step in steps)
+        moved = {not torch.equal(w, before[name]) for name, w in model.state_dict().items()}
+        model.load_state_dict(before)
+        return tokens, moved
+
+    tokens, moved = train(task)
+    assert tokens > 0
+    assert moved == {True}
+    equal_rewards = replace(task, score=lambda text, problem: 0.0)
+    assert train(equal_rewards) == (0, {False})
+
+
 def test_a_step_is_measured_by_the_library_s_metrics(world) -> None:
     *_, rollouts = world
     found = measures.of_step(rollouts)
