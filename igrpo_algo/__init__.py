@@ -13,7 +13,7 @@ from .batch import training_batch
 from .drafts.rules import DraftRules, Fallback, Ties
 from .drafts.select import select_best_draft, select_random_draft, select_worst_draft
 from .drafts.splice import TextSplice, TokenSplice
-from .drafts.text import DraftTemplate, splice_prompt, strip_thinking
+from .drafts.text import DraftTemplate, splice_prompt
 from .drafts.token_ids import truncate_draft
 from .losses.igrpo import igrpo_loss
 from .metrics import copy_rate, pass_at_k, stage_uplift, zero_variance_rate
@@ -21,6 +21,7 @@ from .rollouts.completions import Completion
 from .rollouts.records import Rollouts
 from .rollouts.sampling import Samples, sample_group
 from .rollouts.two_stage import stream_two_stage_rollout, two_stage_rollout
+from .thinking import strip_thinking
 
 __all__ = [
     "Completion",

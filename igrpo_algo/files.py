@@ -36,7 +36,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
 
 @contextmanager
 def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a file or folder for writing; whoever asks for it meanwhile gets an error.
+    """Hold a file or folder for writing; another run that asks for it gets an error.
 
     The lock is the operating system's, on a hidden file beside `path`, so it ends with the process
     that holds it, however that ends. Readers are not kept out.

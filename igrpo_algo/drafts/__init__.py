@@ -25,7 +25,6 @@ from .text import (
     PAPER_TEMPLATE,
     DraftTemplate,
     splice_prompt,
-    strip_thinking,
 )
 from .token_ids import draft_budget, splice_prompt_ids, truncate_draft
 
@@ -56,6 +55,5 @@ __all__ = [
     "shortest_first",
     "splice_prompt",
     "splice_prompt_ids",
-    "strip_thinking",
     "truncate_draft",
 ]

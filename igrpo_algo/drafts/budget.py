@@ -2,7 +2,7 @@
 
 Trainers cut a long prompt from the left, which takes the question and leaves the draft. Cut here,
 before they see it. On token ids `splice_prompt_ids` does it in one step. Where a chat template
-stands between text and ids, `fit_draft` does it through callables, so that any tokenizer serves.
+stands between text and ids, `fit_draft` does it through callables, so any tokenizer will do.
 """
 
 from collections.abc import Callable
@@ -38,11 +38,11 @@ def fit_draft(
 ) -> FittedDraft:
     """Cut a draft until its rendered prompt fits; the question stays whole.
 
-    One render where the draft fits, and as a rule three where it does not: the prompt with an empty
-    draft gives the budget, and what tokenizing the shorter text adds is taken off it. A character
-    that the cut splits is dropped. A few tokens of room may stay unused. Where there is no room at
-    all, the draft comes back empty: take the plain prompt then, since the words around an empty
-    draft may themselves exceed the limit.
+    Renders once if the draft fits, and three times as a rule if it does not: the prompt with an
+    empty draft gives the budget, and what tokenizing the shorter text adds is taken off it. A
+    character that the cut splits is dropped. A few tokens of room may stay unused. Where there is
+    no room at all, the draft comes back empty: take the plain prompt then, since the words around
+    an empty draft may themselves exceed the limit.
 
     Args:
         draft: The chosen completion as text.
@@ -57,7 +57,7 @@ def fit_draft(
         The draft's text, the prompt's ids, and the number of draft tokens cut.
 
     Raises:
-        TypeError: `max_prompt_tokens` is no int.
+        TypeError: `max_prompt_tokens` is not an int.
         ValueError: `max_prompt_tokens` is negative, or `keep` is neither "tail" nor "head".
 
     Examples:

@@ -121,7 +121,7 @@ class DraftRules:
     Attributes:
         select: Chooses by score: `select_best_draft`, or as controls `select_worst_draft`,
             `select_best_wrong_draft` and `select_random_draft` (which needs `ties=Ties.RANDOM`).
-        selection_score: A reward function that ranks the drafts in the place of the training
+        selection_score: A reward function that ranks the drafts in place of the training
             reward; None ranks by the training reward. A draft without a training reward is never
             chosen.
         ties: Which of several drafts of equal score is chosen.
@@ -194,8 +194,8 @@ class DraftRules:
         """Choose a draft for every prompt.
 
         The same tensors and seeds give the same choices on every rank and device, and a prompt's
-        choice does not depend on its neighbors. "Failed" is said of training rewards; `scores`
-        only rank.
+        choice does not depend on its neighbors. "Failed" looks at training rewards; `scores` only
+        rank.
 
         Args:
             rewards: Training reward of each draft, NaN where it could not be scored. Floating
@@ -208,9 +208,9 @@ class DraftRules:
             The choices, on the device of `rewards`.
 
         Raises:
-            TypeError: A tensor has the wrong dtype, or `seeds` is no list of int.
+            TypeError: A tensor has the wrong dtype, or `seeds` is not a list of ints.
             ValueError: Shapes differ, N is 0, `scores` or `lengths` are missing where the rules
-                need them, or `select` gave an index that is none of a draft.
+                need them, or `select` gave an index outside the drafts.
         """
         check_rank("rewards", check_floating("rewards", rewards), 2, "[P, N]")
         rewards = ranks = rewards.detach()

@@ -47,8 +47,9 @@ def select_best_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> S
 
     Order: highest reward, then highest tie score, then lowest index. A reward of NaN means that the
     draft could not be scored, and it is never chosen; +inf and -inf are rewards like any other.
-    That all drafts failed is no special case: equal rewards are a tie, whatever their value. A tie
-    score of NaN ranks with -inf. iGRPO: arXiv:2602.09000, equation 2; the order of ties is ours.
+    Nothing is special about drafts that all failed: equal rewards are a tie, whatever their value.
+    A tie score of NaN ranks with -inf. iGRPO: arXiv:2602.09000, equation 2; the order of ties is
+    ours.
 
     Args:
         rewards: Reward of each draft; floating point, since the result may hold NaN. Shape [P, N].
@@ -57,10 +58,10 @@ def select_best_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> S
 
     Returns:
         `index` [P] int64, `reward` [P] of the dtype of `rewards` and detached, `found` [P] bool. A
-        row of NaN gives -1, NaN, False. P = 0 gives empty tensors. The host is never waited for.
+        row of NaN gives -1, NaN, False. P = 0 gives empty tensors. Nothing waits for the device.
 
     Raises:
-        TypeError: `rewards` is not floating point, or `tie_scores` is no tensor of real numbers.
+        TypeError: `rewards` is not floating point, or `tie_scores` is not a tensor of real numbers.
         ValueError: The shapes are not [P, N], or N is 0.
 
     Examples:
@@ -99,7 +100,7 @@ def select_worst_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> 
         As `select_best_draft`, with the chosen draft's own reward.
 
     Raises:
-        TypeError: `rewards` is not floating point, or `tie_scores` is no tensor of real numbers.
+        TypeError: `rewards` is not floating point, or `tie_scores` is not a tensor of real numbers.
         ValueError: The shapes are not [P, N], or N is 0.
 
     Examples:
@@ -154,15 +155,15 @@ def select_random_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) ->
 
     Args:
         rewards: Reward of each draft; NaN could not be scored, never chosen. Shape [P, N].
-        tie_scores: The source of chance, as `random_ties` makes it; must be given. It is a keyword
-            with a default because every `select` of `DraftRules` has this signature.
-            Shape [P, N].
+        tie_scores: The source of randomness, as `random_ties` makes it; must be given. It is a
+            keyword with a default because every `select` of `DraftRules` has this signature. Shape
+            [P, N].
 
     Returns:
         As `select_best_draft`, with the chosen draft's own reward.
 
     Raises:
-        TypeError: `rewards` is not floating point, or `tie_scores` is no tensor of real numbers.
+        TypeError: `rewards` is not floating point, or `tie_scores` is not a tensor of real numbers.
         ValueError: The shapes are not [P, N], N is 0, or `tie_scores` is None.
 
     Examples:
@@ -212,7 +213,7 @@ def random_ties(num_drafts: int, *, seeds: Sequence[int]) -> Tensor:
         Tie scores for `select_best_draft` in float32, on the CPU. Shape [P, N].
 
     Raises:
-        TypeError: `num_drafts` is no int, or `seeds` is no list of int.
+        TypeError: `num_drafts` is not an int, or `seeds` is not a list of ints.
         ValueError: `num_drafts` is below 1, or a seed is not in [0, 2^63).
 
     Examples:

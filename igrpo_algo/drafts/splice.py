@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, Protocol
 from igrpo_kernels.checks import check_count
 
 from ..prompts import Prompt, check_chat_template_kwargs, encode_prompt
+from ..thinking import strip_thinking
 from .budget import fit_draft
-from .text import DEFAULT_TEMPLATE, DraftTemplate, splice_cleaned, strip_thinking
+from .text import DEFAULT_TEMPLATE, DraftTemplate, splice_cleaned
 from .token_ids import Keep, check_keep, splice_prompt_ids, truncate_draft
 
 
@@ -61,7 +62,7 @@ class TokenBudget:
         chat_template_kwargs: Passed to the chat template.
 
     Raises:
-        TypeError: A limit is no int.
+        TypeError: A limit is not an int.
         ValueError: A limit is below 1, or there is none, or `keep` is neither.
 
     Examples:

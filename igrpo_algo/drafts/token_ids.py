@@ -12,11 +12,11 @@ from torch import Tensor
 
 from igrpo_kernels.checks import check_count, check_integral, check_rank, describe
 
-Ids = TypeVar("Ids", list[int], Tensor)
+TokenIds = TypeVar("TokenIds", list[int], Tensor)
 Keep = Literal["tail", "head"]
 
 
-def truncate_draft(draft_ids: Ids, max_tokens: int, *, keep: Keep = "tail") -> Ids:
+def truncate_draft(draft_ids: TokenIds, max_tokens: int, *, keep: Keep = "tail") -> TokenIds:
     """Cut a draft to at most `max_tokens` tokens.
 
     keep="tail" cuts the beginning and keeps the last tokens, where the final answer stands;
@@ -32,7 +32,7 @@ def truncate_draft(draft_ids: Ids, max_tokens: int, *, keep: Keep = "tail") -> I
         A new list, or a view of the tensor: the type of `draft_ids`.
 
     Raises:
-        TypeError: `draft_ids` is neither list nor integer tensor, or `max_tokens` no int.
+        TypeError: `draft_ids` is neither list nor integer tensor, or `max_tokens` not an int.
         ValueError: The tensor is not of shape [T], `max_tokens` is negative, or `keep` is neither.
 
     Examples:
@@ -80,7 +80,7 @@ def splice_prompt_ids(
         The ids of the spliced prompt.
 
     Raises:
-        TypeError: Ids come as a tensor, or `max_prompt_tokens` is no int.
+        TypeError: Ids come as a tensor, or `max_prompt_tokens` is not an int.
         ValueError: What surrounds the draft exceeds `max_prompt_tokens` alone, or `keep` is
             neither "tail" nor "head".
 
@@ -120,7 +120,7 @@ def draft_budget(max_prompt_tokens: int, question_tokens: int, bridge_tokens: in
         The budget, at least 0.
 
     Raises:
-        TypeError: A count is no int.
+        TypeError: A count is not an int.
         ValueError: A count is negative, or question and bridge alone exceed the maximum.
 
     Examples:

@@ -1,7 +1,7 @@
-"""A file of finished prompts that a dying run cannot lose: a header, then a line for each prompt.
+"""A file of finished prompts that survives a run that dies: a header, then a line per prompt.
 
-Every line is JSON, written whole, flushed and synced before its rollout is handed on. What a crash
-can leave behind is a last line without an end, and that one is dropped on loading.
+Every line is JSON, written whole, flushed and synced before its rollout is yielded. A crash can
+leave a last line without an end, which is dropped on loading.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from ..prompts import Prompt
 from .from_json import from_json, parse, to_json
 from .records import Rollout
 
-Record = TypeVar("Record")
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,8 @@ def load_journal(path: str | os.PathLike[str]) -> list[Rollout]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The first line is not a header; a later whole line is not a rollout, or one of
-            a prompt that there is not, or that another line has already. The message names the
-            line and the field.
+        ValueError: The first line is not a header; a later whole line is not a rollout, or its
+            prompt does not exist or has a line already. The message names the line and the field.
 
     Examples:
         >>> import tempfile
@@ -124,9 +123,9 @@ def _read_header(path: str | os.PathLike[str], lines: list[bytes]) -> Header | N
     return _read(Header, lines[0], f"journal: line 1 of {os.fspath(path)}") if lines else None
 
 
-def _read(kind: type[Record], line: bytes, where: str) -> Record:
+def _read(kind: type[Kind], line: bytes, where: str) -> Kind:
     try:
-        return cast(Record, from_json(kind, parse(line), kind.__name__.lower()))
+        return cast(Kind, from_json(kind, parse(line), kind.__name__.lower()))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

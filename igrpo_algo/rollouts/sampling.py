@@ -14,8 +14,8 @@ rollout then lends the place of a finished completion to the next prompt.
 `sample` and the function may be coroutine functions too. Seeds are one int per prompt, or None.
 
 An object may have `encode(prompt)`, which gives the token ids that its model sees for a prompt. It
-is then asked with those ids in the place of prompts, and records keep them: what was sampled from
-is what is trained on. It may have `control_tokens`, the strings that a draft must not hold.
+then gets these ids in place of prompts, and records keep them: what was sampled from is what is
+trained on. It may have `control_tokens`, the strings that a draft must not hold.
 A `sample_one` or `stream_one` that also takes `priority` gets the number of the stage, 0 for
 drafts: lower goes first.
 """
@@ -59,7 +59,7 @@ class Sampler(Protocol):
 
 
 class AsyncSampler(Protocol):
-    """Draws completions of one prompt without blocking; to cancel the call frees the engine."""
+    """Draws completions of one prompt without blocking; cancelling the call frees the engine."""
 
     async def sample_one(
         self, prompt: Prompt, n: int, *, seed: int | None = None

@@ -16,7 +16,8 @@ from ...drafts.select import (
     select_worst_draft,
 )
 from ...drafts.splice import TextSplice, TokenBudget
-from ...drafts.text import DEFAULT_TEMPLATE, DraftTemplate, strip_thinking
+from ...drafts.text import DEFAULT_TEMPLATE, DraftTemplate
+from ...thinking import strip_thinking
 
 WHEN_ALIKE = {
     "condition": Fallback.CHOSEN_DRAFT,
