@@ -115,6 +115,7 @@ def measure(run: Run, settings: Settings, weights: Path) -> Iterator[tuple[str, 
     task, arm = TASKS[run.task], ARMS[run.arm]
     path = warm_path(run.task, run.size, settings, weights)
     model, tokenizer = load(task, run.size, path)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     sampler = build_sampler(model, tokenizer, task)
     problems = held_out_problems(task, settings.held_out)
     spent = dict.fromkeys(

@@ -46,6 +46,8 @@ def sweep(
     todo = [run for run in planned if runs.is_open(run, settings, folder)]
     console.print(f"{len(todo)} of {len(planned)} runs to go, {settings.steps} steps each")
     failures = 0
+    if not todo:
+        return failures
     with (
         ProcessPoolExecutor(workers, get_context("spawn"), initializer=use_one_thread) as pool,
         Progress(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,3 +282,20 @@ def test_the_command_does_what_is_open_and_says_what_is_missing(
     monkeypatch.setattr(command, "SMOKE", replace(TINY, steps=3))
     assert command.main(arguments) == 2
     assert "made with other settings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--workers"])
+@pytest.mark.parametrize("count", ["0", "-1", "two", "1.5"])
+def test_the_command_wants_counts(option: str, count: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.main([option, count])
+    assert f"argument {option}: must be a count from 1 on, got '{count}'" in capsys.readouterr().err
+
+
+def test_a_worker_that_is_killed_leaves_a_message(monkeypatch, capsys, tmp_path: Path) -> None:
+    def kill(*_: object, **__: object) -> None:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(command, "sweep", kill)
+    assert command.main(["--smoke", "--folder", str(tmp_path)]) == 1
+    assert "the same command goes on" in capsys.readouterr().out
