@@ -24,9 +24,9 @@ from tests.kernels.triton_problem import (
     SMALL,
     TRANSFORMS,
     Problem,
-    both_products,  # noqa: F401  # runs by itself
     assert_close,
     assert_close_in_norm,
+    both_products,  # noqa: F401  # runs by itself
 )
 
 

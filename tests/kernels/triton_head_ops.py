@@ -21,8 +21,8 @@ from igrpo_kernels import (
 )
 from igrpo_kernels._triton import head_softmax
 from tests.kernels.triton_problem import (
-    both_products,  # noqa: F401  # runs by itself
     assert_close_in_norm,
+    both_products,  # noqa: F401  # runs by itself
 )
 
 
