@@ -86,7 +86,11 @@ def gain(arms: ByArm, arm: str = "grpo") -> float:
 
 def telling(maps: Mapping[str, ByArm]) -> dict[str, ByArm]:
     """Keep the tasks on which GRPO learns, so that being level with it means something."""
-    return {place: arms for place, arms in maps.items() if gain(arms) >= GAIN_NEEDED}
+    return {
+        place: arms
+        for place, arms in maps.items()
+        if is_compared(arms, "grpo", "grpo") and gain(arms) >= GAIN_NEEDED
+    }
 
 
 def judge(gap: Interval) -> Verdict:
