@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -16,9 +17,17 @@ from benchmarks.replication.training import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "benchmarks/results/replication"
+WEIGHTS = ROOT / "runs/replication-weights"
 SMOKE = Settings(
     steps=6, prompts=8, evaluations=1, held_out=64, samples=2, rounds=2, warm_up_steps=60
 )
+
+
+def positive(text: str) -> int:
+    """Read a count."""
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a count from 1 on, got {text!r}")
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--arm", action="append", choices=ARMS, help="repeatable; default: all")
     options.add_argument("--task", action="append", choices=TASKS, help="repeatable; default: all")
     options.add_argument("--size", choices=SIZES, default=SHIPPED, help="width x layers")
-    options.add_argument("--seeds", type=int, help="default: 5, with --smoke 1")
-    options.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8))
+    options.add_argument("--seeds", type=positive, help="default: 5, with --smoke 1")
+    options.add_argument("--workers", type=positive, default=min(os.cpu_count() or 1, 8))
     options.add_argument("--folder", type=Path, help="of the records")
     return options
 
@@ -58,13 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs,
             settings,
             folder,
-            ROOT / "runs/replication-weights",
+            WEIGHTS,
             workers=options.workers,
             console=console,
         )
     except ValueError as error:
         console.print(str(error))
         return 2
+    except BrokenExecutor:
+        console.print("A worker was killed; the same command goes on with the runs that are open.")
+        return 1
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on with the runs that have not ended.")
         return 130
