@@ -16,6 +16,7 @@ from benchmarks.replication.training import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "benchmarks/results/replication"
+WEIGHTS = ROOT / "runs/replication-weights"
 SMOKE = Settings(
     steps=6, prompts=8, evaluations=1, held_out=64, samples=2, rounds=2, warm_up_steps=60
 )
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs,
             settings,
             folder,
-            ROOT / "runs/replication-weights",
+            WEIGHTS,
             workers=options.workers,
             console=console,
         )

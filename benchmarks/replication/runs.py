@@ -17,7 +17,14 @@ from benchmarks.replication.arms import ARMS
 from benchmarks.replication.measures import mean_of, of_model, of_step
 from benchmarks.replication.models import held_out_problems, load, warm_weights
 from benchmarks.replication.tasks import TASKS
-from benchmarks.replication.training import DivergenceError, Settings, Step, build_sampler, train
+from benchmarks.replication.training import (
+    SAMPLER,
+    DivergenceError,
+    Settings,
+    Step,
+    build_sampler,
+    train,
+)
 from igrpo_algo.cli.demo.warmup import WarmUp
 from igrpo_algo.early_warning import EarlyWarning
 from igrpo_algo.files import write_whole
@@ -184,7 +191,12 @@ def warm(task: str, size: str, settings: Settings, weights: Path) -> None:
 def machine() -> dict[str, Any]:
     """Say what a run was made on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "sampler": SAMPLER.__name__,
+    }
 
 
 def describe(error: Exception) -> str:

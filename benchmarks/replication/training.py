@@ -12,13 +12,14 @@ from benchmarks.replication.tasks import Task, ask
 from igrpo_algo import DraftRules, Rollouts, training_batch, two_stage_rollout
 from igrpo_algo.batch import DRAFTS
 from igrpo_algo.cli.demo.chain import TEMPLATE
-from igrpo_algo.engines.transformers import TransformersSampler
+from igrpo_algo.engines.static import StaticSampler
 from igrpo_algo.seeds import derive_seed
 from igrpo_algo.trainers.trl.config import IGRPOConfig
 from igrpo_algo.trainers.trl.draft_options import rules_of
 from igrpo_algo.trainers.trl.loss_options import aggregate_of, surrogate_of, with_denominator
 from igrpo_kernels import linear_policy_loss
 
+SAMPLER = StaticSampler
 WARMUP_STEPS = 5
 BATCH_SIZE = 1024
 
@@ -83,9 +84,9 @@ def configure(arm: Arm, settings: Settings, task: Task) -> IGRPOConfig:
 
 def build_sampler(
     model: Qwen3ForCausalLM, tokenizer: Any, task: Task, *, temperature: float = 1.0
-) -> TransformersSampler:
+) -> StaticSampler:
     """Build what draws all completions of a run."""
-    return TransformersSampler(
+    return SAMPLER(
         model,
         tokenizer,
         max_new_tokens=task.answer_tokens,
@@ -95,7 +96,7 @@ def build_sampler(
 
 
 def train(
-    model: Qwen3ForCausalLM, sampler: TransformersSampler, task: Task, arm: Arm,
+    model: Qwen3ForCausalLM, sampler: StaticSampler, task: Task, arm: Arm,
     settings: Settings, seed: int, held_out: frozenset[Any],
 ) -> Iterator[Step]:  # fmt: skip
     """Train a model in place; yield what each step sampled."""

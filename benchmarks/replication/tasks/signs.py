@@ -1,7 +1,7 @@
 """Search with a checkable near miss: add or subtract each number, so that the last value is right.
 
-    question   7 5 3 6 2 1 to 2            (7, then +-5 +-3 +-6 +-2 +-1, modulo 16)
-    answer     12 9 3 1 2
+    question   7 5 3 4 2 1 to 10           (7, then +-5 +-3 +-4 +-2 +-1, modulo 12)
+    answer     0 9 1 11 10
 
 A greedy answer ends beside its target. As a draft it tells how far beside, and turning the sign of
 one number may mend it: it helps, and gives nothing away.
@@ -16,7 +16,7 @@ from igrpo_algo.cli.demo.model import write_words
 
 from .task import Task
 
-MODULUS, NUMBERS, LARGEST = 16, 5, 7
+MODULUS, NUMBERS, LARGEST = 12, 5, 5
 SLIP = 0.02  # how often the teacher writes any value in the place of a sum
 FORESIGHT = 0.5  # how often the teacher looks ahead, and how often it looks at a draft
 
@@ -46,8 +46,8 @@ def walk(start: int, numbers: Sequence[int], signs: Sequence[int]) -> list[int]:
     """Give the values on the way.
 
     Examples:
-        >>> walk(7, (5, 3, 6), (1, -1, 1))
-        [12, 9, 15]
+        >>> walk(7, (5, 3, 4), (1, -1, 1))
+        [0, 9, 1]
     """
     values, value = [], start
     for number, sign in zip(numbers, signs, strict=True):
@@ -60,8 +60,8 @@ def read_signs(text: str, problem: Signs) -> list[int] | None:
     """Give the sign of each step that an answer takes; None if it takes any other step.
 
     Examples:
-        >>> problem = Signs(7, (5, 3, 6), 15)
-        >>> read_signs("12 9 15", problem), read_signs("12 8 15", problem)
+        >>> problem = Signs(7, (5, 3, 4), 1)
+        >>> read_signs("0 9 1", problem), read_signs("0 8 1", problem)
         ([1, -1, 1], None)
     """
     values = read_values(text)
