@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.replication.arms import ARMS
 from benchmarks.replication.measures import mean_of, of_model, of_step
-from benchmarks.replication.models import held_out_problems, load, warm_weights
-from benchmarks.replication.tasks import TASKS
+from benchmarks.replication.models import PRETRAINED, held_out_problems, load, warm_weights
+from benchmarks.replication.tasks import ALL_TASKS
 from benchmarks.replication.training import (
     SAMPLER,
     DivergenceError,
@@ -112,7 +112,7 @@ def measure(run: Run, settings: Settings, weights: Path) -> Iterator[tuple[str, 
     Every point says what it had cost: completions, tokens sampled and trained, and the seconds and
     CPU seconds of sampling and training (evaluations left out).
     """
-    task, arm = TASKS[run.task], ARMS[run.arm]
+    task, arm = ALL_TASKS[run.task], ARMS[run.arm]
     path = warm_path(run.task, run.size, settings, weights)
     model, tokenizer = load(task, run.size, path)
     sampler = build_sampler(model, tokenizer, task)
@@ -173,6 +173,8 @@ def counts(step: Step) -> dict[str, int]:
 
 def warm_path(task: str, size: str, settings: Settings, weights: Path) -> Path:
     """Where the warmed weights of a task and size lie."""
+    if size == PRETRAINED:
+        return weights / size
     name = f"{task}-{size}-{settings.warm_up_steps}-{settings.held_out}"
     return weights / f"{name}.safetensors"
 
@@ -180,7 +182,7 @@ def warm_path(task: str, size: str, settings: Settings, weights: Path) -> Path:
 def warm(task: str, size: str, settings: Settings, weights: Path) -> None:
     """Make the warmed weights of a task and size, if they are not there."""
     warm_weights(
-        TASKS[task],
+        ALL_TASKS[task],
         size,
         warm_path(task, size, settings, weights),
         held_out=settings.held_out,
