@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from igrpo_kernels.checks import describe
+
+from ..thinking import text_after_thinking
 from .rules import STATED, WRITTEN, apply_rules
 
 MAX_CHARACTERS = 1000
@@ -53,20 +56,20 @@ def completion_text(completion: CompletionLike) -> str:
         return content if isinstance(content, str) else "".join(b.get("text", "") for b in content)
     except (TypeError, KeyError, IndexError, AttributeError):
         raise TypeError(
-            f"completion must be a string or a list of messages, got {completion!r}"
+            f"completion must be a string or a list of messages, got {describe(completion)}"
         ) from None
 
 
 def extract_answer(text: str) -> str | None:
     r"""Return the final answer that a text states, or None where it states none.
 
-    Only the text behind the last `</think>` counts, and of that only the last
-    `<answer>...</answer>` if there is one; thinking that never ends states no answer. The answer
-    is then the first of these that the text has: the last `\boxed{...}`; the line behind the last
-    `####` (GSM8K's mark); the rest of the sentence behind the last "answer is" or "answer:", or
-    the line below a heading "Final answer"; all of the text inside the answer tag. A last box that
-    is empty or never closed states no answer. The rules `rules.STATED` cut off other words around
-    an answer that is not boxed. The time is linear in the length of the text.
+    Only the text behind the last thinking counts (`thinking.THINKING_MARKS`), and of that only the
+    last `<answer>...</answer>` if there is one; thinking that never ends states no answer. The
+    answer is then the first of these that the text has: the last `\boxed{...}`; the line behind the
+    last `####` (GSM8K's mark); the rest of the sentence behind the last "answer is" or "answer:",
+    or the line below a heading "Final answer"; all of the text inside the answer tag. A last box
+    that is empty or never closed states no answer. The rules `rules.STATED` cut off other words
+    around an answer that is not boxed. The time is linear in the length of the text.
 
     Args:
         text: A completion, or a worked solution.
@@ -84,10 +87,10 @@ def extract_answer(text: str) -> str | None:
         >>> extract_answer("I do not know.") is None
         True
     """
-    text = text.rpartition("</think>")[2]
-    if "<think>" in text:
+    after = text_after_thinking(text)
+    if after is None:
         return None
-    _, opened, text = text.rpartition("<answer>")
+    _, opened, text = after.rpartition("<answer>")
     text, closed, _ = text.partition("</answer>") if opened else (text, "", "")
     box = _last_box(text)
     if box is not None:
@@ -117,10 +120,12 @@ def extract_gold(value: object, *, name: str = "an answer") -> str | None:
         >>> extract_gold("It is $2+2=\\boxed{4}$."), extract_gold(" 1,234 "), extract_gold(7)
         ('4', '1,234', '7')
     """
-    if value is None or value != value:  # NaN is how a table spells a missing number
+    if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise TypeError(f"{name} must be a string, a number or None, got {value!r}")
+        raise TypeError(f"{name} must be a string, a number or None, got {describe(value)}")
+    if value != value:  # NaN is how a table spells a missing number
+        return None
     try:
         text = str(value)
     except ValueError as error:

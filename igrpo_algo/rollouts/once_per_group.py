@@ -23,6 +23,9 @@ from .completions import Completion
 from .scoring import Scorer
 from .single_flight import SingleFlight
 
+Draw = Callable[[int], Awaitable[Completion]]
+Score = Callable[[Sequence[Completion]], Awaitable[list[float]]]
+
 
 @dataclass(frozen=True)
 class StageTwoPrompt:
@@ -77,15 +80,7 @@ class OncePerGroup:
         num_drafts: int = 4,
         seed: int = 0,
     ) -> None:
-        if not isinstance(rules, DraftRules):
-            raise TypeError(f"rules must be DraftRules, got {describe(rules)}")
-        for name in ("when_failed", "when_unscored"):
-            if getattr(rules, name) is Fallback.SKIP:
-                raise ValueError(
-                    f"{name} must not be Fallback.SKIP: a trainer that asks for one sample at a "
-                    "time can't leave a prompt out of Stage 2; take Fallback.PLAIN_PROMPT"
-                )
-        self.rules = rules
+        self.rules = check_rules(rules)
         self.num_drafts = check_count("num_drafts", num_drafts)
         self.seed = check_count("seed", seed, at_least=0)
         self._flights: SingleFlight[StageTwoPrompt] = SingleFlight(keep=1)
@@ -94,8 +89,8 @@ class OncePerGroup:
         self,
         key: Hashable,
         prompt: Prompt,
-        draw: Callable[[int], Awaitable[Completion]],
-        score: Callable[[Sequence[Completion]], Awaitable[list[float]]],
+        draw: Draw,
+        score: Score,
         *,
         columns: Mapping[str, Any] | None = None,
         rules: DraftRules | None = None,
@@ -117,41 +112,87 @@ class OncePerGroup:
             RewardError: `rules.selection_score` raised.
         """
 
-        async def stage_one() -> StageTwoPrompt:
+        async def first_of_group() -> StageTwoPrompt:
             try:
-                drawn = await asyncio.gather(*map(draw, range(self.num_drafts)))
-                rewards = await score(drawn)
-                return await self._choose(key, prompt, drawn, rewards, columns or {}, rules)
+                return await stage_one(
+                    prompt,
+                    draw,
+                    score,
+                    rules=rules or self.rules,
+                    num_drafts=self.num_drafts,
+                    seed=derive_seed(self.seed, repr(key)),
+                    columns=columns,
+                )
             finally:
                 self._flights.forget(key)
 
-        return await self._flights.do(key, stage_one)
+        return await self._flights.do(key, first_of_group)
 
-    async def _choose(
-        self,
-        key: Hashable,
-        prompt: Prompt,
-        drafts: list[Completion],
-        rewards: list[float],
-        columns: Mapping[str, Any],
-        rules: DraftRules | None,
-    ) -> StageTwoPrompt:
-        rules = rules or self.rules
-        scores = None
-        if rules.selection_score is not None:
-            by_name = {name: [value] for name, value in columns.items()}
-            ranking = Scorer(rules.selection_score, [prompt], by_name, "selection_score")
-            scores = torch.tensor([await ranking(0, drafts)])
-        choices = rules.choose(
-            torch.tensor([rewards]),
-            scores=scores,
-            lengths=torch.tensor([[len(draft.token_ids) for draft in drafts]]),
-            seeds=[derive_seed(self.seed, repr(key))],
-        )
-        if choices.plain:
-            return StageTwoPrompt(prompt, "", tuple(rewards))
-        spliced = rules.condition(prompt, drafts[int(choices.index)])
-        return StageTwoPrompt(spliced.prompt, spliced.draft, tuple(rewards))
+
+async def stage_one(
+    prompt: Prompt,
+    draw: Draw,
+    score: Score,
+    *,
+    rules: DraftRules,
+    num_drafts: int,
+    seed: int,
+    columns: Mapping[str, Any] | None = None,
+) -> StageTwoPrompt:
+    """Run Stage 1 for one prompt: draw N drafts, have them scored, choose one, splice it.
+
+    For trainers that hand out a whole group; `OncePerGroup` is for those that ask for one sample.
+
+    Args:
+        prompt: The original prompt.
+        draw: Draws one draft of the original prompt; it is given the draft's number.
+        score: Gives the training reward of each draft, NaN where there is none.
+        rules: How a draft is chosen and spliced.
+        num_drafts: N.
+        seed: Of random ties, random drafts and dropout.
+        columns: What `rules.selection_score` is given by name, one value each.
+
+    Returns:
+        What the refinements are drawn from.
+
+    Raises:
+        RewardError: `rules.selection_score` raised.
+    """
+    drafts = await asyncio.gather(*map(draw, range(num_drafts)))
+    rewards = await score(drafts)
+    scores = None
+    if rules.selection_score is not None:
+        by_name = {name: [value] for name, value in (columns or {}).items()}
+        ranking = Scorer(rules.selection_score, [prompt], by_name, "selection_score")
+        scores = torch.tensor([await ranking(0, drafts)])
+    choices = rules.choose(
+        torch.tensor([rewards]),
+        scores=scores,
+        lengths=torch.tensor([[len(draft.token_ids) for draft in drafts]]),
+        seeds=[seed],
+    )
+    if choices.plain:
+        return StageTwoPrompt(prompt, "", tuple(rewards))
+    spliced = rules.condition(prompt, drafts[int(choices.index)])
+    return StageTwoPrompt(spliced.prompt, spliced.draft, tuple(rewards))
+
+
+def check_rules(rules: DraftRules) -> DraftRules:
+    """Refuse rules that leave prompts out of Stage 2, and what are no rules.
+
+    Raises:
+        TypeError: `rules` is not `DraftRules`.
+        ValueError: A fallback is `Fallback.SKIP`.
+    """
+    if not isinstance(rules, DraftRules):
+        raise TypeError(f"rules must be DraftRules, got {describe(rules)}")
+    for name in ("when_failed", "when_unscored"):
+        if getattr(rules, name) is Fallback.SKIP:
+            raise ValueError(
+                f"{name} must not be Fallback.SKIP: this trainer can't leave a prompt out of "
+                "Stage 2; take Fallback.PLAIN_PROMPT"
+            )
+    return rules
 
 
 def fit_to_tokenizer(
