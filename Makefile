@@ -18,7 +18,8 @@ VENV_TRL := .venv-trl-oldest
 BIN_TRL := $(VENV_TRL)/bin
 READY_TRL := $(VENV_TRL)/.ready
 VENV_HOST := .venv-
-HOSTS ?= openrlhf swift verl
+ALL_HOSTS := $(patsubst tests/hosts/%/requirements.txt,%,$(wildcard tests/hosts/*/requirements.txt))
+HOSTS ?= $(if $(SLIME_SOURCE),$(ALL_HOSTS),$(filter-out slime,$(ALL_HOSTS)))
 ARGS ?=
 
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -26,13 +27,16 @@ CANDIDATES := python3 python python3.14 python3.13 python3.12 python3.11
 PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	if $$python $(IS_NEW_ENOUGH) 2>/dev/null; then echo $$python; break; fi; done)
 
-.PHONY: help demo test test-vllm test-trl-oldest test-trl conformance lint format docs bench bench-suites gpu-check mutants clean
+.PHONY: help demo replication test test-vllm test-trl-oldest test-trl conformance lint format docs bench bench-suites gpu-check mutants clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(READY)  ## train a tiny model with GRPO and two forms of iGRPO, and draw them (minutes, CPU is enough)
 	$(BIN)/igrpo demo --output-dir runs/demo $(ARGS)
+
+replication: $(READY)  ## measure forms of iGRPO beside GRPO on tiny models (three hours; ARGS=--smoke: ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.replication $(ARGS)
 
 test: $(READY)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
@@ -47,7 +51,7 @@ test-trl-oldest: $(READY_TRL)  ## run the tests of the TRL trainer on the oldest
 test-trl: $(READY)  ## run TRL's own GRPO tests on our trainer (TRL_SOURCE=a clone of TRL; without one: nothing)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/trl_suite/run.py "$(TRL_SOURCE)" $(ARGS)
 
-conformance: $(HOSTS:%=$(VENV_HOST)%/.ready)  ## run this package inside OpenRLHF, ms-swift and verl (HOSTS=verl: one of them)
+conformance: $(HOSTS:%=$(VENV_HOST)%/.ready)  ## run this package inside the other trainers (HOSTS=verl: one of them; SLIME_SOURCE=a clone of slime: that too)
 	@for host in $(HOSTS); do \
 		echo "tests/hosts/$$host"; \
 		OMP_NUM_THREADS=1 $(VENV_HOST)$$host/bin/python -m pytest -o addopts='$(VLLM_ADDOPTS)' \
@@ -82,7 +86,7 @@ mutants: $(READY)  ## plant every known fault and see a test go red
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 clean:  ## remove what the other targets made, .venv included
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_TRL) $(addprefix $(VENV_HOST),openrlhf swift verl) build dist site runs .benchmarks .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_TRL) $(addprefix $(VENV_HOST),$(ALL_HOSTS)) build dist site runs .benchmarks .hypothesis *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
@@ -139,6 +143,7 @@ $(READY_TRL): $(READY) tests/algo/trainers/oldest_trl.txt
 # Each trainer has an environment of its own. The project goes in last and without its dependencies,
 # since it asks for Triton, which a CPU does not need; what a requirements file wants in without its
 # dependencies stands there behind "# --no-deps".
+$(VENV_HOST)skyrl/.ready: PYTHON = python3.12
 $(VENV_HOST)%/.ready: tests/hosts/%/requirements.txt pyproject.toml
 	$(call make-venv,$(@D))
 	@echo "[2/3] installing torch"

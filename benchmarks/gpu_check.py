@@ -1,4 +1,4 @@
-"""The whole kernel suite on the GPU, then whole steps, then every op beside its peers.
+"""The kernel suite and the static sampler on the GPU, whole steps, every op beside its peers.
 
     python -m benchmarks.gpu_check                       # ends within ten minutes
     python -m benchmarks.gpu_check --quick               # within two
@@ -31,7 +31,7 @@ TOTAL_SECONDS = {False: 550.0, True: 110.0}  # quick or not
 TEST_SECONDS = 200.0  # of one suite, at most
 STEP_SECONDS = {"cpu": 180.0, "cuda": 90.0}  # of one benchmark of whole steps, at most
 # The project's options without those of plug-ins that may be missing; warnings of another torch
-# are no failure.
+# do not fail it.
 PYTEST = (
     "-q",
     "-p",
@@ -42,7 +42,10 @@ PYTEST = (
     "filterwarnings=default",
 )
 DEVICE_TESTS = "tests/kernels/on_device"
+SAMPLER_TESTS = "tests/algo/engines/test_static.py"
 TINY = "--width 64 --layers 1 --vocabulary 64 --tokens 16 --rounds 2"
+TINY_DRAWS = "--width 64 --layers 1 --vocabulary 64 --prompts 2 --new-tokens 4 --rounds 1"
+DRAWS = "--device cuda --dtype bf16 --layers 30 --prompts 32 --rounds 3"
 WIDE = "--device cuda --dtype bf16 --width 1024 --layers 8 --vocabulary 32768 --rounds 5"
 
 
@@ -53,12 +56,15 @@ def suites(options: argparse.Namespace) -> dict[str, list[str]]:
     device = [DEVICE_TESTS, "-m", marker, *chosen]
     if options.quick or options.small:
         return {"on the device": device}
-    # the interpreter is no news where the kernels run, and Triton 3.6's fails with NumPy 2.4
+    # the interpreter says nothing new where the kernels run, and Triton 3.6's fails with NumPy 2.4
     ignored = (DEVICE_TESTS, "tests/kernels/test_triton_interpreter.py")
     rest = ["tests/kernels", *(f"--ignore={path}" for path in ignored), "-m", "not gpu"]
     if importlib.util.find_spec("xdist"):
         rest += ["-n", "logical"]
-    return {"on the device": device, "without it": rest}
+    chosen = {"on the device": device, "without it": rest}
+    if importlib.util.find_spec("transformers"):
+        chosen["sampler"] = [SAMPLER_TESTS, "-m", marker]
+    return chosen
 
 
 def steps(options: argparse.Namespace, path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -72,6 +78,7 @@ def steps(options: argparse.Namespace, path: Path) -> Iterator[tuple[str, list[s
     for name, sizes in shared.items():
         model = TINY if small else WIDE
         commands[f"shared-prompt-{name}"] = f"shared_prompt {model} {sizes}"
+    commands["samplers"] = "samplers " + (TINY_DRAWS if small else DRAWS)
     for name, command in commands.items():
         module, *arguments = command.split()
         output = path.with_name(f"{path.stem}-{name}.json")

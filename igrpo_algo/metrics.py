@@ -1,7 +1,7 @@
 """What to watch in a two-stage run.
 
-All are pure functions: of rewards, with NaN for an unscored one, of texts or of token ids. The
-tensor ones return detached tensors on the rewards' device and never wait for it.
+Pure functions of rewards (NaN where unscored) or of texts. Those of rewards return detached tensors
+on the rewards' device and never wait for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import check_count, check_number, check_rank, check_shape, describe
+from igrpo_kernels.checks import (
+    check_callable,
+    check_count,
+    check_number,
+    check_rank,
+    check_shape,
+    describe,
+)
 
 from .advantages.moments import GroupedRewards, to_scores
 from .thinking import strip_thinking
@@ -32,7 +39,8 @@ def zero_variance_rate(rewards: Tensor, groups: int | Tensor | None = None) -> T
         Share, a scalar in float32 or float64, detached.
 
     Raises:
-        TypeError: `rewards` is no tensor of real numbers, or `groups` neither int nor integers.
+        TypeError: `rewards` is not a tensor of real numbers, or `groups` neither an int nor an
+            integer tensor.
         ValueError: `rewards` and `groups` do not fit each other.
 
     Examples:
@@ -62,7 +70,7 @@ def draft_success_rate(draft_rewards: Tensor, *, threshold: float = 1.0) -> Tens
         Share, a scalar in float32 or float64, detached.
 
     Raises:
-        TypeError: `draft_rewards` is no tensor of real numbers, or `threshold` no number.
+        TypeError: `draft_rewards` is not a tensor of real numbers, or `threshold` not a number.
         ValueError: `draft_rewards` are not [P, N], or `threshold` is not finite.
 
     Examples:
@@ -91,7 +99,7 @@ def stage_uplift(draft_rewards: Tensor, refinement_rewards: Tensor) -> Tensor:
         Mean Stage-2 less mean Stage-1 reward, a scalar in float32 or float64, detached.
 
     Raises:
-        TypeError: An argument is no tensor of real numbers.
+        TypeError: An argument is not a tensor of real numbers.
         ValueError: An argument has no two axes, or the numbers of prompts differ.
 
     Examples:
@@ -116,8 +124,8 @@ def accuracy_after_draft(
     accuracy = #{(p, g) : r_pg >= threshold} / #{(p, g)}
     over prompts with d_p >= threshold, and over those with d_p < threshold
 
-    1 and 0 say that Stage 2 hands its draft's verdict on, whatever it writes: every group is of
-    equal rewards then, and nothing is learned. Prompts whose draft is NaN (none was shown) and
+    1 and 0 mean that refinements are right exactly where their draft was: all rewards of a group
+    are then equal, and nothing is learned. Prompts whose draft is NaN (none was shown) and
     unscored refinements are left out. NaN where none is left.
 
     Args:
@@ -129,7 +137,7 @@ def accuracy_after_draft(
         Two shares, scalars in float32 or float64, detached.
 
     Raises:
-        TypeError: An argument is no tensor of real numbers, or `threshold` no number.
+        TypeError: An argument is not a tensor of real numbers, or `threshold` not a number.
         ValueError: `refinement_rewards` are not [P, G], `draft_rewards` not [P] of the same P, or
             `threshold` is not finite.
 
@@ -167,7 +175,8 @@ def pass_at_k(rewards: Tensor, k: int, *, threshold: float = 1.0) -> Tensor:
         pass@k of each prompt, shape [P], float32 or float64, detached. `.nanmean()` is the score.
 
     Raises:
-        TypeError: `rewards` is no tensor of real numbers, `k` no int, or `threshold` no number.
+        TypeError: `rewards` is not a tensor of real numbers, `k` not an int, or `threshold` not a
+            number.
         ValueError: `rewards` are not [P, N], `k` is not in 1..N, or `threshold` is not finite.
 
     Examples:
@@ -199,8 +208,8 @@ def copy_rate(
 
     The texts are compared: the draft as it stands in the prompt, without its thinking and control
     tokens, and what `strip` keeps of the refinement; space at the ends does not count. Token ids
-    would tell a copy apart that stops or thinks in another way. Prompts that show no draft are left
-    out. NaN where no refinement is left.
+    would miss a copy that stops or thinks in another way. Prompts that show no draft are left out.
+    NaN where no refinement is left.
 
     Args:
         drafts: `DraftChoice.draft` of each prompt; None or empty where it shows none. P texts.
@@ -237,7 +246,12 @@ def repeats_draft(
         >>> repeats_draft("It is 5.", "<think>2 + 3</think> It is 5.")
         True
     """
-    kept = refinement if strip is None else strip(refinement)
+    for name, text in (("draft", draft), ("refinement", refinement)):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a string, got {describe(text)}")
+    kept = refinement if strip is None else check_callable("strip", strip)(refinement)
+    if not isinstance(kept, str):
+        raise TypeError(f"strip must return a string, got {describe(kept)}")
     return kept.strip() == draft.strip()
 
 

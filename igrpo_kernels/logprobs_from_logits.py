@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_floating
+from .checks import check_flag, check_floating
 from .relative_softmax import SoftmaxRows, exponentials, softmax_of_logits
 from .row_checks import NAMESPACE, check_rows, check_targets, row_temperature
 from .row_selection import Rows, nonzero, row_pieces, rows_where, take, working_dtype
@@ -91,6 +91,8 @@ def token_logprobs(
     check_floating("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {list(logits.shape)}")
+    check_flag("return_entropy", return_entropy)
+    check_flag("inplace_backward", inplace_backward)
     targets, mask = check_targets(targets, mask, logits.shape[:-1])
     per_row = row_temperature(temperature, targets, working_dtype(logits.dtype))
     if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
@@ -153,8 +155,8 @@ def _score_rows(
     if logits.is_cuda:
         from ._triton import logit_rows as kernels
 
-        heat = LogitTransform(temperature).temperature_tensor(logits)
-        return kernels.forward(logits, targets, mask, heat, with_entropy).tensors
+        temperatures = LogitTransform(temperature).temperature_tensor(logits)
+        return kernels.forward(logits, targets, mask, temperatures, with_entropy).tensors
     logits, rows = _flat(logits), rows_where(targets.shape[0], mask)
     transform, found = LogitTransform(temperature), []
     for some in row_pieces(rows, logits.shape[-1]):
@@ -211,8 +213,8 @@ def _write_gradient(
     if logits.is_cuda:
         from ._triton import logit_rows as kernels
 
-        heat = LogitTransform(temperature).temperature_tensor(logits)
-        kernels.write_gradient(grad, logits, targets, mask, heat, statistics, *upstream)
+        temperatures = LogitTransform(temperature).temperature_tensor(logits)
+        kernels.write_gradient(grad, logits, targets, mask, temperatures, statistics, *upstream)
         return
     grad, logits = _flat(grad), _flat(logits)
     transform, count = LogitTransform(temperature), targets.shape[0]

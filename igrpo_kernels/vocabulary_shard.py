@@ -67,6 +67,8 @@ class VocabularyShard:
     group_name: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sizes, tuple):
+            raise TypeError(f"sizes must be a tuple of int, got {describe(self.sizes)}")
         for size in self.sizes:
             check_count("sizes", size, at_least=0)
         check_count("rank", self.rank, at_least=0)
@@ -129,7 +131,7 @@ class VocabularyShard:
         return values
 
     def check_rows(self, rows: int, device: torch.device) -> None:
-        """Check that every rank has as many rows: a collective of unequal sizes hangs, or lies.
+        """Check that all ranks have as many rows: a collective of unequal sizes hangs or garbles.
 
         Raises:
             ValueError: On every rank, where the numbers differ.

@@ -48,6 +48,14 @@ REFERENCE = {  # page: title, where its names are defined
     "kernels/aggregates.md": ("Aggregates", ("igrpo_kernels.aggregates",)),
     "kernels/kl.md": ("KL", ("igrpo_kernels.kl",)),
 }
+SHOWN_WHOLE = (  # modules whose every name is public, though no package above them lists it
+    "igrpo_algo.advantages.presets",
+    "igrpo_algo.rollouts.once_per_group",
+    "igrpo_kernels.aggregates",
+    "igrpo_kernels.kl",
+    "igrpo_kernels.sequences",
+    "igrpo_kernels.surrogates",
+)
 TO_DOCS = re.compile(r"(\]\(|src=\"|srcset=\"|href=\")(?:\./)?docs/")
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#:\s]+)(?:#[^)]*)?\)")
 
@@ -60,7 +68,8 @@ def public_names(package: str) -> dict[str, str]:
         return {
             node.name: f"{package}.{node.name}"
             for node in tree.body
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and not node.name.startswith(("_", "check_"))
         }
     names = {}
     for node in ast.parse((folder / "__init__.py").read_text()).body:
@@ -68,7 +77,7 @@ def public_names(package: str) -> dict[str, str]:
             module = f"{package}.{node.module}" if node.level else node.module
             if module.startswith("igrpo_"):
                 names |= {alias.name: f"{module}.{alias.name}" for alias in node.names}
-    for name, path in names.items():  # what a package of the package hands on
+    for name, path in names.items():  # re-exported from a folder of its own
         inner = path.removesuffix(f".{name}")
         if (ROOT / inner.replace(".", "/")).is_dir():
             names[name] = public_names(inner)[name]
@@ -78,8 +87,9 @@ def public_names(package: str) -> dict[str, str]:
 def all_public_names() -> dict[str, str]:
     """Map every public name, of both packages and of the folders, to where it is defined."""
     folders = {path for _, paths in REFERENCE.values() for path in paths if "algo." in path}
-    packages = ["igrpo_kernels", "igrpo_algo", *sorted(folders)]
-    return {name: path for package in packages for name, path in public_names(package).items()}
+    packages = ["igrpo_kernels", "igrpo_algo", *sorted(folders), *SHOWN_WHOLE]
+    names = {name: path for package in packages for name, path in public_names(package).items()}
+    return names | {"PolicyLoss": "igrpo_kernels.loss_from_logprobs.PolicyLoss"}
 
 
 def reference_pages() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Advantages over other baselines than the mean of the group.
 
-Layouts, and the conventions for NaN, lone and equal rewards, are those of `advantages.py`.
+Layouts, and the conventions for NaN, lone and equal rewards, are those of `of_groups.py`.
 """
 
 import torch
@@ -137,7 +137,7 @@ def maxrl(rewards: Tensor, groups: int | Tensor | None = None, *, eps: float = 1
         Advantages, shape of `rewards`, float32 or float64, detached.
 
     Raises:
-        TypeError: As in `center_by_group`, or `eps` is no number.
+        TypeError: As in `center_by_group`, or `eps` is not a number.
         ValueError: As in `center_by_group`, or `eps` is negative.
 
     Examples:

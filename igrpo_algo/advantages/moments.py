@@ -68,7 +68,8 @@ class GroupedRewards:
                 shape [B]; ids need be neither sorted nor contiguous, groups may differ in size.
 
         Raises:
-            TypeError: `rewards` is no tensor of real numbers, or `groups` no int nor integers.
+            TypeError: `rewards` is not a tensor of real numbers, or `groups` neither an int nor an
+                integer tensor.
             ValueError: `groups` is missing for [B], given for [P, G], or does not fit.
         """
         scores = to_scores("rewards", rewards)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from igrpo_kernels.checks import check_count, check_flag, describe
+
 from ..rewards.answers import extract_gold
 
 Row = dict[str, Any]
@@ -50,17 +52,18 @@ def load_prompts(
     name on the hub.
 
     Each row becomes `{"prompt": ..., "answer": ..., **other columns}`. The question is the first
-    column present of prompt, question, problem; the answer the first of answer, solution,
-    final_answer, ground_truth, of which `rewards.answers.extract_gold` keeps the final answer.
-    These two must be in every row. Of any other column a row may lack its cell: that is None. A set
-    without an answer column yields rows without `answer`: a reward of your own may not need one.
+    column present of prompt, question, problem, and must be in every row. The answer is the first
+    that is not empty of answer, solution, final_answer, ground_truth, of which
+    `rewards.answers.extract_gold` keeps the final answer; a row must have one of these columns that
+    are in the set. Of any other column a row may lack its cell: that is None. A set without an
+    answer column yields rows without `answer`: a reward of your own may not need one.
 
     Args:
         source: A path, or a name on the hub.
         split: Which split of a hub set, or of a saved folder that has several.
         config: Which configuration of a hub set ("main" of openai/gsm8k).
         question_column: Name of the column that holds the question, a string or chat messages.
-        answer_column: Name of the column that holds the reference answer.
+        answer_column: Name of the column that holds the reference answer; no other is read then.
         system_prompt: Put before each prompt as a system message; `PAPER_SYSTEM_PROMPT` is one.
         chat: Whether prompts become chat messages; False leaves them strings, with the system
             prompt and an empty line in front, for models without a chat template.
@@ -84,15 +87,18 @@ def load_prompts(
         ...     load_prompts(file.name)
         [{'prompt': [{'role': 'user', 'content': '6 * 7?'}], 'answer': '42'}]
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be >= 1, got {limit}")
+    if not isinstance(source, str | Path):
+        raise TypeError(f"source must be a path or a name on the hub, got {describe(source)}")
+    if limit is not None:
+        check_count("limit", limit)
+    check_flag("chat", chat)
     rows = list(itertools.islice(_read(source, split, config), limit))
     if not rows:
         raise ValueError(f"{source} holds no rows")
     columns = dict.fromkeys(name for _, row in rows for name in row)
-    question, answer = _choose_columns(columns, str(source), question_column, answer_column)
-    others = [name for name in columns if name not in (question, answer)]
-    format_ = _RowFormat(question, answer, others, system_prompt, chat)
+    question, answers = _choose_columns(columns, str(source), question_column, answer_column)
+    others = [name for name in columns if name not in (question, *answers[:1])]
+    format_ = _RowFormat(question, answers, others, system_prompt, chat)
     return [format_.prepare(row, place) for place, row in rows]
 
 
@@ -118,6 +124,7 @@ def prepare_prompt(
         >>> prepare_prompt("6 * 7?", system_prompt="Be brief.", chat=False)
         'Be brief.\n\n6 * 7?'
     """
+    check_flag("chat", chat)
     if not isinstance(question, str):
         return _prepare_messages(question, system_prompt, chat)
     if not question.strip():
@@ -135,7 +142,9 @@ def _prepare_messages(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m
         for m in question
     ):
-        raise TypeError(f"a prompt must be a string or a list of messages, got {question!r}")
+        raise TypeError(
+            f"a prompt must be a string or a list of messages, got {describe(question)}"
+        )
     if not question:
         raise ValueError("a prompt must not be empty")
     if all(message["role"] != "user" for message in question):
@@ -155,7 +164,7 @@ class _RowFormat:
     """Which columns hold what, and what a prompt looks like."""
 
     question: str
-    answer: str | None
+    answers: Sequence[str]
     others: Sequence[str]
     system_prompt: str | None
     chat: bool
@@ -170,19 +179,29 @@ class _RowFormat:
             prepared["prompt"] = prepare_prompt(
                 question, system_prompt=self.system_prompt, chat=self.chat
             )
-        if self.answer is not None:
-            answer = _cell(row, self.answer, place)
-            with _locate_errors(place, self.answer):
-                prepared["answer"] = extract_gold(answer)
+        if self.answers:
+            prepared["answer"] = self._answer(row, place)
         return prepared
+
+    def _answer(self, row: Row, place: str) -> str | None:
+        """Return the answer of the first column that holds one."""
+        for name in [name for name in self.answers if name in row] or self.answers[:1]:
+            cell = _cell(row, name, place)
+            with _locate_errors(place, name):
+                answer = extract_gold(cell)
+            if answer is not None:
+                return answer
+        return None
 
 
 def _choose_columns(
     columns: Iterable[str], source: str, question_column: str | None, answer_column: str | None
-) -> tuple[str, str | None]:
-    """Choose the named columns, or else the first known ones."""
+) -> tuple[str, list[str]]:
+    """Choose the named columns, or else the first known question and all known answers."""
     there = sorted(columns)
     for argument, name in (("question", question_column), ("answer", answer_column)):
+        if not isinstance(name, str | None):
+            raise TypeError(f"{argument}_column must be a string or None, got {describe(name)}")
         if name is not None and name not in there:
             raise ValueError(f"{source}: {argument}_column {name!r} is not among {there}")
     question = question_column or next((name for name in QUESTION_COLUMNS if name in there), None)
@@ -191,7 +210,7 @@ def _choose_columns(
             f"{source}: no column {', '.join(QUESTION_COLUMNS)} among {there}; "
             "name it with question_column"
         )
-    return question, answer_column or next((n for n in ANSWER_COLUMNS if n in there), None)
+    return question, [answer_column] if answer_column else [n for n in ANSWER_COLUMNS if n in there]
 
 
 def _check_text(value: object) -> None:

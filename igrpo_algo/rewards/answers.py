@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from igrpo_kernels.checks import describe
+
 from ..thinking import text_after_thinking
 from .rules import STATED, WRITTEN, apply_rules
 
@@ -54,7 +56,7 @@ def completion_text(completion: CompletionLike) -> str:
         return content if isinstance(content, str) else "".join(b.get("text", "") for b in content)
     except (TypeError, KeyError, IndexError, AttributeError):
         raise TypeError(
-            f"completion must be a string or a list of messages, got {completion!r}"
+            f"completion must be a string or a list of messages, got {describe(completion)}"
         ) from None
 
 
@@ -66,8 +68,8 @@ def extract_answer(text: str) -> str | None:
     answer is then the first of these that the text has: the last `\boxed{...}`; the line behind the
     last `####` (GSM8K's mark); the rest of the sentence behind the last "answer is" or "answer:",
     or the line below a heading "Final answer"; all of the text inside the answer tag. A last box
-    that is empty or never closed states no answer. The rules `rules.STATED` cut off other words around
-    an answer that is not boxed. The time is linear in the length of the text.
+    that is empty or never closed states no answer. The rules `rules.STATED` cut off other words
+    around an answer that is not boxed. The time is linear in the length of the text.
 
     Args:
         text: A completion, or a worked solution.
@@ -118,10 +120,12 @@ def extract_gold(value: object, *, name: str = "an answer") -> str | None:
         >>> extract_gold("It is $2+2=\\boxed{4}$."), extract_gold(" 1,234 "), extract_gold(7)
         ('4', '1,234', '7')
     """
-    if value is None or value != value:  # NaN is how a table spells a missing number
+    if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise TypeError(f"{name} must be a string, a number or None, got {value!r}")
+        raise TypeError(f"{name} must be a string, a number or None, got {describe(value)}")
+    if value != value:  # NaN is how a table spells a missing number
+        return None
     try:
         text = str(value)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 Cui et al. 2025, arXiv:2505.22617. The change of entropy follows the covariance of log-prob and
 advantage, and a few tokens carry most of it. Means and shares are over the counted tokens of the
-batch that is given, so micro-batches do not add up to one batch: say so where it matters.
+given batch, so micro-batches do not add up to one batch.
 """
 
 from dataclasses import dataclass, field
@@ -72,6 +72,7 @@ class ClipCov(Surrogate):
         if not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {describe(self.generator)}")
         check_number("share", self.share, above=0.0, at_most=1.0)
+        check_number("min_covariance", self.min_covariance)
         check_number("max_covariance", self.max_covariance, above=self.min_covariance)
         Clip(self.low, self.high)
 

@@ -45,9 +45,11 @@ class Group:
 
 
 def check_advantages(rewards: Sequence[float], advantages: Sequence[float]) -> None:
-    """Check that advantages are those of the refinements among themselves, with either std."""
+    """Check that advantages are the refinements' among themselves, over either std or none."""
     mean = sum(rewards) / len(rewards)
     centered = [reward - mean for reward in rewards]
+    if advantages == pytest.approx(centered, rel=1e-6, abs=1e-6):
+        return
     for ddof in (0, 1):
         std = (sum(c * c for c in centered) / (len(rewards) - ddof)) ** 0.5
         # Trainers add 1e-9 to 1e-4 to the standard deviation.

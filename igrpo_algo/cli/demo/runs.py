@@ -54,7 +54,7 @@ class DemoConfig:
         evaluations: Held-out evaluations during training, besides the one before it.
         held_out: Problems that no training sees.
         final_samples: Answers per held-out problem in the evaluation at the end, each refined.
-        warm_up: Whether the warmed weights are remade, in the place of the shipped ones.
+        warm_up: Whether the warmed weights are remade, in place of the shipped ones.
     """
 
     steps: int = 100

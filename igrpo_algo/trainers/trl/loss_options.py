@@ -125,7 +125,7 @@ def check_loss(args: IGRPOConfig, surrogate: Surrogate | None, aggregate: Aggreg
 
     Args:
         args: The configuration.
-        surrogate: What the trainer was given in the place of the configuration's.
+        surrogate: What the trainer was given in place of the configuration's.
         aggregate: Likewise.
 
     Raises:

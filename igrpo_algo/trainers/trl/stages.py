@@ -50,7 +50,7 @@ class Stage:
 
     Attributes:
         group: Completions of each prompt.
-        prompts: What this rank's rows are drawn from, in the place of the data set's prompts; None:
+        prompts: What this rank's rows are drawn from, in place of the data set's prompts; None:
             from those.
         drafts: The draft in each row's prompt, for the table of completions; None: no column.
         sampled: What a sampler has drawn and scored already; None: TRL draws and scores.

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from igrpo_algo.cli.demo import chain, evaluation
 from igrpo_algo.cli.demo.evaluation import evaluate, summarize
 from igrpo_algo.cli.demo.model import build_model, build_tokenizer, load_model, save_weights
-from igrpo_algo.cli.demo.warmup import IGNORED, WarmUp, encode, warm_up
+from igrpo_algo.cli.demo.warmup import (
+    IGNORED,
+    WarmUp,
+    chain_conversations,
+    encode,
+    warm_up,
+)
 from igrpo_algo.cli.demo.workers import SHIPPED_WEIGHTS
 from igrpo_algo.drafts.text import splice_prompt
 from igrpo_algo.rollouts.completions import Completion
@@ -148,15 +154,17 @@ def test_labels_are_the_answer_and_its_end(tokenizer) -> None:
 
 
 def test_the_warm_up_learns(tokenizer) -> None:
-    model = build_model(tokenizer)
-    losses = list(warm_up(model, tokenizer, WarmUp(steps=30, batch_size=64)))
+    model, settings = build_model(tokenizer), WarmUp(steps=30, batch_size=64)
+    losses = list(warm_up(model, tokenizer, settings, chain_conversations(settings)))
     assert len(losses) == 30
     assert sum(losses[-3:]) / 3 < 0.8 * losses[0]
 
 
 def test_the_warm_up_is_the_same_each_time(tokenizer) -> None:
     def losses() -> list[float]:
-        return list(islice(warm_up(build_model(tokenizer), tokenizer, WarmUp(batch_size=4)), 3))
+        settings = WarmUp(batch_size=4)
+        draw = chain_conversations(settings)
+        return list(islice(warm_up(build_model(tokenizer), tokenizer, settings, draw), 3))
 
     assert losses() == losses()
 

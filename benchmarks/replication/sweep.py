@@ -1,0 +1,99 @@
+"""Many runs side by side, in processes of one thread each; what has ended is never done again."""
+
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.replication import runs
+from benchmarks.replication.arms import MAIN
+from benchmarks.replication.runs import Run
+from benchmarks.replication.training import Settings
+
+
+def plan(arms: Iterable[str], tasks: Iterable[str], seeds: int, size: str) -> list[Run]:
+    """Order the runs: the main arms first; within them task by task, and seed by seed.
+
+    So a sweep that is stopped has the same seeds for all arms of a task.
+    """
+    arms, tasks = list(arms), list(tasks)
+    main = [arm for arm in arms if arm in MAIN]
+    others = [arm for arm in arms if arm not in MAIN]
+    return [
+        Run(task, size, arm, seed)
+        for group in (main, others)
+        for task in tasks
+        for seed in range(seeds)
+        for arm in group
+    ]
+
+
+def sweep(
+    planned: Sequence[Run],
+    settings: Settings,
+    folder: Path,
+    weights: Path,
+    *,
+    workers: int,
+    console: Console,
+) -> int:
+    """Do the runs that have not ended; return how many did not finish."""
+    todo = [run for run in planned if runs.is_open(run, settings, folder)]
+    console.print(f"{len(todo)} of {len(planned)} runs to go, {settings.steps} steps each")
+    failures = 0
+    if not todo:
+        return failures
+    with (
+        ProcessPoolExecutor(workers, get_context("spawn"), initializer=prepare_worker) as pool,
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        ) as progress,
+    ):
+        bar = progress.add_task("warming up", total=len(todo))
+        warmed = {
+            (run.task, run.size): pool.submit(runs.warm, run.task, run.size, settings, weights)
+            for run in todo
+        }
+        for future in warmed.values():
+            future.result()
+        futures = {pool.submit(runs.do, run, settings, folder, weights): run for run in todo}
+        try:
+            for future in as_completed(futures):
+                run, status = futures[future], future.result()
+                failures += status != runs.FINISHED
+                name = f"{run.task} {run.arm} {run.seed}"
+                progress.update(bar, advance=1, description=name)
+                if not console.is_terminal or status != runs.FINISHED:
+                    console.print(f"{name}: {status}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failures
+
+
+def prepare_worker() -> None:
+    """Keep a worker to one core, since a tiny model gains nothing from two; end it with its sweep.
+
+    A pool's workers outlive a parent that was killed, and wait for work forever.
+    """
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=end_with_the_sweep, daemon=True).start()
+
+
+def end_with_the_sweep() -> None:
+    """Wait until the sweep has ended, however it did; then end this process."""
+    sweep = parent_process()
+    assert sweep is not None
+    sweep.join()
+    os._exit(1)
