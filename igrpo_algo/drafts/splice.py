@@ -1,7 +1,7 @@
 """How a chosen draft gets into its prompt, as a value: `TextSplice` and `TokenSplice`.
 
-A splice is any function `(prompt, draft) -> Spliced`. These two put `splice_prompt` and
-`splice_prompt_ids` together with what is done to the draft first: thinking stripped, length cut.
+A splice is any function `(prompt, draft) -> Spliced`. These two first strip the draft of thinking
+or control tokens and cut it to length.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -12,10 +12,9 @@ from igrpo_kernels.checks import check_callable, check_count, describe
 
 from ..prompts import Prompt, check_chat_template_kwargs, check_ids, encode_prompt
 from ..thinking import strip_thinking
-from .budget import fit_draft
+from .budget import Keep, check_keep, fit_draft, truncate_draft
 from .markers import check_markers
 from .text import DEFAULT_TEMPLATE, DraftTemplate, splice_cleaned
-from .token_ids import Keep, check_keep, check_special_ids, splice_prompt_ids, truncate_draft
 
 
 class Draft(Protocol):
@@ -232,7 +231,11 @@ class TokenSplice:
                 check_count(name, getattr(self, name))
         check_ids("before_ids", self.before_ids)
         check_ids("after_ids", self.after_ids)
-        check_special_ids(self.special_ids)
+        if isinstance(self.special_ids, str) or not isinstance(self.special_ids, Collection):
+            raise TypeError(
+                f"special_ids must be a collection of int, got {describe(self.special_ids)}"
+            )
+        check_ids("special_ids", list(self.special_ids))
         check_keep(self.keep)
 
     def __call__(self, prompt: Prompt, draft: Draft) -> Spliced:
@@ -253,7 +256,5 @@ class TokenSplice:
         kept = truncate_draft(ids, room, keep=self.keep)
         if not kept:
             return Spliced(prompt, "", len(ids))
-        spliced = splice_prompt_ids(
-            prompt, kept, before_ids=self.before_ids, after_ids=self.after_ids
-        )
+        spliced = [*prompt, *self.before_ids, *kept, *self.after_ids]
         return Spliced(spliced, draft.text, len(ids) - len(kept))
