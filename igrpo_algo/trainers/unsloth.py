@@ -2,7 +2,8 @@
 
     import unsloth
     from igrpo_algo.trainers.unsloth import make_trainer
-    trainer = make_trainer(num_drafts=8)(model=model, args=GRPOConfig(...), reward_funcs=..., ...)
+    IGRPOTrainer = make_trainer(num_drafts=8)
+    IGRPOTrainer(model=model, args=GRPOConfig(...), reward_funcs=..., ...).train()
 
 Unsloth rewrites TRL's trainer when it is imported, its loss and log-probs among it, so this touches
 neither: both stages go through TRL's generation (Unsloth's vLLM too), and a step is trained by
