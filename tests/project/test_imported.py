@@ -12,7 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS, ALGO = ROOT / "igrpo_kernels", ROOT / "igrpo_algo"
 GUIDE = ROOT / "docs" / "use" / "vendoring.md"
-OF_VENDORED_TESTS = ("conftest.py", "head_cases.py", "linear_policy_cases.py", "loss_oracles.py")
+OF_VENDORED_TESTS = (
+    "conftest.py",
+    "head_cases.py",
+    "linear_policy_cases.py",
+    "loss_oracles.py",
+    "triton_problem.py",
+)
 VENDORED_TESTS = (
     "test_linear_policy_loss.py",
     "test_linear_token_logprobs.py",
@@ -20,7 +26,10 @@ VENDORED_TESTS = (
     "test_policy_loss_input.py",
     "test_sequences.py",
     "test_token_logprobs.py",
+    "triton_head.py",
+    "triton_head_ops.py",
     "triton_logits.py",
+    "triton_losses.py",
 )
 HEAVY = ["triton", "transformers", "trl", "matplotlib", "datasets", "accelerate"]
 
