@@ -73,7 +73,10 @@ def make_trainer(
     return type("IGRPOTrainer", (_TwoStages, trl.GRPOTrainer), own)
 
 
-class _TwoStages:
+_Trainer: Any = object  # known when the class is made: Unsloth's
+
+
+class _TwoStages(_Trainer):
     """Draws drafts before TRL draws a batch, and gives it the spliced prompts."""
 
     rules: DraftRules
