@@ -119,14 +119,16 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
     bounds = [
-        (f">= {at_least}", at_least is None or value >= at_least),
-        (f"> {above}", above is None or value > above),
-        (f"<= {at_most}", at_most is None or value <= at_most),
+        (">=", at_least, at_least is None or value >= at_least),
+        (">", above, above is None or value > above),
+        ("<=", at_most, at_most is None or value <= at_most),
     ]
-    broken = [text for text, holds in bounds if not holds]
+    broken = [f"{sign} {bound}" for sign, bound, holds in bounds if not holds]
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ValueError(f"{name} must fit 64 bits, or be a float, got {describe(value)}")
-    if not broken and not math.isfinite(value):
+    if (
+        not broken and not abs(value) < math.inf
+    ):  # a compiler traces it, where it breaks at isfinite
         broken = ["finite"]
     elif not broken and abs(value) > LARGEST_FLOAT32:
         broken = ["in the range of float32"]

@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.replication.arms import ARMS
-from benchmarks.replication.models import SHIPPED, SIZES
+from benchmarks.replication.models import PRETRAINED, SHIPPED, SIZES
 from benchmarks.replication.sweep import plan, sweep
-from benchmarks.replication.tasks import TASKS
+from benchmarks.replication.tasks import ALL_TASKS, TASKS
 from benchmarks.replication.training import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +21,8 @@ WEIGHTS = ROOT / "runs/replication-weights"
 SMOKE = Settings(
     steps=6, prompts=8, evaluations=1, held_out=64, samples=2, rounds=2, warm_up_steps=60
 )
+
+REAL = Settings(steps=100, prompts=32, learning_rate=1e-5)
 
 
 def positive(text: str) -> int:
@@ -38,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("what", nargs="?", choices=["run", "map"], default="run")
     options.add_argument("--smoke", action="store_true", help="every arm, tiny: ten minutes")
     options.add_argument("--arm", action="append", choices=ARMS, help="repeatable; default: all")
-    options.add_argument("--task", action="append", choices=TASKS, help="repeatable; default: all")
-    options.add_argument("--size", choices=SIZES, default=SHIPPED, help="width x layers")
+    options.add_argument("--task", action="append", choices=ALL_TASKS, help="repeatable")
+    options.add_argument("--size", choices=[*SIZES, PRETRAINED], default=SHIPPED)
     options.add_argument("--seeds", type=positive, help="default: 5, with --smoke 1")
     options.add_argument("--workers", type=positive, default=min(os.cpu_count() or 1, 8))
     options.add_argument("--folder", type=Path, help="of the records")
@@ -54,10 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         write_page(folder)
         return 0
-    settings = SMOKE if options.smoke else Settings()
+    pretrained = options.size == PRETRAINED
+    settings = SMOKE if options.smoke else REAL if pretrained else Settings()
     runs = plan(
         options.arm or ARMS,
-        options.task or TASKS,
+        options.task or (["words"] if pretrained else TASKS),
         options.seeds or (1 if options.smoke else 5),
         options.size,
     )

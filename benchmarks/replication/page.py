@@ -9,7 +9,7 @@ from benchmarks.replication import compare, prose
 from benchmarks.replication.arms import ARMS, baseline_of
 from benchmarks.replication.compare import ByArm, Record, Verdict, difference, finished, judge
 from benchmarks.replication.plot import draw
-from benchmarks.replication.tasks import TASKS
+from benchmarks.replication.tasks import ALL_TASKS, TASKS
 from benchmarks.speed_page import table
 from igrpo_algo.cli.intervals import Interval
 from igrpo_algo.files import write_whole
@@ -56,7 +56,7 @@ def build_page(maps: Maps) -> str:
 
 def ordered(maps: Maps) -> list[tuple[str, ByArm]]:
     """Give the places, those of a task together, in the order of the tasks."""
-    return sorted(maps.items(), key=lambda item: list(TASKS).index(item[0].partition("-")[0]))
+    return sorted(maps.items(), key=lambda item: list(ALL_TASKS).index(item[0].partition("-")[0]))
 
 
 def takeaway(maps: Maps) -> str:
@@ -163,7 +163,7 @@ def section(place: str, arms: ByArm) -> str:
             row.append(percent(mean([value(record) for record in runs.values()])))
             row += [""] * 2 if arm == baseline_of(arm) else beside_grpo(arms, arm, value)
         rows.append(row)
-    title = TASKS[place.partition("-")[0]].title
+    title = ALL_TASKS[place.partition("-")[0]].title
     note = "" if place in compare.telling({place: arms}) else prose.NOTHING_LEARNED
     return f"**{place}**: {title}.{note}\n\n{table(rows)}"
 

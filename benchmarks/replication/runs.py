@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.replication.arms import ARMS
 from benchmarks.replication.measures import mean_of, of_model, of_step
-from benchmarks.replication.models import held_out_problems, load, warm_weights
-from benchmarks.replication.tasks import TASKS
+from benchmarks.replication.models import PRETRAINED, held_out_problems, load, warm_weights
+from benchmarks.replication.tasks import ALL_TASKS
 from benchmarks.replication.training import (
     SAMPLER,
     DivergenceError,
@@ -111,7 +111,7 @@ def measure(run: Run, settings: Settings, weights: Path) -> Iterator[tuple[str, 
     Every point says what it had cost: completions, tokens sampled and trained, and the seconds and
     CPU seconds of sampling and training (evaluations left out).
     """
-    task, arm = TASKS[run.task], ARMS[run.arm]
+    task, arm = ALL_TASKS[run.task], ARMS[run.arm]
     path = warm_path(run.task, run.size, settings, weights)
     model, tokenizer = load(task, run.size, path)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -165,6 +165,8 @@ def counts(step: Step) -> dict[str, int]:
 
 def warm_path(task: str, size: str, settings: Settings, weights: Path) -> Path:
     """Where the warmed weights of a task and size lie."""
+    if size == PRETRAINED:
+        return weights / size
     name = f"{task}-{size}-{settings.warm_up_steps}-{settings.held_out}"
     return weights / f"{name}.safetensors"
 
@@ -172,7 +174,7 @@ def warm_path(task: str, size: str, settings: Settings, weights: Path) -> Path:
 def warm(task: str, size: str, settings: Settings, weights: Path) -> None:
     """Make the warmed weights of a task and size, if they are not there."""
     warm_weights(
-        TASKS[task],
+        ALL_TASKS[task],
         size,
         warm_path(task, size, settings, weights),
         held_out=settings.held_out,
