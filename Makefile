@@ -27,13 +27,16 @@ CANDIDATES := python3 python python3.14 python3.13 python3.12 python3.11
 PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	if $$python $(IS_NEW_ENOUGH) 2>/dev/null; then echo $$python; break; fi; done)
 
-.PHONY: help demo test test-vllm test-trl-oldest test-trl conformance lint format docs bench bench-suites gpu-check mutants clean
+.PHONY: help demo replication test test-vllm test-trl-oldest test-trl conformance lint format docs bench bench-suites gpu-check mutants clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
-demo: $(READY)  ## train a tiny model with GRPO and with iGRPO, draw both (minutes, CPU is enough)
+demo: $(READY)  ## train a tiny model with GRPO and two forms of iGRPO, and draw them (minutes, CPU is enough)
 	$(BIN)/igrpo demo --output-dir runs/demo $(ARGS)
+
+replication: $(READY)  ## measure forms of iGRPO beside GRPO on tiny models (three hours; ARGS=--smoke: ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.replication $(ARGS)
 
 test: $(READY)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)

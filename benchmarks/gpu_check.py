@@ -1,4 +1,4 @@
-"""The whole kernel suite on the GPU, then whole steps, then every op beside its peers.
+"""The kernel suite and the static sampler on the GPU, whole steps, every op beside its peers.
 
     python -m benchmarks.gpu_check                       # ends within ten minutes
     python -m benchmarks.gpu_check --quick               # within two
@@ -42,7 +42,10 @@ PYTEST = (
     "filterwarnings=default",
 )
 DEVICE_TESTS = "tests/kernels/on_device"
+SAMPLER_TESTS = "tests/algo/engines/test_static.py"
 TINY = "--width 64 --layers 1 --vocabulary 64 --tokens 16 --rounds 2"
+TINY_DRAWS = "--width 64 --layers 1 --vocabulary 64 --prompts 2 --new-tokens 4 --rounds 1"
+DRAWS = "--device cuda --dtype bf16 --layers 30 --prompts 32 --rounds 3"
 WIDE = "--device cuda --dtype bf16 --width 1024 --layers 8 --vocabulary 32768 --rounds 5"
 
 
@@ -58,7 +61,10 @@ def suites(options: argparse.Namespace) -> dict[str, list[str]]:
     rest = ["tests/kernels", *(f"--ignore={path}" for path in ignored), "-m", "not gpu"]
     if importlib.util.find_spec("xdist"):
         rest += ["-n", "logical"]
-    return {"on the device": device, "without it": rest}
+    chosen = {"on the device": device, "without it": rest}
+    if importlib.util.find_spec("transformers"):
+        chosen["sampler"] = [SAMPLER_TESTS, "-m", marker]
+    return chosen
 
 
 def steps(options: argparse.Namespace, path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -72,6 +78,7 @@ def steps(options: argparse.Namespace, path: Path) -> Iterator[tuple[str, list[s
     for name, sizes in shared.items():
         model = TINY if small else WIDE
         commands[f"shared-prompt-{name}"] = f"shared_prompt {model} {sizes}"
+    commands["samplers"] = "samplers " + (TINY_DRAWS if small else DRAWS)
     for name, command in commands.items():
         module, *arguments = command.split()
         output = path.with_name(f"{path.stem}-{name}.json")

@@ -10,17 +10,18 @@ from igrpo_kernels.loss_from_logprobs import policy_loss
 from .advantages.baselines import rloo
 from .advantages.of_groups import center_by_group, standardize_by_group, whiten
 from .batch import training_batch
+from .drafts.budget import truncate_draft
 from .drafts.rules import DraftRules, Fallback, Ties
 from .drafts.select import select_best_draft, select_random_draft, select_worst_draft
 from .drafts.splice import TextSplice, TokenSplice
-from .drafts.text import DraftTemplate, splice_prompt, strip_thinking
-from .drafts.token_ids import truncate_draft
+from .drafts.text import DraftTemplate, splice_prompt
 from .losses.igrpo import igrpo_loss
 from .metrics import copy_rate, pass_at_k, stage_uplift, zero_variance_rate
 from .rollouts.completions import Completion
 from .rollouts.records import Rollouts
 from .rollouts.sampling import Samples, sample_group
 from .rollouts.two_stage import stream_two_stage_rollout, two_stage_rollout
+from .thinking import strip_thinking
 
 __all__ = [
     "Completion",

@@ -36,7 +36,7 @@ class MicroBatch:
         old_logprobs: The sampler's log-prob of each token; None if any completion of the step lacks
             them. Shape of the layout's targets, float32.
         groups: Which group each completion belongs to. Shape [B], int64.
-        index: Which completion of the step each is, counted through all groups. Shape [B], int64.
+        index: Number of each completion in the step, through all groups. Shape [B], int64.
         step_sequences: Completions of the whole step, the denominator of `SequenceMean` and
             `FixedLength`.
         step_tokens: Their tokens, the denominator of `TokenMean`.
@@ -63,8 +63,8 @@ class MicroBatch:
     def loss_inputs(self, hidden: Tensor) -> dict[str, Any]:
         """Give the first arguments of `linear_policy_loss` by name.
 
-        `hidden`, `targets`, `advantages`, `old_logprobs`, and `mask` or `cu_seqlens`. In the place
-        of hidden states logits may come: `hidden` are then those that predict the targets.
+        `hidden`, `targets`, `advantages`, `old_logprobs`, and `mask` or `cu_seqlens`. Logits may
+        come in place of hidden states: `hidden` are then those that predict the targets.
 
         Args:
             hidden: The model's last hidden states. Shape [B, S, H], or [1, S, H] in rows.
@@ -83,10 +83,10 @@ class TrainingBatch:
         advantages: One per completion. Shape [B], float32.
         groups: Which group each belongs to: the completions of one stage of one prompt.
             Shape [B], int64.
-        index: Which completion of the step each is, counted through all groups; `keep` leaves gaps.
+        index: Number of each completion in the step, through all groups; `keep` leaves gaps.
             Shape [B], int64.
-        step_sequences: Completions of the whole step, with those that are left out. Where ranks
-            share a step, put their sum here (`dataclasses.replace`), and into `step_tokens`.
+        step_sequences: Completions of the whole step, those left out by `keep` included. Where
+            ranks share a step, put their sum here and into `step_tokens` (`dataclasses.replace`).
         step_tokens: Tokens of all these completions.
     """
 
@@ -166,7 +166,7 @@ class TrainingBatch:
     def shared_prompt(self, max_tokens: int | None = None) -> list[MicroBatch]:
         """Lay each group's prompt once, and its completions after it. See `pack_shared_prompt`.
 
-        The model must be one that `enable_shared_prompt` was given.
+        The model must have been through `enable_shared_prompt`.
 
         Args:
             max_tokens: Most tokens of a row; None makes one row.

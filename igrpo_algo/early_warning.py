@@ -21,8 +21,8 @@ class EarlyWarning:
     """Watches the metrics of a two-stage run, batch by batch; says each thing once.
 
     Attributes:
-        window: Batches that a mean is taken over; the first warning but that of copies comes after
-            as many.
+        window: Batches that a mean is taken over; no warning but that of copies comes before it is
+            full.
 
     Examples:
         >>> watch = EarlyWarning(window=2)
@@ -43,7 +43,7 @@ class EarlyWarning:
                 `right_after_right_draft` and `right_after_wrong_draft` those that are known.
 
         Returns:
-            What there is to warn of now and was not warned of before.
+            The warnings that were not given before.
         """
         for name, value in metrics.items():
             if not math.isnan(value):

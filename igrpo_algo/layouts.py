@@ -1,8 +1,8 @@
 """Sequences of prompt and completion, laid out for a model: padded, or one after the other in rows.
 
-Both layouts say what the model is given, which of its positions predict the completion tokens, and
-which of the sequences they hold. A third one, in which a prompt stands once before all of its
-completions, is `shared_prompt.packing`.
+A layout has the model's inputs, the positions that predict completion tokens, and the numbers of
+the sequences that it holds. A third one, with each prompt once before all of its completions, is in
+`shared_prompt.packing`.
 """
 
 import math
@@ -34,9 +34,9 @@ class PaddedRows:
 
     Attributes:
         input_ids: Prompt, completion, padding. Shape [B, S], int64.
-        attention_mask: True where a sequence is. Shape [B, S], bool.
+        attention_mask: False on the padding. Shape [B, S], bool.
         mask: True where the next token is one of the completion. Shape [B, S - 1], bool.
-        index: Which of the sequences given each row is. Shape [B], int64.
+        index: Number of each row's sequence, in the order given. Shape [B], int64.
     """
 
     input_ids: Tensor
@@ -72,7 +72,7 @@ class PaddedRows:
         return {"hidden": hidden[:, :-1], "targets": self.input_ids[:, 1:], "mask": self.mask}
 
     def place(self, values: Sequence[Sequence[float]]) -> Tensor:
-        """Put one value per completion token where the mask is. Shape [B, S - 1], float32."""
+        """Lay one value per completion token where the mask is True. Shape [B, S - 1], float32."""
         flat = torch.tensor([value for row in values for value in row], dtype=torch.float32)
         return torch.zeros(self.mask.shape).masked_scatter(self.mask, flat)
 
@@ -86,7 +86,7 @@ class PackedRow:
     Attributes:
         input_ids: Tokens of the row. Shape [1, S], int64.
         position_ids: Their positions, from 0 in each sequence. Shape [1, S], int64.
-        index: Which of the sequences given each one is. Shape [B], int64.
+        index: Number of each sequence, in the order given. Shape [B], int64.
         cu_seqlens: Offsets of the completions among the L tokens. Shape [B + 1], int32.
         targets: The L completion tokens. Shape [L], int64.
         predictors: The position in the row that predicts each target. Shape [L], int64.
@@ -104,7 +104,7 @@ class PackedRow:
         return move(self, device)
 
     def model_inputs(self) -> dict[str, Any]:
-        """Give the keyword arguments of a transformers model, which reads the bounds off them."""
+        """Give the keyword arguments of a transformers model, which finds the bounds in them."""
         positions = self.position_ids
         return {"input_ids": self.input_ids, "position_ids": positions, "use_cache": False}
 
@@ -129,7 +129,7 @@ class PackedRow:
         return {"hidden": rows, "targets": self.targets, "cu_seqlens": self.cu_seqlens}
 
     def place(self, values: Sequence[Sequence[float]]) -> Tensor:
-        """Put one value per completion token where the target is. Shape [L], float32."""
+        """Lay one value per completion token beside its target. Shape [L], float32."""
         return torch.tensor([value for row in values for value in row], dtype=torch.float32)
 
 
@@ -200,7 +200,7 @@ def pack_sequences(
 
 @dataclass(frozen=True)
 class Tails:
-    """A prompt and some completions of it, the first of which is number `first` of all."""
+    """A prompt and some of its completions; `first` is the number of their first one."""
 
     prompt: list[int]
     completions: list[list[int]]

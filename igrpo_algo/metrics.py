@@ -1,10 +1,9 @@
 """What to watch in a two-stage run.
 
-All are pure functions: of rewards, with NaN for an unscored one, of texts or of token ids. The
-tensor ones return detached tensors on the rewards' device and never wait for it.
+Pure functions of rewards (NaN where unscored) or of texts. Those of rewards return detached tensors
+on the rewards' device and never wait for it.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from igrpo_kernels.checks import check_count, check_number, check_rank, check_shape, describe
 
-from .advantages.moments import Groups, to_scores
-from .drafts.text import strip_thinking
+from .advantages.moments import GroupedRewards, to_scores
+from .thinking import strip_thinking
 
 
 def zero_variance_rate(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
@@ -33,14 +32,15 @@ def zero_variance_rate(rewards: Tensor, groups: int | Tensor | None = None) -> T
         Share, a scalar in float32 or float64, detached.
 
     Raises:
-        TypeError: `rewards` is no tensor of real numbers, or `groups` neither int nor integers.
+        TypeError: `rewards` is not a tensor of real numbers, or `groups` neither an int nor an
+            integer tensor.
         ValueError: `rewards` and `groups` do not fit each other.
 
     Examples:
         >>> zero_variance_rate(torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, float("nan")]]))
         tensor(0.6667)
     """
-    grouped = Groups.of(rewards, groups)
+    grouped = GroupedRewards.of(rewards, groups)
     equal = grouped.max(grouped.rewards) == -grouped.max(-grouped.rewards)
     # Each scored reward weighs one over its group's count, so that each group weighs one.
     weight = grouped.restore(1 / grouped.count)
@@ -63,7 +63,7 @@ def draft_success_rate(draft_rewards: Tensor, *, threshold: float = 1.0) -> Tens
         Share, a scalar in float32 or float64, detached.
 
     Raises:
-        TypeError: `draft_rewards` is no tensor of real numbers, or `threshold` no number.
+        TypeError: `draft_rewards` is not a tensor of real numbers, or `threshold` not a number.
         ValueError: `draft_rewards` are not [P, N], or `threshold` is not finite.
 
     Examples:
@@ -92,7 +92,7 @@ def stage_uplift(draft_rewards: Tensor, refinement_rewards: Tensor) -> Tensor:
         Mean Stage-2 less mean Stage-1 reward, a scalar in float32 or float64, detached.
 
     Raises:
-        TypeError: An argument is no tensor of real numbers.
+        TypeError: An argument is not a tensor of real numbers.
         ValueError: An argument has no two axes, or the numbers of prompts differ.
 
     Examples:
@@ -117,8 +117,8 @@ def accuracy_after_draft(
     accuracy = #{(p, g) : r_pg >= threshold} / #{(p, g)}
     over prompts with d_p >= threshold, and over those with d_p < threshold
 
-    1 and 0 say that Stage 2 hands its draft's verdict on, whatever it writes: every group is of
-    equal rewards then, and nothing is learned. Prompts whose draft is NaN (none was shown) and
+    1 and 0 mean that refinements are right exactly where their draft was: all rewards of a group
+    are then equal, and nothing is learned. Prompts whose draft is NaN (none was shown) and
     unscored refinements are left out. NaN where none is left.
 
     Args:
@@ -130,7 +130,7 @@ def accuracy_after_draft(
         Two shares, scalars in float32 or float64, detached.
 
     Raises:
-        TypeError: An argument is no tensor of real numbers, or `threshold` no number.
+        TypeError: An argument is not a tensor of real numbers, or `threshold` not a number.
         ValueError: `refinement_rewards` are not [P, G], `draft_rewards` not [P] of the same P, or
             `threshold` is not finite.
 
@@ -168,7 +168,8 @@ def pass_at_k(rewards: Tensor, k: int, *, threshold: float = 1.0) -> Tensor:
         pass@k of each prompt, shape [P], float32 or float64, detached. `.nanmean()` is the score.
 
     Raises:
-        TypeError: `rewards` is no tensor of real numbers, `k` no int, or `threshold` no number.
+        TypeError: `rewards` is not a tensor of real numbers, `k` not an int, or `threshold` not a
+            number.
         ValueError: `rewards` are not [P, N], `k` is not in 1..N, or `threshold` is not finite.
 
     Examples:
@@ -200,8 +201,8 @@ def copy_rate(
 
     The texts are compared: the draft as it stands in the prompt, without its thinking and control
     tokens, and what `strip` keeps of the refinement; space at the ends does not count. Token ids
-    would tell a copy apart that stops or thinks in another way. Prompts that show no draft are left
-    out. NaN where no refinement is left.
+    would miss a copy that stops or thinks in another way. Prompts that show no draft are left out.
+    NaN where no refinement is left.
 
     Args:
         drafts: `DraftChoice.draft` of each prompt; None or empty where it shows none. P texts.
@@ -219,15 +220,14 @@ def copy_rate(
         >>> copy_rate(["It is 5.", None], [["<think>2 + 3</think>It is 5.", "6"], ["7"]])
         0.5
     """
-    _check_one_per_draft("refinements", refinements, "drafts", drafts)
-    return _share(
-        [
-            repeats_draft(draft, refinement, strip=strip)
-            for draft, group in zip(drafts, refinements, strict=True)
-            if draft
-            for refinement in group
-        ]
-    )
+    _check_one_per_prompt(drafts, refinements)
+    copies = [
+        repeats_draft(draft, refinement, strip=strip)
+        for draft, group in zip(drafts, refinements, strict=True)
+        if draft
+        for refinement in group
+    ]
+    return sum(copies) / len(copies) if copies else float("nan")
 
 
 def repeats_draft(
@@ -243,101 +243,19 @@ def repeats_draft(
     return kept.strip() == draft.strip()
 
 
-def near_copy_rate(
-    draft_ids: Sequence[Sequence[int] | None],
-    refinement_ids: Sequence[Sequence[Sequence[int]]],
-    *,
-    threshold: float = 0.8,
-    ngram: int = 4,
-) -> float:
-    """Share of refinements that overlap their draft to a threshold or more.
-
-    share = #{(p, j) : ngram_overlap(d_p, o_pj) >= threshold} / #refinements
-
-    Prompts without a draft (None) are left out. NaN where no refinement is left.
-
-    Args:
-        draft_ids: Token ids of the draft that each prompt was given, or None. P of them.
-        refinement_ids: Token ids of each refinement, by prompt. P lists of any number.
-        threshold: Least overlap of a copy, above 0 and at most 1.
-        ngram: Length of the runs of tokens that are compared.
-
-    Returns:
-        Share, from 0 to 1.
-
-    Raises:
-        TypeError: `threshold` is no number, or `ngram` no int.
-        ValueError: The two do not have one entry per prompt, or an option is out of its range.
-
-    Examples:
-        >>> refinements = [[[1, 2, 3, 9], [7, 8, 9, 4]]]
-        >>> near_copy_rate([[1, 2, 3, 4]], refinements, threshold=0.6, ngram=2)
-        0.5
-    """
-    check_number("threshold", threshold, above=0, at_most=1)
-    _check_one_per_draft("refinement_ids", refinement_ids, "draft_ids", draft_ids)
-    return _share(
-        [
-            ngram_overlap(draft, refinement, ngram=ngram) >= threshold
-            for draft, group in zip(draft_ids, refinement_ids, strict=True)
-            if draft is not None
-            for refinement in group
-        ]
-    )
-
-
-def ngram_overlap(draft_ids: Sequence[int], refinement_ids: Sequence[int], *, ngram: int) -> float:
-    """Share of a refinement's n-grams that stand in its draft.
-
-    overlap = sum_x min(#x in refinement, #x in draft) / sum_x #x in refinement
-
-    An n-gram counts as often as the draft holds it, as in BLEU's precision (Papineni et al. 2002).
-    A refinement shorter than n is compared whole: 1 if the draft is the same, otherwise 0.
-
-    Args:
-        draft_ids: Token ids of the draft.
-        refinement_ids: Token ids of the refinement.
-        ngram: n, the length of the runs of tokens that are compared.
-
-    Returns:
-        Overlap, from 0 to 1.
-
-    Raises:
-        TypeError: `ngram` is no int.
-        ValueError: `ngram` is less than 1.
-
-    Examples:
-        >>> ngram_overlap([1, 2, 3, 4], [1, 2, 3, 9, 1, 2], ngram=2)
-        0.4
-    """
-    check_count("ngram", ngram)
-    if len(refinement_ids) < ngram:
-        return float(list(refinement_ids) == list(draft_ids))
-    held, wanted = (
-        Counter(tuple(ids[i : i + ngram]) for i in range(len(ids) - ngram + 1))
-        for ids in (draft_ids, refinement_ids)
-    )
-    return (held & wanted).total() / wanted.total()
-
-
 def _rows(name: str, values: Tensor, legend: str) -> Tensor:
     return check_rank(name, to_scores(name, values), 2, legend)
 
 
-def _check_one_per_draft(
-    name: str, refinements: Sequence[Any], of: str, drafts: Sequence[Any]
-) -> None:
-    for each, value in ((of, drafts), (name, refinements)):
+def _check_one_per_prompt(drafts: Sequence[Any], refinements: Sequence[Any]) -> None:
+    for name, value in (("drafts", drafts), ("refinements", refinements)):
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise TypeError(f"{each} must be a list of one entry per prompt, got {describe(value)}")
+            raise TypeError(f"{name} must be a list of one entry per prompt, got {describe(value)}")
     if len(drafts) != len(refinements):
         raise ValueError(
-            f"{name} must have P = {len(drafts)} entries, one per draft, got {len(refinements)}"
+            f"refinements must have P = {len(drafts)} entries, one per draft, "
+            f"got {len(refinements)}"
         )
     for index, group in enumerate(refinements):
         if isinstance(group, str) or not isinstance(group, Sequence):
-            raise TypeError(f"{name}[{index}] must be a list, got {describe(group)}")
-
-
-def _share(held: list[bool]) -> float:
-    return sum(held) / len(held) if held else float("nan")
+            raise TypeError(f"refinements[{index}] must be a list, got {describe(group)}")

@@ -12,10 +12,9 @@ from typing import Any
 
 from igrpo_kernels.checks import describe
 
-Prompt = str | list[dict[str, Any]] | list[int]
+from .thinking import MARK_TOKENS
 
-THINKING_MARKS = ("<think>", "</think>", "[THINK]", "[/THINK]")
-"""Marks around thinking. They stay in a completion's text until the thinking is stripped."""
+Prompt = str | list[dict[str, Any]] | list[int]
 
 _SET_HERE = ("add_generation_prompt", "continue_final_message", "return_dict", "tokenize")
 
@@ -27,7 +26,7 @@ def encode_prompt(
 
     - Token ids are taken as they are.
     - A string gets what the tokenizer puts before it (a BOS token, where it has one), and nothing
-      behind it: a prompt that ends with the end of a sequence has no continuation.
+      after it: no model continues a prompt that ends with an end of sequence.
     - Chat messages go through the tokenizer's chat template. If the last one is the assistant's, it
       is left open and the model continues it; otherwise the template opens the assistant's turn.
 
@@ -80,7 +79,7 @@ def decode_completion(ids: Sequence[int], tokenizer: Any) -> str:
     Returns:
         The text.
     """
-    known = map(tokenizer.convert_tokens_to_ids, THINKING_MARKS)
+    known = map(tokenizer.convert_tokens_to_ids, sorted(MARK_TOKENS))
     marks = {token for token in known if token != getattr(tokenizer, "unk_token_id", None)}
     if marks.isdisjoint(ids):
         return str(tokenizer.decode(ids, skip_special_tokens=True))

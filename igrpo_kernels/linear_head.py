@@ -101,8 +101,8 @@ class HeadGradients:
     def matrix_dtype(self) -> torch.dtype:
         """The dtype in which `add` wants the matrix of a gradient of the products.
 
-        That of the inputs where the products with it can leave in another: a CPU's cannot, so there
-        a weight's gradient of several chunks is summed from a matrix in fp32.
+        The inputs' dtype where a product can sum in a wider one. On a CPU none can, so there a
+        weight's gradient over several chunks takes a matrix in fp32.
         """
         dtype = self.head.weight.dtype
         summed_on_cpu = self.needs_weight and not self.one_chunk and not self.head.weight.is_cuda

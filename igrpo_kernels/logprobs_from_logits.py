@@ -153,8 +153,8 @@ def _score_rows(
     if logits.is_cuda:
         from ._triton import logit_rows as kernels
 
-        heat = LogitTransform(temperature).temperature_tensor(logits)
-        return kernels.forward(logits, targets, mask, heat, with_entropy).tensors
+        temperatures = LogitTransform(temperature).temperature_tensor(logits)
+        return kernels.forward(logits, targets, mask, temperatures, with_entropy).tensors
     logits, rows = _flat(logits), rows_where(targets.shape[0], mask)
     transform, found = LogitTransform(temperature), []
     for some in row_pieces(rows, logits.shape[-1]):
@@ -211,8 +211,8 @@ def _write_gradient(
     if logits.is_cuda:
         from ._triton import logit_rows as kernels
 
-        heat = LogitTransform(temperature).temperature_tensor(logits)
-        kernels.write_gradient(grad, logits, targets, mask, heat, statistics, *upstream)
+        temperatures = LogitTransform(temperature).temperature_tensor(logits)
+        kernels.write_gradient(grad, logits, targets, mask, temperatures, statistics, *upstream)
         return
     grad, logits = _flat(grad), _flat(logits)
     transform, count = LogitTransform(temperature), targets.shape[0]

@@ -35,7 +35,7 @@ def take(values: Tensor | None, rows: Rows) -> Tensor | None:
 
 
 def spread(values: Tensor, rows: Rows, count: int) -> Tensor:
-    """Undo `take`: put the values of some rows among `count` rows, of which the others get 0."""
+    """Undo `take`: put the values of some rows among `count` rows; the others get 0."""
     if len(rows) == count:
         return values
     every = values.new_zeros((count, *values.shape[1:]))
@@ -61,7 +61,7 @@ def rows_where(count: int, *marks: Tensor | None) -> Rows:
 
 
 def nonzero(*gradients: Tensor | None) -> Tensor:
-    """Mark the rows of which some upstream gradient is not exactly zero; at least one is given."""
+    """Mark the rows where some upstream gradient is not exactly zero; at least one is given."""
     return reduce(torch.logical_or, [part != 0 for part in gradients if part is not None])
 
 

@@ -1,4 +1,4 @@
-"""What goes into the softmax of a chunk of rows, and what comes out, whoever computes it."""
+"""What goes into the softmax of a chunk of rows, and what comes out, on CPU and GPU alike."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -114,7 +114,7 @@ class ProductGradient:
     Attributes:
         matrix: Shape [K, V].
         factors: Shape [K], in fp32 or fp64; None: all are 1.
-        rows: Which rows of the chunk these are, of which the others have none; None: all. Shape
+        rows: Which rows of the chunk these are; the others have no gradient. None: all. Shape
             [K].
         scaled_hidden: The rows' hidden states times the factors, in the dtype of the matrix, where
             they were taken along. Shape [K, H].
@@ -135,7 +135,7 @@ class ProductGradient:
 
 
 class RowSoftmax(Protocol):
-    """A chunk of rows after the softmax, whoever computed it."""
+    """A chunk of rows after the softmax."""
 
     @property
     def statistics(self) -> RowStatistics:

@@ -129,7 +129,7 @@ class VocabularyShard:
         return values
 
     def check_rows(self, rows: int, device: torch.device) -> None:
-        """Check that every rank has as many rows: a collective of unequal sizes hangs, or lies.
+        """Check that all ranks have as many rows: a collective of unequal sizes hangs or garbles.
 
         Raises:
             ValueError: On every rank, where the numbers differ.

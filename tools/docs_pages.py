@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 REFERENCE = {  # page: title, where its names are defined
     "algo/rollouts.md": ("Sampling and rollouts", ("igrpo_algo.rollouts", "igrpo_algo.batch")),
-    "algo/drafts.md": ("Drafts and prompts", ("igrpo_algo.drafts", "igrpo_algo.prompts")),
+    "algo/drafts.md": (
+        "Drafts and prompts",
+        ("igrpo_algo.drafts", "igrpo_algo.prompts", "igrpo_algo.thinking"),
+    ),
     "algo/rewards.md": ("Rewards", ("igrpo_algo.rewards",)),
     "algo/advantages.md": ("Advantages", ("igrpo_algo.advantages",)),
     "algo/losses.md": ("Losses", ("igrpo_algo.losses",)),
@@ -45,6 +48,14 @@ REFERENCE = {  # page: title, where its names are defined
     "kernels/aggregates.md": ("Aggregates", ("igrpo_kernels.aggregates",)),
     "kernels/kl.md": ("KL", ("igrpo_kernels.kl",)),
 }
+SHOWN_WHOLE = (  # modules whose every name is public, though no package above them lists it
+    "igrpo_algo.advantages.presets",
+    "igrpo_algo.rollouts.once_per_group",
+    "igrpo_kernels.aggregates",
+    "igrpo_kernels.kl",
+    "igrpo_kernels.sequences",
+    "igrpo_kernels.surrogates",
+)
 TO_DOCS = re.compile(r"(\]\(|src=\"|srcset=\"|href=\")(?:\./)?docs/")
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#:\s]+)(?:#[^)]*)?\)")
 
@@ -57,7 +68,8 @@ def public_names(package: str) -> dict[str, str]:
         return {
             node.name: f"{package}.{node.name}"
             for node in tree.body
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and not node.name.startswith(("_", "check_"))
         }
     names = {}
     for node in ast.parse((folder / "__init__.py").read_text()).body:
@@ -75,8 +87,9 @@ def public_names(package: str) -> dict[str, str]:
 def all_public_names() -> dict[str, str]:
     """Map every public name, of both packages and of the folders, to where it is defined."""
     folders = {path for _, paths in REFERENCE.values() for path in paths if "algo." in path}
-    packages = ["igrpo_kernels", "igrpo_algo", *sorted(folders)]
-    return {name: path for package in packages for name, path in public_names(package).items()}
+    packages = ["igrpo_kernels", "igrpo_algo", *sorted(folders), *SHOWN_WHOLE]
+    names = {name: path for package in packages for name, path in public_names(package).items()}
+    return names | {"PolicyLoss": "igrpo_kernels.loss_from_logprobs.PolicyLoss"}
 
 
 def reference_pages() -> dict[str, str]:

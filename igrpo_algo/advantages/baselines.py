@@ -1,6 +1,6 @@
 """Advantages over other baselines than the mean of the group.
 
-Layouts, and the conventions for NaN, lone and equal rewards, are those of `advantages.py`.
+Layouts, and the conventions for NaN, lone and equal rewards, are those of `of_groups.py`.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from igrpo_kernels.checks import check_number, check_shape
 
-from .moments import Groups, check_ddof, divide, to_scores
+from .moments import GroupedRewards, check_ddof, divide, to_scores
 
 
 def rloo(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
@@ -34,7 +34,7 @@ def rloo(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
         >>> rloo(torch.tensor([[1.0, 0.0, 0.0, 0.5]]))
         tensor([[ 0.8333, -0.5000, -0.5000,  0.1667]])
     """
-    grouped = Groups.of(rewards, groups)
+    grouped = GroupedRewards.of(rewards, groups)
     return grouped.restore(_leave_one_out(grouped))
 
 
@@ -74,7 +74,7 @@ def standardize_leave_one_out(
     check_number("eps", eps, at_least=0)
     check_ddof(ddof)
     scores = to_scores("rewards", rewards)
-    grouped = Groups.of(scores.double(), groups)
+    grouped = GroupedRewards.of(scores.double(), groups)
     squares, others = grouped.centered().square(), grouped.count - 1
     squares = grouped.sum(squares) - squares * (1 + 1 / others.clamp(min=1))
     std = (squares.clamp(min=0) / (others - ddof).clamp(min=1)).sqrt()
@@ -109,7 +109,7 @@ def opo(rewards: Tensor, weights: Tensor, groups: int | Tensor | None = None) ->
         >>> opo(torch.tensor([[1.0, 0.0]]), torch.tensor([[30, 10]]))
         tensor([[ 0.2500, -0.7500]])
     """
-    grouped = Groups.of(rewards, groups)
+    grouped = GroupedRewards.of(rewards, groups)
     weights = check_shape("weights", to_scores("weights", weights), grouped.shape, "of rewards")
     weight = weights.reshape(grouped.rewards.shape).where(grouped.scored, torch.nan)
     centered = grouped.centered()
@@ -137,7 +137,7 @@ def maxrl(rewards: Tensor, groups: int | Tensor | None = None, *, eps: float = 1
         Advantages, shape of `rewards`, float32 or float64, detached.
 
     Raises:
-        TypeError: As in `center_by_group`, or `eps` is no number.
+        TypeError: As in `center_by_group`, or `eps` is not a number.
         ValueError: As in `center_by_group`, or `eps` is negative.
 
     Examples:
@@ -145,7 +145,7 @@ def maxrl(rewards: Tensor, groups: int | Tensor | None = None, *, eps: float = 1
         tensor([[ 3., -1., -1., -1.]])
     """
     check_number("eps", eps, at_least=0)
-    grouped = Groups.of(rewards, groups)
+    grouped = GroupedRewards.of(rewards, groups)
     return grouped.restore(divide(grouped.centered(), grouped.mean(grouped.rewards), eps))
 
 
@@ -173,16 +173,16 @@ def best_over_runner_up(rewards: Tensor, groups: int | Tensor | None = None) -> 
         tensor([[0.0000, 0.5000, 0.0000],
                 [0.0000, 0.0000, 0.0000]])
     """
-    grouped = Groups.of(rewards, groups)
+    grouped = GroupedRewards.of(rewards, groups)
     lead = (grouped.rewards - _best_of_others(grouped, grouped.rewards)).clamp(min=0)
     return grouped.restore(torch.where(grouped.count > 1, lead, 0.0))
 
 
-def _leave_one_out(grouped: Groups) -> Tensor:
+def _leave_one_out(grouped: GroupedRewards) -> Tensor:
     return grouped.centered() * (grouped.count / (grouped.count - 1).clamp(min=1))
 
 
-def _best_of_others(grouped: Groups, values: Tensor) -> Tensor:
+def _best_of_others(grouped: GroupedRewards, values: Tensor) -> Tensor:
     """Find the largest value among the others of the group; -inf where there are none."""
     top = grouped.max(values)
     is_top = values == top

@@ -1,9 +1,9 @@
 """Which reward belongs to which group, in both layouts: rows [P, G], and flat [B] with ids.
 
-Advantages and metrics are written once against `Groups`, which adds up and compares inside each
-group. NaN marks a reward that could not be scored: sums, maxima and means pass over it, arithmetic
-carries it along, and `Groups.restore` turns it into 0 at the end. Nothing here asks the device how
-many groups there are, so nothing waits for it.
+Advantages and metrics are written once, against `GroupedRewards`, which sums and compares within
+each group. NaN marks a reward that could not be scored: sums, maxima and means skip it, arithmetic
+carries it along, and `restore` turns it into 0 at the end. Nothing here asks the device how many
+groups there are, so nothing waits for it.
 """
 
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ def _number_ids(ids: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Groups:
+class GroupedRewards:
     """Rewards with the group that each belongs to.
 
     Attributes:
@@ -46,7 +46,7 @@ class Groups:
         scored: False where the reward is NaN. Shape of `rewards`.
         shape: Shape in which the rewards came, and in which results go back.
         owner: Number of the group that each reward belongs to, or None for rows. Shape [B].
-        count: Scored rewards of the group, told to each member. Shape [P, 1] or [B].
+        count: Scored rewards in each reward's group. Shape [P, 1] or [B].
     """
 
     rewards: Tensor
@@ -59,7 +59,7 @@ class Groups:
         object.__setattr__(self, "count", self.sum(self.scored.to(self.rewards.dtype)))
 
     @classmethod
-    def of(cls, rewards: Tensor, groups: int | Tensor | None = None) -> "Groups":
+    def of(cls, rewards: Tensor, groups: int | Tensor | None = None) -> "GroupedRewards":
         """Read the groups off rewards in any of the three layouts.
 
         Args:
@@ -68,7 +68,8 @@ class Groups:
                 shape [B]; ids need be neither sorted nor contiguous, groups may differ in size.
 
         Raises:
-            TypeError: `rewards` is no tensor of real numbers, or `groups` no int nor integers.
+            TypeError: `rewards` is not a tensor of real numbers, or `groups` neither an int nor an
+                integer tensor.
             ValueError: `groups` is missing for [B], given for [P, G], or does not fit.
         """
         scores = to_scores("rewards", rewards)
@@ -94,14 +95,14 @@ class Groups:
         return cls(rows, ~rows.isnan(), scores.shape, owner)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up each group's values but NaN, told to each member. Shape [P, 1] or [B]."""
+        """Sum each group's values, NaN left out, for each member. Shape [P, 1] or [B]."""
         if self.owner is None:
             return values.nansum(-1, keepdim=True)
         values = values.nan_to_num(0.0, torch.inf, -torch.inf)
         return torch.zeros_like(values).index_add(0, self.owner, values)[self.owner]
 
     def max(self, values: Tensor) -> Tensor:
-        """Find each group's largest value but NaN; -inf where none. Shape [P, 1] or [B]."""
+        """Find each group's largest value, NaN left out; -inf if none. Shape [P, 1] or [B]."""
         values = values.nan_to_num(-torch.inf, torch.inf, -torch.inf)
         if self.owner is None:
             return values.max(-1, keepdim=True).values

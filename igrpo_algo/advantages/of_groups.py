@@ -10,8 +10,8 @@ gives one advantage per reward in the same shape. Conventions that hold for all 
 - No gradient flows. An infinite reward is not caught: its group comes out infinite or NaN.
 
 What differs between published variants is a function each; they compose. Baselines other than the
-group's own mean are in `baselines.py`; `advantage_presets.py` says which function, with which
-constants, equals which trainer.
+group's own mean are in `baselines.py`; `presets.py` says which function, with which constants,
+equals which trainer.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from igrpo_kernels.checks import check_number, check_rank, check_shape
 
-from .moments import Groups, check_ddof, divide, to_scores, weighted_moments
+from .moments import GroupedRewards, check_ddof, divide, to_scores, weighted_moments
 
 
 def center_by_group(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
@@ -40,7 +40,8 @@ def center_by_group(rewards: Tensor, groups: int | Tensor | None = None) -> Tens
         Advantages, shape of `rewards`, float32 or float64, detached.
 
     Raises:
-        TypeError: `rewards` is no tensor of real numbers, or `groups` neither int nor integers.
+        TypeError: `rewards` is not a tensor of real numbers, or `groups` neither an int nor an
+            integer tensor.
         ValueError: `rewards` and `groups` do not fit each other.
 
     Examples:
@@ -49,7 +50,7 @@ def center_by_group(rewards: Tensor, groups: int | Tensor | None = None) -> Tens
         >>> center_by_group(torch.tensor([1, 5, 0]), groups=torch.tensor([7, 3, 7]))
         tensor([ 0.5000,  0.0000, -0.5000])
     """
-    grouped = Groups.of(rewards, groups)
+    grouped = GroupedRewards.of(rewards, groups)
     return grouped.restore(grouped.centered())
 
 
@@ -78,7 +79,7 @@ def standardize_by_group(
         Advantages, shape of `rewards`, float32 or float64, detached.
 
     Raises:
-        TypeError: As in `center_by_group`, or `eps` is no number.
+        TypeError: As in `center_by_group`, or `eps` is not a number.
         ValueError: As in `center_by_group`, or `ddof` is not 0 or 1, or `eps` is negative.
 
     Examples:
@@ -87,14 +88,14 @@ def standardize_by_group(
                 [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     check_number("eps", eps, at_least=0)
-    grouped = Groups.of(rewards, groups)
+    grouped = GroupedRewards.of(rewards, groups)
     centered = grouped.centered()
     std = grouped.std(centered, check_ddof(ddof))
     return grouped.restore(divide(centered, std, eps))
 
 
 def std_by_group(rewards: Tensor, groups: int | Tensor | None = None, *, ddof: int = 1) -> Tensor:
-    """Tell each reward the standard deviation of its group.
+    """Give each reward the standard deviation of its group.
 
     std^2 = sum_i (r_i - mean(r))^2 / (n - ddof)
 
@@ -116,7 +117,7 @@ def std_by_group(rewards: Tensor, groups: int | Tensor | None = None, *, ddof: i
         >>> std_by_group(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
         tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
-    grouped = Groups.of(rewards, groups)
+    grouped = GroupedRewards.of(rewards, groups)
     return grouped.restore(grouped.std(grouped.centered(), check_ddof(ddof)))
 
 
@@ -131,7 +132,7 @@ def center_by_group_scale_by_batch(
 
     A_i = (r_i - mean_group(r)) / (std_batch(r) + eps)
 
-    The deviation is that of all scored rewards around the batch's own mean, as they came: groups
+    The deviation is that of all scored rewards around the batch's mean, not the groups': groups
     that differ in mean enlarge it. Where it is 0, A is 0. Liu et al. 2025 ("Tricks or Traps"),
     arXiv:2508.08221.
 
@@ -154,7 +155,7 @@ def center_by_group_scale_by_batch(
                 [ 0.0000,  0.0000]])
     """
     check_number("eps", eps, at_least=0)
-    grouped = Groups.of(rewards, groups)
+    grouped = GroupedRewards.of(rewards, groups)
     _, variance = weighted_moments(to_scores("rewards", rewards), None, check_ddof(ddof))
     return grouped.restore(divide(grouped.centered(), variance.sqrt(), eps))
 
@@ -187,7 +188,7 @@ def whiten(
         Advantages, shape of `values`, float32 or float64, detached.
 
     Raises:
-        TypeError: `values` or `weights` is no tensor of real numbers, or `eps` no number.
+        TypeError: `values` or `weights` is not a tensor of real numbers, or `eps` not a number.
         ValueError: Shapes differ, `ddof` is not 0 or 1, or `eps` is negative.
 
     Examples:
@@ -217,7 +218,7 @@ def gdpo(
 
     A_i = sum_k w_k (r_ik - mean(r_k)) / (std(r_k) + eps)
 
-    So that no reward drowns another by its scale. A sample that reward k could not score gets
+    No reward can drown another by its scale. A sample that reward k could not score gets
     nothing from k. GDPO: Liu et al. 2026, arXiv:2601.05242; its last step is `whiten` over the
     batch, left to the caller.
 
@@ -261,7 +262,7 @@ def sum_rewards(rewards: Tensor, weights: Sequence[float] | Tensor | None = None
         Rewards, shape of `rewards` without its last axis, float32 or float64, detached.
 
     Raises:
-        TypeError: `rewards` is no tensor of real numbers.
+        TypeError: `rewards` is not a tensor of real numbers.
         ValueError: `rewards` are not [P, G, K] or [B, K], or `weights` do not have shape [K].
 
     Examples:

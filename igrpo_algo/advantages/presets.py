@@ -29,7 +29,7 @@ from .baselines import (
     rloo,
     standardize_leave_one_out,
 )
-from .moments import Groups, to_scores, weighted_moments
+from .moments import GroupedRewards, to_scores, weighted_moments
 from .of_groups import (
     center_by_group,
     center_by_group_scale_by_batch,
@@ -40,11 +40,11 @@ from .of_groups import (
     whiten,
 )
 
-Ids = int | Tensor | None
+GroupIds = int | Tensor | None
 RewardWeights = Sequence[float] | Tensor | None
 
 
-def trl_grpo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
+def trl_grpo_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
     """TRL's default: `scale_rewards="group"`, `multi_objective_aggregation="sum_then_normalize"`.
 
     ddof 1, eps 1e-4, group of one 0. Several rewards go through `sum_rewards` first.
@@ -56,7 +56,7 @@ def trl_grpo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
     return standardize_by_group(rewards, groups, ddof=1, eps=1e-4)
 
 
-def trl_batch_scaled_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
+def trl_batch_scaled_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
     """TRL with `scale_rewards="batch"`: group mean, deviation of all processes' rewards.
 
     ddof 1, eps 1e-4, group of one 0.
@@ -64,13 +64,13 @@ def trl_batch_scaled_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
     return center_by_group_scale_by_batch(rewards, groups, ddof=1, eps=1e-4)
 
 
-def trl_unscaled_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
+def trl_unscaled_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
     """TRL with `scale_rewards="none"`, as Dr. GRPO wants it. Group of one 0."""
     return center_by_group(rewards, groups)
 
 
 def trl_normalize_then_sum_advantages(
-    rewards: Tensor, groups: Ids = None, weights: RewardWeights = None
+    rewards: Tensor, groups: GroupIds = None, weights: RewardWeights = None
 ) -> Tensor:
     """TRL with `multi_objective_aggregation="normalize_then_sum"` (GDPO), for K rewards.
 
@@ -81,7 +81,7 @@ def trl_normalize_then_sum_advantages(
     return whiten(total, scored, ddof=1, eps=1e-4)
 
 
-def trl_rloo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
+def trl_rloo_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
     """TRL's `RLOOTrainer`, of rewards that hold its KL term, `normalize_advantages=False`.
 
     Group of one 0.
@@ -89,7 +89,7 @@ def trl_rloo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
     return rloo(rewards, groups)
 
 
-def verl_grpo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
+def verl_grpo_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
     """Verl's "grpo", `norm_adv_by_std_in_grpo=True`.
 
     ddof 1, eps 1e-6. A group of one gets its reward, r / (1 + 1e-6).
@@ -102,22 +102,22 @@ def verl_grpo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
     return _lone_kept(standardized, to_scores("rewards", rewards) / (1 + 1e-6), groups)
 
 
-def verl_dr_grpo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
+def verl_dr_grpo_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
     """Verl's "grpo" with `norm_adv_by_std_in_grpo=False`. A group of one gets its reward."""
     return _lone_kept(center_by_group(rewards, groups), rewards, groups)
 
 
-def verl_rloo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
+def verl_rloo_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
     """Verl's "rloo". A group of one gets its reward (0 in "rloo_vectorized")."""
     return _lone_kept(rloo(rewards, groups), rewards, groups)
 
 
-def verl_opo_advantages(rewards: Tensor, lengths: Tensor, groups: Ids = None) -> Tensor:
+def verl_opo_advantages(rewards: Tensor, lengths: Tensor, groups: GroupIds = None) -> Tensor:
     """Verl's "opo": the baseline is weighted by length. A group of one gets its reward."""
     return _lone_kept(opo(rewards, lengths, groups), rewards, groups)
 
 
-def verl_grpo_passk_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
+def verl_grpo_passk_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
     """Verl's "grpo_passk", `norm_adv_by_std_in_grpo=True`: the best gets its lead, in deviations.
 
     ddof 1, eps 1e-6. A group of one gets 0, where verl raises.
@@ -129,7 +129,7 @@ def verl_grpo_passk_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
     return best_over_runner_up(rewards, groups) / (std_by_group(rewards, groups, ddof=1) + 1e-6)
 
 
-def verl_gpg_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
+def verl_gpg_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
     """Verl's "gpg": group mean, times B over the number of rewards that are not 0.
 
     A group of one gets its reward, times the same.
@@ -140,7 +140,7 @@ def verl_gpg_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
 
 
 def verl_gdpo_advantages(
-    rewards: Tensor, lengths: Tensor, groups: Ids = None, weights: RewardWeights = None
+    rewards: Tensor, lengths: Tensor, groups: GroupIds = None, weights: RewardWeights = None
 ) -> Tensor:
     """Verl's "gdpo", for K rewards: "grpo" of each, weighed and summed, then over all tokens.
 
@@ -163,7 +163,7 @@ def verl_reinforce_plus_plus_advantages(rewards: Tensor, lengths: Tensor) -> Ten
 
 
 def verl_reinforce_plus_plus_baseline_advantages(
-    rewards: Tensor, lengths: Tensor, groups: Ids = None
+    rewards: Tensor, lengths: Tensor, groups: GroupIds = None
 ) -> Tensor:
     """Verl's "reinforce_plus_plus_baseline": group mean, then standardized over all tokens.
 
@@ -172,23 +172,23 @@ def verl_reinforce_plus_plus_baseline_advantages(
     return _verl_whiten(verl_dr_grpo_advantages(rewards, groups), lengths, rewards)
 
 
-def openrlhf_group_norm_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
+def openrlhf_group_norm_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
     """OpenRLHF's "group_norm": ddof 1, eps 1e-9. Group of one 0, where OpenRLHF gives NaN."""
     return standardize_by_group(rewards, groups, ddof=1, eps=1e-9)
 
 
-def openrlhf_dr_grpo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
+def openrlhf_dr_grpo_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
     """OpenRLHF's "dr_grpo": less the group's mean. Group of one 0."""
     return center_by_group(rewards, groups)
 
 
-def openrlhf_rloo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
+def openrlhf_rloo_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
     """OpenRLHF's "rloo". Group of one 0, where OpenRLHF divides by zero."""
     return rloo(rewards, groups)
 
 
 def openrlhf_reinforce_baseline_advantages(
-    rewards: Tensor, lengths: Tensor, groups: Ids = None
+    rewards: Tensor, lengths: Tensor, groups: GroupIds = None
 ) -> Tensor:
     """OpenRLHF's "reinforce_baseline", its KL in the loss: group mean, then over all tokens.
 
@@ -197,7 +197,7 @@ def openrlhf_reinforce_baseline_advantages(
     return _floored_whiten(center_by_group(rewards, groups), lengths, rewards)
 
 
-def nemo_rl_grpo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
+def nemo_rl_grpo_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
     """NeMo-RL's default: mean and deviation of the others, undivided where that deviation is 0.
 
     ddof 1, eps 1e-6, group of one 0. With `use_leave_one_out_baseline=False` NeMo-RL is
@@ -211,7 +211,7 @@ def nemo_rl_grpo_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
 
 
 def nemo_rl_gdpo_advantages(
-    rewards: Tensor, groups: Ids = None, weights: RewardWeights = None
+    rewards: Tensor, groups: GroupIds = None, weights: RewardWeights = None
 ) -> Tensor:
     """NeMo-RL's "gdpo", for K rewards: its default of each, weighed and summed, then over samples.
 
@@ -224,7 +224,7 @@ def nemo_rl_gdpo_advantages(
 
 
 def nemo_rl_reinforce_plus_plus_advantages(
-    rewards: Tensor, lengths: Tensor, groups: Ids = None
+    rewards: Tensor, lengths: Tensor, groups: GroupIds = None
 ) -> Tensor:
     """NeMo-RL's "reinforce_plus_plus", `minus_baseline=True`, no KL: group mean, then tokens.
 
@@ -233,14 +233,14 @@ def nemo_rl_reinforce_plus_plus_advantages(
     return _floored_whiten(center_by_group(rewards, groups), lengths, rewards)
 
 
-def skyrl_maxrl_advantages(rewards: Tensor, groups: Ids = None) -> Tensor:
+def skyrl_maxrl_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
     """SkyRL's "maxrl": over the group's mean, eps 1e-6. A group of one gets its reward."""
     return _lone_kept(maxrl(rewards, groups, eps=1e-6), rewards, groups)
 
 
-def _lone_kept(advantages: Tensor, rewards: Tensor, groups: Ids) -> Tensor:
+def _lone_kept(advantages: Tensor, rewards: Tensor, groups: GroupIds) -> Tensor:
     """Give the only scored reward of a group `rewards` in place of its advantage, 0."""
-    grouped = Groups.of(rewards, groups)
+    grouped = GroupedRewards.of(rewards, groups)
     kept = torch.where(grouped.count == 1, grouped.rewards, 0.0)
     return advantages + grouped.restore(kept)
 

@@ -50,17 +50,18 @@ def load_prompts(
     name on the hub.
 
     Each row becomes `{"prompt": ..., "answer": ..., **other columns}`. The question is the first
-    column present of prompt, question, problem; the answer the first of answer, solution,
-    final_answer, ground_truth, of which `rewards.answers.extract_gold` keeps the final answer.
-    These two must be in every row. Of any other column a row may lack its cell: that is None. A set
-    without an answer column yields rows without `answer`: a reward of your own may not need one.
+    column present of prompt, question, problem, and must be in every row. The answer is the first
+    that is not empty of answer, solution, final_answer, ground_truth, of which
+    `rewards.answers.extract_gold` keeps the final answer; a row must have one of these columns that
+    are in the set. Of any other column a row may lack its cell: that is None. A set without an
+    answer column yields rows without `answer`: a reward of your own may not need one.
 
     Args:
         source: A path, or a name on the hub.
         split: Which split of a hub set, or of a saved folder that has several.
         config: Which configuration of a hub set ("main" of openai/gsm8k).
         question_column: Name of the column that holds the question, a string or chat messages.
-        answer_column: Name of the column that holds the reference answer.
+        answer_column: Name of the column that holds the reference answer; no other is read then.
         system_prompt: Put before each prompt as a system message; `PAPER_SYSTEM_PROMPT` is one.
         chat: Whether prompts become chat messages; False leaves them strings, with the system
             prompt and an empty line in front, for models without a chat template.
@@ -90,9 +91,9 @@ def load_prompts(
     if not rows:
         raise ValueError(f"{source} holds no rows")
     columns = dict.fromkeys(name for _, row in rows for name in row)
-    question, answer = _choose_columns(columns, str(source), question_column, answer_column)
-    others = [name for name in columns if name not in (question, answer)]
-    format_ = _RowFormat(question, answer, others, system_prompt, chat)
+    question, answers = _choose_columns(columns, str(source), question_column, answer_column)
+    others = [name for name in columns if name not in (question, *answers[:1])]
+    format_ = _RowFormat(question, answers, others, system_prompt, chat)
     return [format_.prepare(row, place) for place, row in rows]
 
 
@@ -155,7 +156,7 @@ class _RowFormat:
     """Which columns hold what, and what a prompt looks like."""
 
     question: str
-    answer: str | None
+    answers: Sequence[str]
     others: Sequence[str]
     system_prompt: str | None
     chat: bool
@@ -170,17 +171,25 @@ class _RowFormat:
             prepared["prompt"] = prepare_prompt(
                 question, system_prompt=self.system_prompt, chat=self.chat
             )
-        if self.answer is not None:
-            answer = _cell(row, self.answer, place)
-            with _locate_errors(place, self.answer):
-                prepared["answer"] = extract_gold(answer)
+        if self.answers:
+            prepared["answer"] = self._answer(row, place)
         return prepared
+
+    def _answer(self, row: Row, place: str) -> str | None:
+        """Return the answer of the first column that holds one."""
+        for name in [name for name in self.answers if name in row] or self.answers[:1]:
+            cell = _cell(row, name, place)
+            with _locate_errors(place, name):
+                answer = extract_gold(cell)
+            if answer is not None:
+                return answer
+        return None
 
 
 def _choose_columns(
     columns: Iterable[str], source: str, question_column: str | None, answer_column: str | None
-) -> tuple[str, str | None]:
-    """Choose the named columns, or else the first known ones."""
+) -> tuple[str, list[str]]:
+    """Choose the named columns, or else the first known question and all known answers."""
     there = sorted(columns)
     for argument, name in (("question", question_column), ("answer", answer_column)):
         if name is not None and name not in there:
@@ -191,7 +200,7 @@ def _choose_columns(
             f"{source}: no column {', '.join(QUESTION_COLUMNS)} among {there}; "
             "name it with question_column"
         )
-    return question, answer_column or next((n for n in ANSWER_COLUMNS if n in there), None)
+    return question, [answer_column] if answer_column else [n for n in ANSWER_COLUMNS if n in there]
 
 
 def _check_text(value: object) -> None:

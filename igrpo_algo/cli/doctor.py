@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..trainers.head_speed import faster_head
+from ..trainers.head_speed import head_speed
 from .extras import pip_line
 
 PACKAGES = {
@@ -63,7 +63,7 @@ def examine() -> dict[str, Any]:
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "packages": versions,
         "ops": dict.fromkeys(OPS, _path(has_triton=versions["triton"] is not None)),
-        "fused_head": {name: faster_head(torch.device(name))._asdict() for name in _device_names()},
+        "trainer_head": {name: head_speed(torch.device(name)) for name in _device_names()},
         "commands": {command: _readiness(modules) for command, modules in NEEDS.items()},
     }
 
@@ -132,9 +132,9 @@ def print_findings(findings: dict[str, Any]) -> None:
     print("\nops")
     for op, path in findings["ops"].items():
         print(f"  {op:24}{path}")
-    print('\nfused_head="auto" of the trainer')
-    for name, choice in findings["fused_head"].items():
-        print(f"  {name:24}{choice['choice']}: {choice['reason']}")
+    print("\nthe trainer's own head beside TRL's (use_trl_loss=True)")
+    for name, speed in findings["trainer_head"].items():
+        print(f"  {name:24}{speed}")
     print("\ncommands")
     for command, state in findings["commands"].items():
         lines = " and ".join(state["install"])

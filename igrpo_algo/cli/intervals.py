@@ -1,7 +1,7 @@
 """Confidence intervals of a mean, over values that are independent of each other.
 
 Samples of one prompt are not, nor are the problems of one training run: pass one value per prompt,
-or one per run. NaN stands for an unscored one and is left out.
+or one per run. NaN marks an unscored one, which is left out.
 """
 
 import math
@@ -26,7 +26,7 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether zero lies outside."""
+        """Whether zero is outside the interval."""
         return self.low > 0 or self.high < 0
 
 

@@ -1,17 +1,19 @@
 """Drafts: which one is chosen, and how it gets into the prompt.
 
-`rules` is where both come together. `select` chooses by reward; `text` splices strings and chat
-messages, `token_ids` lists of ids, `splice` does either with limits of length (`budget`); `markers`
+`rules` is where both come together. `select` chooses by reward; `splice` puts text into strings and
+chat messages (`text`), or ids into lists of ids, within limits of length (`budget`); `markers`
 keeps a draft from writing turns of its own.
 """
 
-from .budget import fit_draft
+from .budget import fit_draft, truncate_draft
 from .markers import neutralize
+from .random_tokens import RandomTokens
 from .rules import DraftChoice, DraftChoices, DraftRules, Fallback, Ties
 from .select import (
     SelectedDrafts,
     random_ties,
     select_best_draft,
+    select_best_wrong_draft,
     select_random_draft,
     select_worst_draft,
     shortest_first,
@@ -23,9 +25,7 @@ from .text import (
     PAPER_TEMPLATE,
     DraftTemplate,
     splice_prompt,
-    strip_thinking,
 )
-from .token_ids import draft_budget, splice_prompt_ids, truncate_draft
 
 __all__ = [
     "CONCATENATION",
@@ -36,22 +36,21 @@ __all__ = [
     "DraftRules",
     "DraftTemplate",
     "Fallback",
+    "RandomTokens",
     "SelectedDrafts",
     "Spliced",
     "TextSplice",
     "Ties",
     "TokenBudget",
     "TokenSplice",
-    "draft_budget",
     "fit_draft",
     "neutralize",
     "random_ties",
     "select_best_draft",
+    "select_best_wrong_draft",
     "select_random_draft",
     "select_worst_draft",
     "shortest_first",
     "splice_prompt",
-    "splice_prompt_ids",
-    "strip_thinking",
     "truncate_draft",
 ]

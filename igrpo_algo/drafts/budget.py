@@ -1,16 +1,52 @@
-"""A draft cut until its rendered prompt fits: a prompt too long loses draft, never question.
+"""A draft cut to a length, or until its rendered prompt fits: the question loses nothing.
 
 Trainers cut a long prompt from the left, which takes the question and leaves the draft. Cut here,
-before they see it. On token ids `splice_prompt_ids` does it in one step. Where a chat template
-stands between text and ids, `fit_draft` does it through callables, so that any tokenizer serves.
+before they see it. Where a chat template stands between text and ids, `fit_draft` works through
+callables, so any tokenizer will do.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
-from igrpo_kernels.checks import check_count
+from torch import Tensor
 
-from .token_ids import Keep, check_keep, truncate_draft
+from igrpo_kernels.checks import check_count, check_integral, check_rank, describe
+
+TokenIds = TypeVar("TokenIds", list[int], Tensor)
+Keep = Literal["tail", "head"]
+
+
+def truncate_draft(draft_ids: TokenIds, max_tokens: int, *, keep: Keep = "tail") -> TokenIds:
+    """Cut a draft to at most `max_tokens` tokens.
+
+    keep="tail" cuts the beginning and keeps the last tokens, where the final answer stands;
+    keep="head" cuts the end and keeps the first. A draft that fits comes back whole, and
+    `max_tokens=0` gives an empty one. The paper states no rule for long drafts.
+
+    Args:
+        draft_ids: A list of token ids, or a tensor of shape [T].
+        max_tokens: The most tokens to keep.
+        keep: Which end to keep.
+
+    Returns:
+        A new list, or a view of the tensor: the type of `draft_ids`.
+
+    Raises:
+        TypeError: `draft_ids` is neither list nor integer tensor, or `max_tokens` not an int.
+        ValueError: The tensor is not of shape [T], `max_tokens` is negative, or `keep` is neither.
+
+    Examples:
+        >>> truncate_draft([5, 6, 7, 8], 3)
+        [6, 7, 8]
+    """
+    if isinstance(draft_ids, Tensor):
+        check_rank("draft_ids", check_integral("draft_ids", draft_ids), 1, "[T]")
+    elif not isinstance(draft_ids, list):
+        raise TypeError(f"draft_ids must be a list or a tensor, got {describe(draft_ids)}")
+    check_count("max_tokens", max_tokens, at_least=0)
+    if check_keep(keep) == "head":
+        return draft_ids[:max_tokens]
+    return draft_ids[max(len(draft_ids) - max_tokens, 0) :]
 
 
 class FittedDraft(NamedTuple):
@@ -38,11 +74,11 @@ def fit_draft(
 ) -> FittedDraft:
     """Cut a draft until its rendered prompt fits; the question stays whole.
 
-    One render where the draft fits, and as a rule three where it does not: the prompt with an empty
-    draft gives the budget, and what tokenizing the shorter text adds is taken off it. A character
-    that the cut splits is dropped. A few tokens of room may stay unused. Where there is no room at
-    all, the draft comes back empty: take the plain prompt then, since the words around an empty
-    draft may themselves exceed the limit.
+    Renders once if the draft fits, and three times as a rule if it does not: the prompt with an
+    empty draft gives the budget, and what tokenizing the shorter text adds is taken off it. A
+    character that the cut splits is dropped. A few tokens of room may stay unused. Where there is
+    no room at all, the draft comes back empty: take the plain prompt then, since the words around
+    an empty draft may themselves exceed the limit.
 
     Args:
         draft: The chosen completion as text.
@@ -57,7 +93,7 @@ def fit_draft(
         The draft's text, the prompt's ids, and the number of draft tokens cut.
 
     Raises:
-        TypeError: `max_prompt_tokens` is no int.
+        TypeError: `max_prompt_tokens` is not an int.
         ValueError: `max_prompt_tokens` is negative, or `keep` is neither "tail" nor "head".
 
     Examples:
@@ -82,3 +118,10 @@ def fit_draft(
             return FittedDraft(text, prompt_ids, len(draft_ids) - room)
         room -= over
     return FittedDraft("", bare_ids, len(draft_ids))
+
+
+def check_keep(keep: Keep) -> Keep:
+    """Return `keep` if it is "tail" or "head"; raise ValueError otherwise."""
+    if keep not in ("tail", "head"):
+        raise ValueError(f"keep must be 'tail' or 'head', got {keep!r}")
+    return keep

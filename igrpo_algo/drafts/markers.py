@@ -11,6 +11,8 @@ from functools import lru_cache
 from itertools import chain, count
 from typing import Any
 
+from ..thinking import THINKING_MARKS
+
 WELL_KNOWN_MARKERS = re.compile(
     r"""
       <[|\uff5c] [\w\u2581/-]{2,64} [|\uff5c]?>         # <|im_end|>, DeepSeek's wide bars, <|turn>
@@ -23,10 +25,9 @@ WELL_KNOWN_MARKERS = re.compile(
 )
 """How the turns of well-known models are written; `neutralize` knows them without a tokenizer."""
 
-# What else a chat template may write around turns, looked for in its own source only. Thinking is
-# stripped from drafts, so its marks are not cleaned.
+# What else a chat template may write around turns, looked for in its own source only.
 _LITERALS = re.compile(
-    r"<(?!/?think>)[^<>\s'\"]{1,64}> | \[/?(?!THINK\])[A-Z][A-Z_]+\]"
+    r"<[^<>\s'\"]{1,64}> | \[/?[A-Z][A-Z_]+\]"
     r"| \#{2,}\ ?(?i:system|user|human|instruction|input|assistant|response)\b:?"
     r"| \b(?i:system|user|human|assistant|bot)\ ?:",
     re.VERBOSE,
@@ -116,6 +117,7 @@ def marker_tokens(tokenizer: Any, chat_template: str | None = None) -> tuple[str
     written = {
         match for source in sources for match in _LITERALS.findall(source.replace("\\n", "\n"))
     }
+    written -= set(chain.from_iterable(THINKING_MARKS))  # drafts are stripped of their thinking
     return tuple(sorted({*tokenizer.all_special_tokens, *added, *written}))
 
 

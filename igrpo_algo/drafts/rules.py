@@ -66,8 +66,9 @@ class DraftChoices(NamedTuple):
     """What Stage 2 does for each prompt.
 
     Attributes:
-        index: The chosen draft among its prompt's N; -1 where none was scored. Shape [P], int64.
-        reward: Its training reward; NaN where none was scored. Shape [P].
+        index: The chosen draft among its prompt's N; -1 where none was scored, or `select` wants
+            none. Shape [P], int64.
+        reward: Its training reward; NaN where there is none. Shape [P].
         failed: Whether no draft of the prompt reached `failed_below`. Shape [P], bool.
         dropped: Whether draft dropout took the draft away. Shape [P], bool.
         skipped: Whether the prompt is left out of Stage 2. Shape [P], bool.
@@ -118,17 +119,19 @@ class DraftRules:
     The defaults are the paper's: the draft of highest reward, whatever that reward is.
 
     Attributes:
-        select: Chooses by score: `select_best_draft`, or as controls `select_worst_draft` and
-            `select_random_draft` (which needs `ties=Ties.RANDOM`).
-        selection_score: A reward function that ranks the drafts in the place of the training
+        select: Chooses by score: `select_best_draft`, or as controls `select_worst_draft`,
+            `select_best_wrong_draft` and `select_random_draft` (which needs `ties=Ties.RANDOM`).
+        selection_score: A reward function that ranks the drafts in place of the training
             reward; None ranks by the training reward. A draft without a training reward is never
             chosen.
         ties: Which of several drafts of equal score is chosen.
         failed_below: The drafts of a prompt have all failed if none has a training reward of at
-            least this. None: no draft counts as failed.
+            least this, and have solved it if all that were scored do. None: neither is ever said.
         when_failed: What Stage 2 sees if all drafts failed. `Fallback.CHOSEN_DRAFT` is the paper to
             the letter.
-        when_unscored: The same if no draft could be scored: the plain prompt, or nothing.
+        when_solved: The same if the drafts have solved the prompt.
+        when_unscored: The same if no draft could be scored, or `select` wants none: the plain
+            prompt, or nothing.
         dropout: Probability that Stage 2 sees the plain prompt although there is a draft.
         splice: Puts the draft into the prompt: `TextSplice` (template, thinking stripped or kept,
             token budget), `TokenSplice` for token ids, or a function of prompt and draft.
@@ -149,6 +152,7 @@ class DraftRules:
     ties: Ties = Ties.FIRST
     failed_below: float | None = None
     when_failed: Fallback = Fallback.CHOSEN_DRAFT
+    when_solved: Fallback = Fallback.CHOSEN_DRAFT
     when_unscored: Fallback = Fallback.PLAIN_PROMPT
     dropout: float = 0.0
     splice: Splice = DEFAULT_SPLICE
@@ -161,15 +165,18 @@ class DraftRules:
             raise TypeError(
                 f"selection_score must be callable, got {describe(self.selection_score)}"
             )
-        for name, kind in (("ties", Ties), ("when_failed", Fallback), ("when_unscored", Fallback)):
+        fallbacks = ("when_failed", "when_solved", "when_unscored")
+        for name, kind in (("ties", Ties), *((name, Fallback) for name in fallbacks)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(
                     f"{name} must be a {kind.__name__}, got {describe(getattr(self, name))}"
                 )
         if self.failed_below is not None:
             check_number("failed_below", self.failed_below)
-        elif self.when_failed is not Fallback.CHOSEN_DRAFT:
-            raise ValueError(f"when_failed = {self.when_failed} has no effect without failed_below")
+        else:
+            for name in ("when_failed", "when_solved"):
+                if (rule := getattr(self, name)) is not Fallback.CHOSEN_DRAFT:
+                    raise ValueError(f"{name} = {rule} has no effect without failed_below")
         if self.when_unscored is Fallback.CHOSEN_DRAFT:
             raise ValueError("when_unscored must be PLAIN_PROMPT or SKIP: no draft is chosen then")
         check_number("dropout", self.dropout, at_least=0, at_most=1)
@@ -187,8 +194,8 @@ class DraftRules:
         """Choose a draft for every prompt.
 
         The same tensors and seeds give the same choices on every rank and device, and a prompt's
-        choice does not depend on its neighbors. "Failed" is said of training rewards; `scores`
-        only rank.
+        choice does not depend on its neighbors. "Failed" looks at training rewards; `scores` only
+        rank.
 
         Args:
             rewards: Training reward of each draft, NaN where it could not be scored. Floating
@@ -201,9 +208,9 @@ class DraftRules:
             The choices, on the device of `rewards`.
 
         Raises:
-            TypeError: A tensor has the wrong dtype, or `seeds` is no list of int.
+            TypeError: A tensor has the wrong dtype, or `seeds` is not a list of ints.
             ValueError: Shapes differ, N is 0, `scores` or `lengths` are missing where the rules
-                need them, or `select` gave an index that is none of a draft.
+                need them, or `select` gave an index outside the drafts.
         """
         check_rank("rewards", check_floating("rewards", rewards), 2, "[P, N]")
         rewards = ranks = rewards.detach()
@@ -218,12 +225,13 @@ class DraftRules:
         index = self._select(ranks, lengths, draws[:, 1:])
         found = index >= 0
         reward = rewards.gather(-1, index.clamp(min=0)[:, None])[:, 0].where(found, torch.nan)
-        failed = torch.zeros_like(found)
+        failed = solved = torch.zeros_like(found)
         if self.failed_below is not None:
             failed = ~(rewards >= self.failed_below).any(-1)
+            solved = ~failed & ~(rewards < self.failed_below).any(-1)
 
         def falls_back_to(rule: Fallback) -> Tensor:
-            when_found = failed & (self.when_failed is rule)
+            when_found = failed & (self.when_failed is rule) | solved & (self.when_solved is rule)
             return torch.where(found, when_found, self.when_unscored is rule)
 
         skipped = falls_back_to(Fallback.SKIP)

@@ -3,8 +3,8 @@
 d* = argmax_i R(d_i)   (iGRPO, Hatamizadeh et al. 2026, arXiv:2602.09000, equation 2)
 
 The paper does not say what happens to ties and to drafts that could not be scored: here each is an
-argument or a documented rule. The best draft is the method; the worst and a random one are its
-controls.
+argument or a documented rule. The best draft is the method; the worst, a random one and the
+best wrong one are its controls.
 """
 
 import math
@@ -18,6 +18,7 @@ from igrpo_kernels.checks import (
     check_count,
     check_floating,
     check_integral,
+    check_number,
     check_rank,
     check_shape,
     check_tensor,
@@ -46,8 +47,9 @@ def select_best_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> S
 
     Order: highest reward, then highest tie score, then lowest index. A reward of NaN means that the
     draft could not be scored, and it is never chosen; +inf and -inf are rewards like any other.
-    That all drafts failed is no special case: equal rewards are a tie, whatever their value. A tie
-    score of NaN ranks with -inf. iGRPO: arXiv:2602.09000, equation 2; the order of ties is ours.
+    Nothing is special about drafts that all failed: equal rewards are a tie, whatever their value.
+    A tie score of NaN ranks with -inf. iGRPO: arXiv:2602.09000, equation 2; the order of ties is
+    ours.
 
     Args:
         rewards: Reward of each draft; floating point, since the result may hold NaN. Shape [P, N].
@@ -56,10 +58,10 @@ def select_best_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> S
 
     Returns:
         `index` [P] int64, `reward` [P] of the dtype of `rewards` and detached, `found` [P] bool. A
-        row of NaN gives -1, NaN, False. P = 0 gives empty tensors. The host is never waited for.
+        row of NaN gives -1, NaN, False. P = 0 gives empty tensors. Nothing waits for the device.
 
     Raises:
-        TypeError: `rewards` is not floating point, or `tie_scores` is no tensor of real numbers.
+        TypeError: `rewards` is not floating point, or `tie_scores` is not a tensor of real numbers.
         ValueError: The shapes are not [P, N], or N is 0.
 
     Examples:
@@ -98,7 +100,7 @@ def select_worst_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> 
         As `select_best_draft`, with the chosen draft's own reward.
 
     Raises:
-        TypeError: `rewards` is not floating point, or `tie_scores` is no tensor of real numbers.
+        TypeError: `rewards` is not floating point, or `tie_scores` is not a tensor of real numbers.
         ValueError: The shapes are not [P, N], or N is 0.
 
     Examples:
@@ -107,6 +109,40 @@ def select_worst_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> 
     """
     best = select_best_draft(-_check_rewards(rewards), tie_scores=tie_scores)
     return best._replace(reward=-best.reward)
+
+
+def select_best_wrong_draft(
+    rewards: Tensor, *, tie_scores: Tensor | None = None, success_reward: float = 1.0
+) -> SelectedDrafts:
+    """Choose each prompt's best draft among those that are wrong: a near miss, never the answer.
+
+    index[p] = argmax_n { rewards[p, n] : rewards[p, n] < success_reward }
+
+    A prompt whose scored drafts are all right has none: its index is -1, as if none were scored, so
+    that `when_unscored` of `DraftRules` says what Stage 2 sees (by default the plain prompt).
+
+    Args:
+        rewards: Reward of each draft; NaN could not be scored, never chosen. Shape [P, N].
+        tie_scores: Ranks drafts of equal reward. Shape [P, N].
+        success_reward: A draft of at least this reward is right. Elsewhere than at 1, give
+            `functools.partial(select_best_wrong_draft, success_reward=...)` to `DraftRules`.
+
+    Returns:
+        As `select_best_draft`.
+
+    Raises:
+        TypeError: `rewards` is not floating point, `tie_scores` is no tensor of real numbers, or
+            `success_reward` no number.
+        ValueError: The shapes are not [P, N], or N is 0.
+
+    Examples:
+        >>> select_best_wrong_draft(torch.tensor([[0.0, 1.0, 0.5], [1.0, 1.0, 1.0]])).index
+        tensor([ 2, -1])
+    """
+    check_number("success_reward", success_reward)
+    rewards = _check_rewards(rewards)
+    wrong = rewards.masked_fill(rewards >= success_reward, math.nan)
+    return select_best_draft(wrong, tie_scores=tie_scores)
 
 
 def select_random_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> SelectedDrafts:
@@ -119,15 +155,15 @@ def select_random_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) ->
 
     Args:
         rewards: Reward of each draft; NaN could not be scored, never chosen. Shape [P, N].
-        tie_scores: The source of chance, as `random_ties` makes it; must be given. It is a keyword
-            with a default because every `select` of `DraftRules` has this signature.
-            Shape [P, N].
+        tie_scores: The source of randomness, as `random_ties` makes it; must be given. It is a
+            keyword with a default because every `select` of `DraftRules` has this signature. Shape
+            [P, N].
 
     Returns:
         As `select_best_draft`, with the chosen draft's own reward.
 
     Raises:
-        TypeError: `rewards` is not floating point, or `tie_scores` is no tensor of real numbers.
+        TypeError: `rewards` is not floating point, or `tie_scores` is not a tensor of real numbers.
         ValueError: The shapes are not [P, N], N is 0, or `tie_scores` is None.
 
     Examples:
@@ -177,7 +213,7 @@ def random_ties(num_drafts: int, *, seeds: Sequence[int]) -> Tensor:
         Tie scores for `select_best_draft` in float32, on the CPU. Shape [P, N].
 
     Raises:
-        TypeError: `num_drafts` is no int, or `seeds` is no list of int.
+        TypeError: `num_drafts` is not an int, or `seeds` is not a list of ints.
         ValueError: `num_drafts` is below 1, or a seed is not in [0, 2^63).
 
     Examples:

@@ -1,7 +1,7 @@
 """How a chosen draft gets into its prompt, as a value: `TextSplice` and `TokenSplice`.
 
-A splice is any function `(prompt, draft) -> Spliced`. These two put `splice_prompt` and
-`splice_prompt_ids` together with what is done to the draft first: thinking stripped, length cut.
+A splice is any function `(prompt, draft) -> Spliced`. These two first strip the draft of thinking
+or control tokens and cut it to length.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol
 from igrpo_kernels.checks import check_count
 
 from ..prompts import Prompt, check_chat_template_kwargs, encode_prompt
-from .budget import fit_draft
-from .text import DEFAULT_TEMPLATE, DraftTemplate, splice_cleaned, strip_thinking
-from .token_ids import Keep, check_keep, splice_prompt_ids, truncate_draft
+from ..thinking import strip_thinking
+from .budget import Keep, check_keep, fit_draft, truncate_draft
+from .text import DEFAULT_TEMPLATE, DraftTemplate, splice_cleaned
 
 
 class Draft(Protocol):
@@ -61,7 +61,7 @@ class TokenBudget:
         chat_template_kwargs: Passed to the chat template.
 
     Raises:
-        TypeError: A limit is no int.
+        TypeError: A limit is not an int.
         ValueError: A limit is below 1, or there is none, or `keep` is neither.
 
     Examples:
@@ -229,7 +229,5 @@ class TokenSplice:
         kept = truncate_draft(ids, room, keep=self.keep)
         if not kept:
             return Spliced(prompt, "", len(ids))
-        spliced = splice_prompt_ids(
-            prompt, kept, before_ids=self.before_ids, after_ids=self.after_ids
-        )
+        spliced = [*prompt, *self.before_ids, *kept, *self.after_ids]
         return Spliced(spliced, draft.text, len(ids) - len(kept))

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from .markers import check_markers, check_text, neutralize
 
-Prompt = TypeVar("Prompt", str, list[dict[str, Any]])
+Question = TypeVar("Question", str, list[dict[str, Any]])
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class DraftTemplate:
             `splice_prompt` takes them out of the draft.
 
     Raises:
-        TypeError: A part is no string, or `delimiters` is no tuple of strings.
+        TypeError: A part is not a string, or `delimiters` is not a tuple of strings.
         ValueError: A delimiter is empty, or occurs in neither part and would have no effect.
 
     Examples:
@@ -80,16 +80,16 @@ PAPER_TEMPLATE = DraftTemplate(
 
 CONCATENATION = DraftTemplate(before="\n\n", after="")
 """The paper's equation 3 to the letter: the draft stands right after the question, an empty line
-apart, and only the system prompt (`data.PAPER_SYSTEM_PROMPT`) says what to do with it."""
+apart, and only the system prompt (`cli.data.PAPER_SYSTEM_PROMPT`) says what to do with it."""
 
 
 def splice_prompt(
-    prompt: Prompt,
+    prompt: Question,
     draft: str,
     *,
     template: DraftTemplate = DEFAULT_TEMPLATE,
     special_tokens: Collection[str] = (),
-) -> Prompt:
+) -> Question:
     r"""Put a draft after the question: the Stage-2 prompt.
 
     q' = q + before + draft + after
@@ -123,8 +123,8 @@ def splice_prompt(
 
 
 def splice_cleaned(
-    prompt: Prompt, draft: str, *, template: DraftTemplate, special_tokens: Collection[str]
-) -> tuple[Prompt, str]:
+    prompt: Question, draft: str, *, template: DraftTemplate, special_tokens: Collection[str]
+) -> tuple[Question, str]:
     """Splice as `splice_prompt` does; give the prompt, and the draft as it reads in its place."""
     check_text("draft", draft)
     if not isinstance(template, DraftTemplate):
@@ -144,47 +144,6 @@ def splice_cleaned(
     cleaned = clean(_last_text(content))
     grown = {**message, "content": _append_text(content, before + cleaned + after)}
     return [*prompt[:last], grown, *prompt[last + 1 :]], cleaned
-
-
-def strip_thinking(text: str, *, open: str = "<think>", close: str = "</think>") -> str:
-    r"""Drop the thinking from a completion and keep the answer.
-
-    A closed block goes with its marks. A block that is never closed runs to the end of the text: a
-    completion cut off while it thinks has no answer. A close without an open ends thinking that
-    began in the prompt (many chat templates open it there): all that precedes it goes. Space
-    around what is left is stripped.
-
-    Args:
-        text: A completion.
-        open: The mark before the thinking.
-        close: The mark after it.
-
-    Returns:
-        The answer; may be empty.
-
-    Raises:
-        TypeError: An argument is no string.
-        ValueError: A mark is empty, or the two are the same.
-
-    Examples:
-        >>> strip_thinking("<think>2 + 3 = 6? No.</think>\n\nIt is 5.")
-        'It is 5.'
-        >>> strip_thinking("2 + 3 = 6? No.</think>\n\nIt is 5.")
-        'It is 5.'
-    """
-    for name, value in (("text", text), ("open", open), ("close", close)):
-        check_text(name, value)
-    if not open or not close or open == close:
-        raise ValueError(f"open and close must be two different marks, got {open!r} and {close!r}")
-    *closed, rest = text.split(close)
-    answers: list[str] = []
-    for piece in closed:
-        answer, opened, _ = piece.partition(open)
-        if opened:
-            answers.append(answer)
-        else:
-            answers.clear()
-    return "".join([*answers, rest.partition(open)[0]]).strip()
 
 
 def _last_user_turn(messages: object) -> int:

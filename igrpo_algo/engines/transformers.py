@@ -1,37 +1,17 @@
 """A sampler over `generate` of transformers: slow, exact, and on every machine."""
 
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from igrpo_kernels.checks import check_count
-
-from ..prompts import Prompt, decode_completion
 from ..rollouts.completions import Completion
-from ..rollouts.sampling import Groups
-from ..seeds import derive_seed
-from .base import EngineSampler, seeds_or_fresh, stop_ids
 from .distribution import Distribution
-from .weights import WantedWeights, Weights, open_weights
+from .model_sampler import ModelSampler, check_numbers, cuts_of, logprobs_at, pad_left
 
 
-class TransformersSampler(EngineSampler):
+class TransformersSampler(ModelSampler):
     """Draws completions with `model.generate`, together with their log-probs.
 
     The next token comes from softmax(logits / temperature), cut by `min_p`, `top_k` and `top_p`;
@@ -70,98 +50,18 @@ class TransformersSampler(EngineSampler):
         ```
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        batch_size: int = 32,
-        stop_token_ids: Sequence[int] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        distribution = Distribution(temperature, top_p, top_k, min_p)
-        super().__init__(tokenizer, distribution, max_new_tokens, chat_template_kwargs)
-        self.model = model
-        self.batch_size = check_count("batch_size", batch_size)
-        self.stop_token_ids = (
-            stop_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
-            if stop_token_ids is None
-            else list(stop_token_ids)
-        )
-        config = model.config.get_text_config()
-        self.take_context(getattr(config, "max_position_embeddings", sys.maxsize))
-        self._lock = threading.Lock()
-
-    def sample(
-        self, prompts: Sequence[Prompt], n: int, *, seed: int | Sequence[int] | None = None
-    ) -> Groups:
-        """Draw n completions of each prompt.
-
-        Args:
-            prompts: P strings, lists of chat messages, or lists of token ids.
-            n: Completions per prompt, at least 1.
-            seed: One for all prompts, or one per prompt; None draws fresh ones from the system.
-
-        Returns:
-            P lists of n completions.
-
-        Raises:
-            ValueError: A prompt has no tokens, or more than `max_prompt_tokens`.
-        """
-        encoded = self.encode_all(prompts, n)
-        seeds = seeds_or_fresh(seed, len(encoded))
-        rows = [ids for ids in encoded for _ in range(n)]
-        row_seeds = [derive_seed(seed, index) for seed in seeds for index in range(n)]
-        completions: list[Completion] = []
-        with self._lock, _sampling_mode(self.model):
-            for start in range(0, len(rows), self.batch_size):
-                batch = slice(start, start + self.batch_size)
-                completions += self._generate(rows[batch], row_seeds[batch])
-        return [completions[start : start + n] for start in range(0, len(rows), n)]
-
-    def sync_weights(self, weights: Weights | str | Path) -> None:
-        """Load new weights: all of them, or none.
-
-        Names and shapes are compared before anything is written, so an error leaves the old weights
-        whole. Tied weights may come under any of their names; under several, they must be equal.
-        Values are cast to the model's dtype.
-
-        Args:
-            weights: A state dict, or a folder with `*.safetensors` files.
-
-        Raises:
-            FileNotFoundError: The folder holds no safetensors file.
-            TypeError: `weights` is neither, or one of its values is not a whole tensor.
-            ValueError: A weight is missing, unknown, or of another shape.
-        """
-        new = dict(open_weights(weights))  # read whole before the first is written
-        with self._lock:
-            own = self.model.state_dict()
-            WantedWeights.of_state_dict(own).check(new)
-            with torch.no_grad():
-                for name, tensor in new.items():
-                    own[name].copy_(tensor)
-
     def _generate(self, rows: list[list[int]], seeds: list[int]) -> list[Completion]:
         device = self.model.device
         pad = self.tokenizer.pad_token_id or 0
-        width = max(len(row) for row in rows)
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        mask = torch.arange(width, device=device) >= width - lengths[:, None]
+        ids, mask = pad_left(rows, pad, device)
         race = None if self.distribution.is_greedy else _Race(seeds, self.distribution, device)
         # generate fills what a config leaves open from the model's own one: put a bare one there.
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             out = self.model.generate(  # type: ignore[operator]
                 input_ids=ids,
-                attention_mask=mask.long(),
-                logits_processor=LogitsProcessorList([race] if race else []),
+                attention_mask=mask,
+                logits_processor=LogitsProcessorList([race or _Greedy()]),
                 generation_config=GenerationConfig(
                     do_sample=False,
                     max_new_tokens=self.max_new_tokens,
@@ -171,20 +71,17 @@ class TransformersSampler(EngineSampler):
             )
         finally:
             self.model.generation_config = own
-        drawn = out[:, width:].tolist()
+        drawn = out[:, ids.shape[1] :].tolist()
         logprobs = torch.stack(race.logprobs, dim=1).tolist() if race else [None] * len(rows)
         return [self._completion(*row) for row in zip(drawn, logprobs, strict=True)]
 
-    def _completion(self, ids: list[int], logprobs: list[float] | None) -> Completion:
-        stops = (i + 1 for i, token in enumerate(ids) if token in self.stop_token_ids)
-        end = next(stops, None)
-        ids = ids[:end]
-        return Completion(
-            token_ids=ids,
-            text=decode_completion(ids, self.tokenizer),
-            logprobs=None if logprobs is None else logprobs[: len(ids)],
-            finish_reason="length" if end is None else "stop",
-        )
+
+class _Greedy(LogitsProcessor):
+    """Leaves the scores as they are, for `generate` to take the maximum."""
+
+    def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
+        check_numbers(scores)
+        return scores
 
 
 class _Race(LogitsProcessor):
@@ -193,32 +90,14 @@ class _Race(LogitsProcessor):
     def __init__(self, seeds: list[int], distribution: Distribution, device: torch.device) -> None:
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.temperature = distribution.temperature
-        self.cuts = LogitsProcessorList()
-        if distribution.min_p > 0:
-            self.cuts.append(MinPLogitsWarper(distribution.min_p))
-        if distribution.top_k > 0:
-            self.cuts.append(TopKLogitsWarper(distribution.top_k))
-        if distribution.top_p < 1:
-            self.cuts.append(TopPLogitsWarper(distribution.top_p))
+        self.cuts = cuts_of(distribution)
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
-        logprobs = (scores.float() / self.temperature).log_softmax(-1)
+        logprobs = logprobs_at(scores, self.temperature)
         waits = torch.empty_like(logprobs)
         for row, generator in zip(waits, self.generators, strict=True):
             row.exponential_(generator=generator)
         race = self.cuts(input_ids, logprobs) - waits.log()
         self.logprobs.append(logprobs.gather(-1, race.argmax(-1, keepdim=True)).squeeze(-1))
         return race
-
-
-@contextmanager
-def _sampling_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; give each module its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -11,11 +11,11 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor
     """Penalize completions that come close to the limit: DAPO's soft overlong punishment.
 
     0                                       where length <= max_length - buffer
-    (max_length - buffer - length) / buffer where it lies inside the buffer
+    (max_length - buffer - length) / buffer where it is inside the buffer
     -1                                      where length > max_length
 
     Add it to the rewards. DAPO, arXiv:2503.14476, eq. 13 (its values: 20,480 and 4,096);
-    TRL's `get_soft_overlong_punishment`. A buffer of 0 leaves the hard limit alone.
+    TRL's `get_soft_overlong_punishment`. With a buffer of 0 only the hard limit is left.
 
     Args:
         lengths: Tokens of each completion. Any shape, integers.
@@ -58,7 +58,7 @@ def mask_truncated_completions(
         The mask in its own dtype and shape.
 
     Raises:
-        TypeError: An input is no tensor.
+        TypeError: An input is not a tensor.
         ValueError: The shapes do not fit.
 
     Examples:

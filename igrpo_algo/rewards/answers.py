@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from ..thinking import text_after_thinking
 from .rules import STATED, WRITTEN, apply_rules
 
 MAX_CHARACTERS = 1000
@@ -60,13 +61,13 @@ def completion_text(completion: CompletionLike) -> str:
 def extract_answer(text: str) -> str | None:
     r"""Return the final answer that a text states, or None where it states none.
 
-    Only the text behind the last `</think>` counts, and of that only the last
-    `<answer>...</answer>` if there is one; thinking that never ends states no answer. The answer
-    is then the first of these that the text has: the last `\boxed{...}`; the line behind the last
-    `####` (GSM8K's mark); the rest of the sentence behind the last "answer is" or "answer:", or
-    the line below a heading "Final answer"; all of the text inside the answer tag. A last box that
-    is empty or never closed states no answer. The rules `rules.STATED` cut off other words around
-    an answer that is not boxed. The time is linear in the length of the text.
+    Only the text behind the last thinking counts (`thinking.THINKING_MARKS`), and of that only the
+    last `<answer>...</answer>` if there is one; thinking that never ends states no answer. The
+    answer is then the first of these that the text has: the last `\boxed{...}`; the line behind the
+    last `####` (GSM8K's mark); the rest of the sentence behind the last "answer is" or "answer:",
+    or the line below a heading "Final answer"; all of the text inside the answer tag. A last box
+    that is empty or never closed states no answer. The rules `rules.STATED` cut off other words
+    around an answer that is not boxed. The time is linear in the length of the text.
 
     Args:
         text: A completion, or a worked solution.
@@ -84,10 +85,10 @@ def extract_answer(text: str) -> str | None:
         >>> extract_answer("I do not know.") is None
         True
     """
-    text = text.rpartition("</think>")[2]
-    if "<think>" in text:
+    after = text_after_thinking(text)
+    if after is None:
         return None
-    _, opened, text = text.rpartition("<answer>")
+    _, opened, text = after.rpartition("<answer>")
     text, closed, _ = text.partition("</answer>") if opened else (text, "", "")
     box = _last_box(text)
     if box is not None:

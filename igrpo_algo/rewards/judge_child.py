@@ -4,15 +4,17 @@ It reads one question per line, {"gold": ..., "answer": ..., "seconds": ...}, an
 {"equal": ...}: true, false, or null if the reference is not mathematics. The reply is {} if that
 much processor time brings no verdict. It imports nothing of this package, so that it starts fast.
 
-Four things math-verify judges unlike a person, and they are handled here: numbers so small that
-its fixed precision calls them equal, false equations ("7 = 8" is not 8), an inequality in place of
-an interval, and powers too large to write down, over which an algebra system runs for ever.
+What math-verify judges unlike a person is handled here: numbers so small or so close that its
+fixed precision calls them equal, false equations ("7 = 8" is not 8), unsolved ones ("2x = 6" is not
+6), inequalities written as intervals or in two ways, what has an order and what has none, the
+imaginary unit, and powers too large to write down, over which an algebra system runs for ever.
 """
 
 import contextlib
 import functools
 import json
 import math
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -35,8 +37,16 @@ def compare(gold: str, answer: str) -> bool | None:
         return None
     if given is None or count_digits(given) > MAX_DIGITS or is_false_equation(given):
         return False
+    if is_unsolved(given) and not relations(expected):
+        return False
     expected, given = as_sets(expected, given, gold, answer)
+    if is_ordered(expected) != is_ordered(given):
+        expected, given = as_tuple(expected, gold), as_tuple(given, answer)
+        if has_no_order(expected, gold) or has_no_order(given, answer):
+            return False
     if not verify(expected, given, timeout_seconds=None):
+        return have_same_solutions(expected, given)
+    if differ(expected, given):
         return False
     zeros = max(count_zeros(expected), count_zeros(given))
     return zeros == 0 or verify(
@@ -53,21 +63,27 @@ def read(text: str) -> Any:
     """Parse an answer; None if math-verify can't. `units.split_words` has dealt with units."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
-    from sympy import Eq
+    from sympy import Eq, Expr, I
 
     normalization = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
     )
     target = LatexExtractionConfig(boxed_match_priority=0, normalization_config=normalization)
+    primes = re.sub("(?<=[A-Za-z])'+", lambda match: f"_{{{'p' * len(match[0])}}}", text)
     found = parse(
-        rf"\boxed{{{text}}}",
+        rf"\boxed{{{primes}}}",
         extraction_config=[target],
         fallback_mode="no_fallback",
         parsing_timeout=None,
     )
     expression = found[0] if found else None
+    if expression is None and text.count(r"\pm") == 1:
+        return read(text.replace(r"\pm", "+") + ", " + text.replace(r"\pm", "-"))
     if isinstance(expression, Eq) and expression.rhs.is_Symbol and expression.lhs.is_number:
         return Eq(expression.rhs, expression.lhs, evaluate=False)  # 7 = x
+    if isinstance(expression, Expr):
+        imaginary = [symbol for symbol in expression.free_symbols if symbol.name == "i"]
+        return expression.subs(dict.fromkeys(imaginary, I))
     return expression
 
 
@@ -95,6 +111,71 @@ def is_false_equation(expression: Any) -> bool:
         and not verify(part.lhs, part.rhs, timeout_seconds=None)
         for part in relations(expression)
     )
+
+
+def is_unsolved(expression: Any) -> bool:
+    """Return whether an equation leaves its unknown to be found: 2x = 6, -x = 5, x + 4 = 10."""
+    from sympy import Eq
+
+    unknowns = expression.lhs.free_symbols if isinstance(expression, Eq) else set()
+    if len(unknowns) != 1 or expression.lhs.is_Symbol or not expression.rhs.is_number:
+        return False
+    return bool(expression.lhs.is_polynomial() and expression.lhs.diff(*unknowns).is_number)
+
+
+def differ(expected: Any, given: Any) -> bool:
+    """Return whether two exact numbers differ, however little; False if that is not known."""
+    from sympy import Expr, Float, UnevaluatedExpr
+
+    if not (isinstance(expected, Expr) and isinstance(given, Expr)):
+        return False
+    gap = expected - given
+    if not gap.is_number or gap.has(Float, UnevaluatedExpr):  # 0.333333 is 1/3, and 50% is 50
+        return False
+    size = abs(gap).evalf(2)  # with as many digits as it takes; precision 1 if they do not suffice
+    return bool(size.is_Float and size > 0 and size._prec > 1)
+
+
+def is_ordered(expression: Any) -> bool:
+    """Return whether an answer is a tuple, or the interval for which a pair is taken."""
+    from sympy import Interval, Tuple
+
+    return isinstance(expression, Tuple | Interval)
+
+
+def as_tuple(expression: Any, text: str) -> Any:
+    """Turn a list, or assignments by the names of their variables, into a tuple; else leave it."""
+    from sympy import Eq, FiniteSet, Tuple
+
+    parts = relations(expression)
+    if len(parts) > 1 and all(isinstance(part, Eq) and part.lhs.is_Symbol for part in parts):
+        return Tuple(*(part.rhs for part in sorted(parts, key=lambda part: part.lhs.name)))
+    if isinstance(expression, FiniteSet) and len(expression.args) == 1:
+        return expression.args[0]
+    if isinstance(expression, FiniteSet) and not has_no_order(expression, text):
+        return Tuple(*getattr(expression, "_unsorted_args", expression.args))
+    return expression
+
+
+def has_no_order(expression: Any, text: str) -> bool:
+    r"""Return whether an answer is a set of values: {1, 2}, or what \pm stands for."""
+    from sympy import FiniteSet
+
+    return isinstance(expression, FiniteSet) and (text.startswith(r"\{") or r"\pm" in text)
+
+
+def have_same_solutions(expected: Any, given: Any) -> bool:
+    """Return whether inequalities of the same variable hold for the same values."""
+    from math_verify import verify
+    from sympy import Set
+
+    if not (relations(expected) and relations(given)):
+        return False
+    if expected.free_symbols != given.free_symbols:
+        return False
+    expected, given = solution_set(expected, ""), solution_set(given, "")
+    sets = isinstance(expected, Set) and isinstance(given, Set)
+    return sets and verify(expected, given, timeout_seconds=None)
 
 
 def as_sets(expected: Any, given: Any, gold: str, answer: str) -> tuple[Any, Any]:

@@ -22,8 +22,20 @@ _NEXT_CHOICE = re.compile(r"(?:^|[\s,;{])\(?[A-Z]\)")
 _BASED = re.compile(r"\(?(\d[0-9A-Za-z]*)\)?_(?:(\d)|\{\(?(\d\d?)\)?\})")
 _INTEGER = re.compile(r"[-+]?\d+")
 _DIGITS = re.compile("[0-9A-Za-z]+")
-# Not for math-verify: two numbers side by side, which it would add up, and lists with an ellipsis.
-_UNREADABLE = re.compile(r"\d \d|\\ldots")
+# Not for math-verify: two numbers side by side, which it would add up, numbers with two points,
+# which it would multiply, and lists with an ellipsis.
+_UNREADABLE = re.compile(r"\d \d|\d\.\d+\.\d|\\ldots")
+_DATE_OR_TIME = re.compile(
+    r"\d{4}[-/]\d\d?[-/]\d\d?|\d\d?[-/]\d\d?[-/]\d{4}|\d\d?:0\d(?: .*)?|\d\d?:\d\d [ap]m"
+)
+_ARTICLE = re.compile("^(?:an?|the) ")
+# A reference that says where the answer is, or that there is none to compare with.
+_ELSEWHERE = re.compile(
+    r"^(?:see|refer to|as shown|n/?a$|none given|not (?:given|provided|available))\b"
+    r"|\b(?:figures?|diagrams?|images?|pictures?|attached|omitted|var(?:y|ies)|answers?|proofs?"
+    r"|explanation|tbd)\b",
+    re.IGNORECASE,
+)
 
 
 def math_reward(
@@ -53,9 +65,9 @@ def math_reward(
 
     The score is 0 if the completion states no answer, or one that is not mathematics, longer than
     1,000 characters, or a number of more than 100,000 digits. It is None if there is no verdict:
-    the reference is empty, not mathematics, or a worked solution that marks no answer (unless the
-    completion's answer is spelled like it), or math-verify ran out of time or was killed. Verdicts
-    are remembered; a question without one is asked again.
+    the reference is empty, not mathematics, a worked solution that marks no answer, or a pointer to
+    one ("see the figure"), unless the completion's answer is spelled like it; or if math-verify ran
+    out of time or was killed. Verdicts are remembered; a question without one is asked again.
 
     Source: iGRPO, arXiv:2602.09000, Eq. 6; the reading of answers is ours.
 
@@ -125,8 +137,8 @@ def _equal_values(gold: str, answer: str) -> bool | None:
         return True
     if _is_prose(gold) or _UNREADABLE.search(gold):
         return None
-    if _is_text(gold):
-        return gold.casefold() == answer.casefold()
+    if _is_text(gold) or _DATE_OR_TIME.fullmatch(answer):
+        return _ARTICLE.sub("", gold.casefold()) == _ARTICLE.sub("", answer.casefold())
     if _UNREADABLE.search(answer):
         return False
     gold_base, gold_number = read_base(gold)
@@ -187,12 +199,14 @@ def _is_letter(answer: str) -> bool:
 
 def _is_text(answer: str) -> bool:
     if not _WORDS.fullmatch(answer):
-        return False
+        return bool(_DATE_OR_TIME.fullmatch(answer))
     return max(map(len, re.split("[ '-]", answer))) >= 2 and not _PRODUCT.fullmatch(answer)
 
 
 def _is_prose(gold: str) -> bool:
-    """Return whether a reference consists of sentences, so that no answer can be told from it."""
+    """Return whether a reference is sentences, or a pointer, from which no answer can be told."""
+    if _ELSEWHERE.search(gold) and not re.search(r"\d", gold):
+        return True
     words = [word.lower() for word in _WORD.findall(gold)]
     until_last_number = re.match(r"[\s\S]*(?=\d)", gold)
     before = _WORD.findall(until_last_number[0]) if until_last_number else []

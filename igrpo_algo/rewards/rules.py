@@ -56,9 +56,9 @@ VALUE_WORDS = _words(
 )
 """Words that are part of a value, or that join several."""
 
-_REASONS = _words("which as because since so hence thus therefore")
+_REASONS = _words("which as so hence thus therefore")
 _DOUBTS = _words(
-    "or but not no if unless either neither maybe perhaps possibly almost nearly about wait "
+    "or but no if unless either neither maybe perhaps possibly almost nearly about wait "
     "actually wrong incorrect other another also both except instead rather alternatively "
     "plus minus times squared cubed over divided"
 )
@@ -66,19 +66,26 @@ _NUMBER_WORDS = _words(
     "half halves third thirds quarter quarters fourths fifth fifths one two three four five six "
     "seven eight nine ten eleven twelve twenty thirty forty fifty"
 )
+_SAME = re.compile(r"\W*or (?:about|approximately|roughly|equivalently)\b")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _VALUE = re.compile(r"[\d$\\]|(?<!')\b(?![aI]\b)[A-Za-z]\b")
 _SYMBOLS = {
     "−‐‑–—": "-", "×": r"\times ", "·⋅∙": r"\cdot ", "÷": "/", "≤⩽": r"\le ", "≥⩾": r"\ge ",
-    "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∞": r"\infty ", "π": r"\pi ", "°": r"^\circ ",
+    "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∞": r"\infty ", "π": r"\pi ", "°∘": r"^\circ ",
     "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∠": r"\angle ",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}",
     "ℂ": r"\mathbb{C}", "⁄": "/", "。": ".", "\u200b": "",
 }  # fmt: skip
 _SYMBOL = {symbol: latex for symbols, latex in _SYMBOLS.items() for symbol in symbols}
 _DEGREES = {"": "degrees", "C": "celsius", "F": "fahrenheit"}
-_TEXT = r"\\(?:text(?:bf|rm|it)?|math(?:rm|bf|it)|mbox)"
+_TEXT = r"\\(?:text(?:bf|rm|it)?|math(?:rm|bf|it)|mbox|underline)"
 _NUMBER = r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)"
+_DEGREE = r" ?\^ ?(?:\{\\circ ?\}|\\circ) ?"
+_VALUE_ALONE = r"(?:[-+*/^.!\d{} ]|\\(?:frac|sqrt|pi|cdot|times)(?![a-z]))"
+_SYNONYMS = {
+    r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lvert": "|", r"\rvert": "|", "+/-": r"\pm ",
+    r"\varnothing": r"\emptyset", r"\textdollar": "", r"\pounds": "",
+}  # fmt: skip
 
 
 def _drop_remark(match: re.Match[str]) -> str:
@@ -86,13 +93,15 @@ def _drop_remark(match: re.Match[str]) -> str:
     value, remark = match.string[: match.start()], match[0]
     words = re.findall("[a-z]+", remark.lower())
     is_value = re.search(r"\d", value) or not re.search("[A-Za-z]{2}", _COMMAND.sub("", value))
+    if value and is_value and (words[0] in ("because", "since", "not") or _SAME.match(remark)):
+        return ""
     if not value or not is_value or _DOUBTS.intersection(words):
         return remark
     if words[0] in _REASONS:
         return ""
     in_words = frozenset() if remark.lstrip().startswith("(") else _NUMBER_WORDS
     values = (VALUE_WORDS | in_words) - {"and", "to"}
-    names_value = values.intersection(words if words[0] == "and" else words[:1])
+    names_value = values.intersection(words if words[0] in ("and", "of") else words[:1])
     return remark if names_value or _VALUE.search(remark) else ""
 
 
@@ -106,6 +115,13 @@ def _unwrap(match: re.Match[str]) -> str:
     if words[:1].isalpha() and words not in ("e", "i") and re.search(r"[\w)}]$", before):
         words = " " + words
     return words + " " if words[-1:].isalpha() and re.match(r"[\w\\]", after) else words
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """Write a repeating decimal as a fraction: 0.1(6) is (16 - 1) / 90."""
+    whole, fixed, repeated = match.groups()
+    above = int(whole + fixed + repeated) - int(whole + fixed)
+    return rf"\frac{{{above}}}{{{10 ** len(fixed) * (10 ** len(repeated) - 1)}}}"
 
 
 def _fraction(match: re.Match[str]) -> str:
@@ -131,7 +147,8 @@ STATED = (
     # Words behind it, set off by punctuation, by a bracket or by the word that they begin with.
     _rule(
         r"(?:\s*[,;:.]\s+|\s+[-–—]+\s+|\s*—\s*|\s+(?=\()"
-        r"|\s+(?=(?:and [A-Za-z]{2}|which|as|because|since|so|hence|thus|in (?:total|all))))"
+        r"|\s+(?=(?:and [A-Za-z]{2}|which|as|because|since|so|hence|thus|in (?:total|all)"
+        r"|of (?:the|his|her|its|their|all)\b)))"
         r"\(?(?:[A-Za-z]{2}|[aI] ).*",
         _drop_remark,
         {
@@ -152,6 +169,10 @@ STATED = (
             "5 and one half": "5 and one half",
             "72 - ten": "72 - ten",
             "42 (forty-two)": "42",
+            "3/4 of the cake": "3/4",
+            "3/4 of the dozen": "3/4 of the dozen",
+            "5 (not 6)": "5",
+            "1/3, or about 0.33": "1/3",
             "42 (million)": "42 (million)",
             "72, Tom has 6 of them": "72, Tom has 6 of them",
             "(A) and (C)": "(A) and (C)",
@@ -179,13 +200,41 @@ WRITTEN = (
     _rule("[^\x00-\x7f]+", _plain, {"（1，2）": "(1,2)", "１２％": "12%"}),
     # LaTeX and Markdown: what only changes the look, and commands with the same meaning.
     _rule(r"\.{3,}|\\[cdlh]?dots[bcimo]?(?![A-Za-z])", r"\\ldots", {"1, ...": r"1, \ldots"}),
-    _rule(r"\\(?:left|right)(?![A-Za-z.])|\\displaystyle", "", {r"\left(1, 2\right)": "(1, 2)"}),
+    _rule(
+        "|".join(rf"{re.escape(written)}(?![A-Za-z])" for written in _SYNONYMS),
+        lambda m: _SYNONYMS[m[0]],
+        {r"\lbrace 1, 2\rbrace": r"\{ 1, 2\}", r"\varnothing": r"\emptyset", "+/- 3": r"\pm 3"},
+    ),
+    _rule(
+        r"\\(?:left|right)(?![A-Za-z.])|\\[bB]igg?[lrm]?(?![A-Za-z])|\\displaystyle(?![A-Za-z])"
+        r"|\\(?:[hv]space\*?|(?:text)?color)\{[^{}]*\}",
+        "",
+        {
+            r"\left(1, 2\right)": "(1, 2)",
+            r"\Bigl[1, 2\Bigr]": "[1, 2]",
+            r"\color{red}5": "5",
+            r"5\hspace{1em}": "5",
+        },
+    ),
     _rule(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", {r"\dfrac{1}{2}": r"\frac{1}{2}"}),
+    _rule(r"\\(frac|binom) ?(\d) ?(\d)", r"\\\1{\2}{\3}", {r"\frac 1 2": r"\frac{1}{2}"}),
+    _rule(
+        r"\^ ?(\\(?:sqrt(?:\[\w+\])?|frac\{[^{}]*\})\{[^{}]*\}|\\pi(?![a-z]))",
+        r"^{\1}",
+        {r"2^\sqrt{2}": r"2^{\sqrt{2}}", r"x^\frac12": r"x^{\frac{1}{2}}"},
+    ),
     _rule(r"(?<=[\w)}])\*\*(?=[\w({])", "^", {"x**2": "x^2"}),
     _rule(
-        r"\*\*|(?<!\\)\\[()\[\]]|\\?\$|[€£¥]",
+        r"\*\*|(?<!\\)\\[()\[\]]|\\?\$|[€£¥₹]|^Rs\.? ?(?=\d)",
         "",
-        {"**42**": "42", r"\(42\)": "42", r"$\$18$": "18", "€5": "5", "$a$ and $b$": "a and b"},
+        {
+            "**42**": "42",
+            r"\(42\)": "42",
+            r"$\$18$": "18",
+            "€5": "5",
+            "Rs. 500": "500",
+            "$a$ and $b$": "a and b",
+        },
     ),
     _rule(
         rf"(?:{_TEXT}\{{|\{{\\rm )([^{{}}\\]*)\}}",
@@ -203,9 +252,24 @@ WRITTEN = (
     ),
     # Numbers.
     _rule(
-        r"(?<=\d)(?:,\\!\s*|\\!,(?:\\!)?|\{,\}|\\[,;:]|~)(?=\d{3}(?!\d))",
+        r"(?<=\d)(?:,\\!\s*|\\!,(?:\\!)?|\{,\}|\\[,;:]|~|_|')(?=\d{3}(?!\d))",
         "",
-        {r"11,\! 111,\!100": "11111100", "1{,}234": "1234", r"x+12\,345": "x+12345"},
+        {
+            r"11,\! 111,\!100": "11111100",
+            "1{,}234": "1234",
+            r"x+12\,345": "x+12345",
+            "1_000": "1000",
+        },
+    ),
+    _rule(
+        r"^([-+]?[1-9]\d{0,2}(?:\.\d{3})+)(?:(?<=\d\.\d{3}\.\d{3})|,(\d\d?))(?=$| ?[A-Za-z\\%])",
+        lambda m: m[1].replace(".", "") + ((m[2] and "." + m[2]) or ""),
+        {"1.234.567": "1234567", "1.234,50": "1234.50", "1.234": "1.234", "1,5": "1,5"},
+    ),
+    _rule(
+        r"(?<![\d.])(\d+)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d+)\}?",
+        _repeating,
+        {r"0.1\overline{6}": r"\frac{15}{90}", r"-2.\bar{3}": r"-\frac{21}{9}"},
     ),
     _rule(
         r"^([-+]?\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+))(?=$|\.\d|[ ~]*[A-Za-z\\%])",
@@ -213,9 +277,9 @@ WRITTEN = (
         {"1,234.5": "1234.5", "1 000 000": "1000000", "1,200 km": "1200 km", "1,2": "1,2"},
     ),
     _rule(
-        rf"^({_NUMBER})[eE]([-+]?\d{{1,3}})$",
+        rf"^({_NUMBER})[eE]([-+]?\d{{1,3}})(?=$| [A-Za-z])",
         lambda m: f"{m[1]}*10^{{{int(m[2])}}}",
-        {"1e3": "1*10^{3}", "-2.5E-07": "-2.5*10^{-7}"},
+        {"3e8 m/s": "3*10^{8} m/s", "1e3": "1*10^{3}", "-2.5E-07": "-2.5*10^{-7}"},
     ),
     _rule(r"(?<=\d) ?[xX] ?(?=10\^)", r"\\times ", {"1.6 x 10^5": r"1.6\times 10^5"}),
     _rule(r"\^ ?(-\d+|-[A-Za-z])(?!\d)", r"^{\1}", {"10^-19": "10^{-19}"}),
@@ -224,14 +288,46 @@ WRITTEN = (
         r"\1\\frac{\2}{\3}",
         {"1 1/4": r"1\frac{1}{4}", "-3 1/2 cm": r"-3\frac{1}{2} cm"},
     ),
+    _rule(
+        rf"(?<=\d) ?(?=\({_VALUE_ALONE}+\))|(?<=\d\)) ?(?=\({_VALUE_ALONE}+\)|\d|\\frac)",
+        r"\\cdot ",
+        {
+            "2(3)": r"2\cdot (3)",
+            r"4\left(\frac12\right)": r"4\cdot (\frac{1}{2})",
+            r"(2) \frac12": r"(2)\cdot \frac{1}{2}",
+        },
+    ),
+    _rule(
+        rf"(\\frac\{{\d+\}}\{{\d+\}}) ?(?=\\frac|\({_VALUE_ALONE}+\))",
+        r"\1\\cdot ",
+        {r"\frac44\frac25": r"\frac{4}{4}\cdot \frac{2}{5}"},
+    ),
+    _rule(r"_ ?(\d)(?![\d.])", r"_{\1}", {r"\log_2 8": r"\log_{2} 8", "x_1": "x_{1}"}),
+    _rule(
+        r"^([^:,()\s]+) ?: ?([^:,()\s]+) ?: ?([^:,()\s]+)$",
+        r"((\1)/(\3), (\2)/(\3), 1)",
+        {"1:2:3": "((1)/(3), (2)/(3), 1)", "3:4": "3:4"},
+    ),
+    _rule(r"(?<=\d) ?([ap])\. ?m\.?$", r" \1m", {"3:30 p.m.": "3:30 pm"}),
     _rule(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", {"2pi": r"2\pi", "pip": "pip"}),
     _rule(r"^(\w+),? ?\(?(?:in )?base[- ]?(\d\d?)\)?$", r"\1_{\2}", {"52 (base 8)": "52_{8}"}),
     _rule(
-        rf"^({_NUMBER}) ?\^ ?(?:\{{\\circ ?\}}|\\circ) ?([CF]?)$",
+        rf"^({_NUMBER}){_DEGREE}([CF]?)$",
         lambda m: f"{m[1]} {_DEGREES[m[2]]}",
         {"30°": "30 degrees", r"30^{\circ}": "30 degrees", r"20^\circ\text{C}": "20 celsius"},
     ),
+    _rule(
+        rf"\\(sin|cos|tan|cot|sec|csc) ?\(?({_NUMBER}){_DEGREE}\)?",
+        r"\\\1(\\frac{\2\\pi}{180})",
+        {r"\sin 30°": r"\sin(\frac{30\pi}{180})"},
+    ),
     # Sets and choices.
+    _rule(r"^[a-z] ?\\in ?(?=[\[(])", "", {r"x\in[1, 2]": "[1, 2]"}),
+    _rule(
+        r"^([\[\]])([^][(),;]+,[^][(),;]+)([\[\]])$",
+        lambda m: f"{'[(' [m[1] == ']']}{m[2]}{'])' [m[3] == '[']}",
+        {"]1, 2[": "(1, 2)", "[1, 2[": "[1, 2)", "[1, 2]": "[1, 2]"},
+    ),
     _rule(
         r"^\\\{ ?([a-z]) ?(?:\\in ?\\mathbb\{R\} ?)?(?:\||:|\\mid) ?(.+)\\\}$",
         r"\2",
@@ -252,5 +348,5 @@ WRITTEN = (
     _rule(r"(?<!\\)\\[,;:> ]|\\q?quad(?![A-Za-z])|~", " ", {r"(1,\,2)": "(1, 2)"}),
     _rule(r"\\!", "", {r"1\!2": "12"}),
     _rule(r"\s+", " ", {"a\n b": "a b"}),
-    _rule(r"^ | $|(?<!\\)[.,;: ]+$", "", {" 42. ": "42", "7,": "7"}),
+    _rule(r"^ | $|(?<!\\)[.,;: ]+$|\\+$", "", {" 42. ": "42", "7,": "7", r"5\\": "5"}),
 )  # fmt: skip

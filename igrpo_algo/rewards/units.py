@@ -37,11 +37,9 @@ _UNITS = {
         week weeks
         month months
         year years
-        dollar dollars
+        dollar dollars USD usd
         cent cents
-        euro euros
-        mph
-        kmh kph
+        euro euros EUR eur
         degree degrees deg
         celsius
         fahrenheit
@@ -53,6 +51,7 @@ _UNITS = {
     """.strip().splitlines()
     for spelling in line.split()
 }
+_RATES = {"mph": "mi/h", "kmh": "km/h", "kph": "km/h"}
 _POWERS = {"square ": "^2", "sq ": "^2", "sq. ": "^2", "cubic ": "^3", "": ""}
 
 
@@ -90,6 +89,8 @@ def split_words(answer: str) -> tuple[str, str, bool]:
 
 
 def _canonical_unit(words: str) -> str:
+    if words in _RATES:
+        return _RATES[words]
     parts = []
     for part in re.split(r"/| per ", words):
         name = part.strip().replace("{", "").replace("}", "")

@@ -1,7 +1,6 @@
 """Records as JSON: written from dataclasses, and read back by their types.
 
-Whatever a file holds instead of a record is a ValueError that names the field: nothing that is
-read is trusted.
+Nothing that is read is trusted: whatever is not a record is a ValueError that names the field.
 """
 
 import json
@@ -42,7 +41,7 @@ def from_json(
         kind: The type.
         value: What was parsed.
         where: What errors call the value.
-        readers: By dataclass and field, how to read that field in the place of its type.
+        readers: By dataclass and field, how to read that field in place of its type.
 
     Returns:
         A value of the type.

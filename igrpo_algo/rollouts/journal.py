@@ -1,7 +1,7 @@
-"""A file of finished prompts that a dying run cannot lose: a header, then a line for each prompt.
+"""A file of finished prompts that survives a run that dies: a header, then a line per prompt.
 
-Every line is JSON, written whole, flushed and synced before its rollout is handed on. What a crash
-can leave behind is a last line without an end, and that one is dropped on loading.
+Every line is JSON, written whole, flushed and synced before its rollout is yielded. A crash can
+leave a last line without an end, which is dropped on loading.
 """
 
 import hashlib
@@ -9,16 +9,16 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ..files import sole_writer
+from ..files import check_same_run, sole_writer
 from ..prompts import Prompt
 from .from_json import from_json, parse, to_json
 from .records import Rollout
 
-Record = TypeVar("Record")
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,8 @@ def load_journal(path: str | os.PathLike[str]) -> list[Rollout]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The first line is not a header; a later whole line is not a rollout, or one of
-            a prompt that there is not, or that another line has already. The message names the
-            line and the field.
+        ValueError: The first line is not a header; a later whole line is not a rollout, or its
+            prompt does not exist or has a line already. The message names the line and the field.
 
     Examples:
         >>> import tempfile
@@ -111,22 +110,17 @@ def check_journal(path: str | os.PathLike[str], header: Header) -> None:
     with open(path, "rb") as file:
         first = file.readline()
     written = _read_header(path, [first[:-1]] if first.endswith(b"\n") else [])
-    for name in [field.name for field in fields(header)] if written is not None else []:
-        had, has = getattr(written, name), getattr(header, name)
-        if had != has:
-            raise ValueError(
-                f"journal belongs to another rollout: {os.fspath(path)} has {name} = {had!r}, "
-                f"this one {has!r}"
-            )
+    if written is not None:
+        check_same_run(f"journal: {os.fspath(path)}", asdict(written), asdict(header))
 
 
 def _read_header(path: str | os.PathLike[str], lines: list[bytes]) -> Header | None:
     return _read(Header, lines[0], f"journal: line 1 of {os.fspath(path)}") if lines else None
 
 
-def _read(kind: type[Record], line: bytes, where: str) -> Record:
+def _read(kind: type[Kind], line: bytes, where: str) -> Kind:
     try:
-        return cast(Record, from_json(kind, parse(line), kind.__name__.lower()))
+        return cast(Kind, from_json(kind, parse(line), kind.__name__.lower()))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -1,7 +1,7 @@
 """One prompt on its way through the stages: what to draw next, and what came of it.
 
-Nothing here samples, scores or waits. What takes all prompts along in step (`in_step`), or each on
-its own (`streamed`), asks for the next prompt and hands back the completions.
+Nothing here samples, scores or waits: `in_step` and `streamed` do, which ask for the next prompt
+and hand back its completions.
 """
 
 import math

@@ -41,7 +41,7 @@ class StageFinished:
         index: Position of the prompt.
         number: 0 for drafts, 1 and up for the rounds of refinement.
         stage: The stage, with completions, rewards and times.
-        last: Whether the prompt is done with it.
+        last: Whether it was the prompt's last stage.
     """
 
     index: int
@@ -58,8 +58,8 @@ class RolloutProgress:
 
     Args:
         total: Prompts to come. Those that a stream's journal holds already are never reported.
-        sampler: If it counts `prompt_tokens` and `cached_tokens`, the line says which share of the
-            prompt tokens since now came from the engine's prefix cache.
+        sampler: If it counts `prompt_tokens` and `cached_tokens`, the line has the share of prompt
+            tokens, from now on, that came from the engine's prefix cache.
         label: What `show_live` writes before the line.
         clock: Gives seconds.
 
@@ -70,7 +70,7 @@ class RolloutProgress:
         refinement_rewards: The same of all rounds of refinement.
 
     Raises:
-        TypeError: `total` is no int.
+        TypeError: `total` is not an int.
         ValueError: `total` is below 0.
 
     Examples:
@@ -161,7 +161,7 @@ class RolloutProgress:
 def show_live(*lines: RolloutProgress, console: Any = None) -> Iterator[None]:
     """Keep one line per `RolloutProgress` on the terminal for the length of the block.
 
-    Where the output is no terminal, the last state is printed once, at the end.
+    Without a terminal the last state is printed once, at the end.
 
     Args:
         lines: What is shown, one below the other.
@@ -171,7 +171,7 @@ def show_live(*lines: RolloutProgress, console: Any = None) -> Iterator[None]:
         Nothing.
 
     Raises:
-        TypeError: A line is no `RolloutProgress`.
+        TypeError: A line is not a `RolloutProgress`.
         ImportError: rich is not installed.
 
     Examples:

@@ -104,8 +104,8 @@ class Rollout:
 class Rollouts:
     """What happened to P prompts, prompt-major.
 
-    Tensors are made anew at each access, on the CPU; keep the ones you use in a loop. What is said
-    of refinements is said of the last round; `until_round` shows an earlier one.
+    Tensors are made anew at each access, on the CPU; keep the ones you use in a loop. Refinements
+    are those of the last round; `until_round` shows an earlier one.
 
     Row p * G + g of `refinements.padded()` is element [p, g] of every [P, G] tensor. A skipped
     prompt keeps its G rows: rewards of NaN, and no tokens. `training_batch` makes a batch of them.
@@ -144,11 +144,6 @@ class Rollouts:
     def of(cls, rollouts: Iterable[Rollout]) -> "Rollouts":
         """Collect rollouts in whatever order a stream gave them, and sort them by prompt."""
         return cls(sorted(rollouts, key=lambda rollout: rollout.index))
-
-    @classmethod
-    def concat(cls, parts: Iterable["Rollouts"]) -> "Rollouts":
-        """Join rollouts in the order given; each prompt keeps its `index`."""
-        return cls([rollout for part in parts for rollout in part])
 
     def __len__(self) -> int:
         return len(self.rollouts)

@@ -30,8 +30,7 @@ DTYPES = {
 def save_rollouts(rollouts: Sequence[Rollout], path: str | os.PathLike[str]) -> None:
     """Write one safetensors file: the whole of it or nothing.
 
-    In the JSON a number of tokens stands in the place of token ids, and whether there are any in
-    the place of log-probs.
+    The JSON has the number of tokens where token ids were, and whether there were log-probs.
 
     Raises:
         TypeError: A prompt holds what JSON cannot say (an image, say).

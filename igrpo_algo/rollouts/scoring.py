@@ -4,8 +4,8 @@ reward(prompts=[...], completions=[...], **columns) -> list of float or None
 
 The three kinds of list are of equal length, one entry per completion. As in TRL, a completion is
 a string, or, where its prompt is a list of chat messages, a list of one assistant message.
-The function may be a coroutine function. None and NaN both say "could not be scored". One whose
-attribute `wants_completion_ids` is true is given the tokens too, by the name `completion_ids`.
+The function may be a coroutine function. None and NaN both mean "could not be scored". If it has a
+true attribute `wants_completion_ids`, it gets the tokens too, as `completion_ids`.
 """
 
 import inspect
@@ -40,8 +40,7 @@ class RewardError(RuntimeError):
 class Scorer:
     """A reward function with the columns that belong to the prompts.
 
-    The function always sees copies of the original prompts, whatever the completions were drawn
-    from, so that it may change them.
+    The function gets copies of the original prompts, never spliced ones, and may change them.
 
     Attributes:
         reward: The reward function.
@@ -50,7 +49,7 @@ class Scorer:
         name: What errors call the function.
 
     Raises:
-        TypeError: `reward` cannot be called, or a column is no list.
+        TypeError: `reward` cannot be called, or a column is not a list.
         ValueError: A column does not hold P values, or has a name that is taken.
     """
 

@@ -4,7 +4,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from igrpo_kernels.checks import check_count, describe
@@ -22,46 +22,42 @@ from .scoring import Reward, Scorer
 OnProgress = Callable[[StageStarted | StageFinished], None]
 
 
+@dataclass(eq=False)
 class Setup:
-    """What a rollout is asked to do; `two_stage_rollout` says what each argument means."""
+    """What a rollout is asked to do; `two_stage_rollout` says what each field means."""
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        sampler: AnySampler,
-        reward: Reward,
-        *,
-        num_drafts: int,
-        num_refinements: int,
-        rounds: int,
-        columns: Mapping[str, Sequence[Any]] | None,
-        rules: DraftRules,
-        seed: int | None,
-        on_progress: OnProgress | None,
-    ) -> None:
-        check_sampler(sampler)
-        if not isinstance(rules, DraftRules):
-            raise TypeError(f"rules must be DraftRules, got {describe(rules)}")
-        if on_progress is not None and not callable(on_progress):
-            raise TypeError(f"on_progress must be callable, got {describe(on_progress)}")
-        if seed is not None:
-            check_count("seed", seed, at_least=0)
-        self.prompts = check_prompts(prompts)
-        self.sampler = sampler
-        self.num_drafts = check_count("num_drafts", num_drafts, at_least=0)
-        self.num_refinements = check_count("num_refinements", num_refinements)
-        self.rounds = check_count("rounds", rounds)
-        self.rules = _clean_control_tokens(rules, sampler)
-        self.seed = seed
-        self.on_progress = on_progress
-        if num_drafts or rounds > 1:
+    prompts: Sequence[Prompt]
+    sampler: AnySampler
+    reward: Reward
+    num_drafts: int
+    num_refinements: int
+    rounds: int
+    columns: Mapping[str, Sequence[Any]] | None
+    rules: DraftRules
+    seed: int | None
+    on_progress: OnProgress | None
+
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler)
+        if not isinstance(self.rules, DraftRules):
+            raise TypeError(f"rules must be DraftRules, got {describe(self.rules)}")
+        if self.on_progress is not None and not callable(self.on_progress):
+            raise TypeError(f"on_progress must be callable, got {describe(self.on_progress)}")
+        if self.seed is not None:
+            check_count("seed", self.seed, at_least=0)
+        self.prompts = check_prompts(self.prompts)
+        check_count("num_drafts", self.num_drafts, at_least=0)
+        check_count("num_refinements", self.num_refinements)
+        check_count("rounds", self.rounds)
+        self.rules = _clean_control_tokens(self.rules, self.sampler)
+        if self.num_drafts or self.rounds > 1:
             for index, prompt in enumerate(self.prompts):
                 with located(f"prompts[{index}], before sampling"):
                     self.rules.splice(prompt, Completion([], ""))
-        by_name, ranking = columns or {}, rules.selection_score
-        self._reward = Scorer(reward, self.prompts, by_name)
-        self._ranking = ranking and Scorer(ranking, self.prompts, by_name, "selection_score")
-        self._rules_seed = secrets.randbits(63) if seed is None else seed
+        columns, ranking = self.columns or {}, self.rules.selection_score
+        self._reward = Scorer(self.reward, self.prompts, columns)
+        self._ranking = ranking and Scorer(ranking, self.prompts, columns, "selection_score")
+        self._rules_seed = secrets.randbits(63) if self.seed is None else self.seed
         self._began = time.monotonic()
 
     @property

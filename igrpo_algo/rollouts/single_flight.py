@@ -26,7 +26,7 @@ class _Flight(Generic[Result]):
         return self is other or any(each.leads_to(other) for each in self.waits_for)
 
 
-# The flight whose coroutine runs here: one that would wait for itself is found by it.
+# The flight whose coroutine runs here, to find one that would wait for itself.
 _ABOARD: ContextVar[_Flight[Any] | None] = ContextVar("aboard", default=None)
 
 
@@ -36,7 +36,7 @@ class SingleFlight(Generic[Result]):
     - The first caller of a key starts the coroutine; callers that come while it runs, or while its
       result is kept, get the same result (the same object).
     - An exception reaches every caller that was waiting, and is not kept: the next one tries again.
-    - To cancel a caller does not cancel the others; when the last one that waits is cancelled, so
+    - Cancelling a caller does not cancel the others; when the last one that waits is cancelled, so
       is the coroutine, and the next caller starts anew.
     - The results of the last `keep` finished keys are kept; what is running is never dropped. A
       key whose result was dropped starts anew, so a sibling that comes later than that gets another
@@ -81,7 +81,7 @@ class SingleFlight(Generic[Result]):
             What the coroutine returned.
 
         Raises:
-            RuntimeError: The coroutine that makes the key's result asks for it, itself or by way of
+            RuntimeError: The coroutine that makes the key's result asks for it, directly or through
                 other keys: it would wait for itself.
         """
         if key in self._finished:
@@ -103,7 +103,7 @@ class SingleFlight(Generic[Result]):
                 flight.task.cancel()
 
     def forget(self, key: Hashable) -> None:
-        """Drop a kept result; of one that runs, let only those have it who wait for it now."""
+        """Drop a kept result; one still running reaches only those that wait for it now."""
         self._finished.pop(key, None)
         self._running.pop(key, None)
 

@@ -91,7 +91,7 @@ def two_stage_rollout(
     return Rollouts(run_blocking(run_in_step(setup)))
 
 
-def stream_two_stage_rollout(
+def stream_two_stage_rollout(  # noqa: D417  # the docstring names where the others stand
     prompts: Sequence[Prompt],
     sampler: AnySampler,
     reward: Reward,
@@ -116,7 +116,7 @@ def stream_two_stage_rollout(
     A stream that is closed (`aclose`, best through `contextlib.aclosing`), cancelled or failed
     cancels its requests and waits until they are gone; what had finished by then is in the
     journal. A sampler without `sample_one` runs in threads; a call that has begun there cannot be
-    cancelled and only its result is dropped. A reward that is no coroutine function runs in the
+    cancelled and only its result is dropped. A reward that is not a coroutine function runs in the
     event loop.
 
     Early selection (`reward_max`): drafts are requested one by one, the first to reach the maximum
@@ -126,17 +126,9 @@ def stream_two_stage_rollout(
     draft at a time; and Stage-1 statistics are censored. A cancelled draft has no tokens, a reward
     of NaN and the finish reason "cancelled"; `Rollouts.cancelled` counts them.
 
+    Takes all arguments of `two_stage_rollout`, and these:
+
     Args:
-        prompts: As in `two_stage_rollout`, like all that is not named here.
-        sampler: See there.
-        reward: See there.
-        num_drafts: See there.
-        num_refinements: See there.
-        rounds: See there.
-        columns: See there.
-        rules: See there.
-        seed: See there.
-        on_progress: See there.
         concurrency: Most completions asked of the sampler at a time. One request asks for all N or
             G of a prompt. If the sampler has `stream_one`, each completion holds its slot until it
             is done, and the engine's own number of slots, plus a few, keeps the engine full;
@@ -178,11 +170,8 @@ def stream_two_stage_rollout(
     slots = Slots(check_count("concurrency", concurrency))
     if reward_max is not None:
         check_number("reward_max", reward_max)
-        if (rules.select, rules.selection_score, rules.ties) != (
-            select_best_draft,
-            None,
-            Ties.FIRST,
-        ):
+        chosen_by = (rules.select, rules.selection_score, rules.ties)
+        if chosen_by != (select_best_draft, None, Ties.FIRST):
             raise ValueError("reward_max needs the best draft by reward: no other select or score")
         if num_drafts == 0:
             raise ValueError("reward_max has no effect with num_drafts = 0")

@@ -1,4 +1,4 @@
-"""Attention over a row whose prompts stand once, in one FlexAttention kernel: the way of GPUs.
+"""Attention over a row whose prompts stand once, in one FlexAttention kernel, for GPUs.
 
 A token sees two ranges of keys: some of its prompt, and what stands before it in its own sequence.
 The mask and the table of blocks that FlexAttention may skip both follow from these ranges, so a row

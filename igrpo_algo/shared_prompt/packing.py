@@ -1,8 +1,8 @@
 """A prompt and the completions drawn from it, laid out so that the prompt is computed once.
 
 Stage 2 trains G refinements under one q' = question + draft. As G sequences, q' goes through the
-model G times; here it stands in the row once, and the refinements after it all continue it. What
-the rows run through is `igrpo_algo.trainers.transformers`.
+model G times; here it is in the row once, and all refinements continue it.
+`igrpo_algo.trainers.transformers` runs such rows.
 """
 
 import math
@@ -17,15 +17,11 @@ from igrpo_kernels.checks import (
     check_count,
     check_integral,
     check_rank,
-    check_shape,
-    check_tensor,
     describe,
 )
 
 from ..layouts import PackedRow, Tails, fill, lay_in_row
 from ..rollouts.completions import Completion
-
-Ids = Sequence[int] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +42,6 @@ class SharedPromptRow(PackedRow):
         targets: The L completion tokens. Shape [L], int64.
         predictors: The position in the row that predicts each target. Shape [L], int64.
         lengths: For each prompt, its tokens and then those of each of its completions.
-        count: Completions of all rows together.
 
     Examples:
         >>> (row,) = pack_shared_prompt([[5, 6]], [[[7, 8], [9]]])
@@ -57,7 +52,6 @@ class SharedPromptRow(PackedRow):
     """
 
     lengths: tuple[tuple[int, ...], ...]
-    count: int
 
     def model_inputs(self) -> dict[str, Any]:
         """Give the keyword arguments of a transformers model that `enable_shared_prompt` was given.
@@ -68,52 +62,10 @@ class SharedPromptRow(PackedRow):
         mask = torch.empty(1, 1, 0, 0, device=self.input_ids.device)
         return super().model_inputs() | {"attention_mask": mask, "shared_prompt": self}
 
-    def per_completion(self, values: Tensor) -> Tensor:
-        """Pick this row's values, such as advantages, from those of all completions.
-
-        Args:
-            values: One per completion, prompt-major. Shape [P, G], or flat.
-
-        Returns:
-            Shape [B].
-
-        Raises:
-            TypeError: `values` is no tensor.
-            ValueError: `values` does not hold one value per completion of all rows.
-        """
-        flat = check_tensor("values", values).flatten()
-        check_shape("values", flat, [self.count], "[P, G] or [P * G], in all")
-        return flat[self.index.to(flat.device)]
-
-    def per_token(self, values: Tensor) -> Tensor:
-        """Pick this row's values, such as sampler log-probs, from a padded tensor of all tokens.
-
-        Args:
-            values: One row per completion, prompt-major, padded on the right, as of
-                `rollouts.refinements.padded()`. Shape [P * G, T].
-
-        Returns:
-            Shape [L].
-
-        Raises:
-            TypeError: `values` is no tensor.
-            ValueError: `values` does not hold one row per completion of all rows, or is too short.
-        """
-        check_rank("values", check_tensor("values", values), 2, "[P * G, T]")
-        sizes = [size for group in self.lengths for size in group[1:]]
-        if len(values) != self.count or max(sizes) > values.shape[1]:
-            raise ValueError(
-                f"values must have shape [P * G, T] = [{self.count}, at least {max(sizes)}], "
-                f"got {list(values.shape)}"
-            )
-        columns = torch.arange(values.shape[1], device=values.device)
-        taken = columns < torch.tensor(sizes, device=values.device)[:, None]
-        return values[self.index.to(values.device)][taken]
-
 
 def pack_shared_prompt(
-    prompt_ids: Sequence[Ids],
-    completions: Sequence[Sequence[Completion | Ids]],
+    prompt_ids: Sequence[Sequence[int] | Tensor],
+    completions: Sequence[Sequence[Completion | Sequence[int] | Tensor]],
     *,
     max_tokens: int | None = None,
 ) -> list[SharedPromptRow]:
@@ -123,9 +75,9 @@ def pack_shared_prompt(
     own is laid again in the next one; others stay whole. A completion without tokens keeps its
     place in `index` and `cu_seqlens`.
 
-    Each row is a micro-batch: with `SequenceMean(denominator=row.count)` the losses of the rows add
-    up to that of all completions. Without `max_tokens` there is one row, whose completion tokens
-    stand in the order of `rollouts.refinements.packed()`.
+    `TrainingBatch.shared_prompt` makes micro-batches of the rows: with advantages, log-probs, and
+    the denominator by which their losses add up. Without `max_tokens` there is one row, whose
+    completion tokens have the order of `rollouts.refinements.packed()`.
 
     Args:
         prompt_ids: P prompts (q', the draft spliced in), as token ids; none may be empty.
@@ -172,12 +124,12 @@ def pack_shared_prompt(
         groups += _split(Tails(ids, tails, index), limit, number)
         index += len(tails)
     rows = fill([len(group) for group in groups], max_tokens, cost=sum)
-    return [_lay_out([groups[i] for i in row], index) for row in rows]
+    return [_lay_out([groups[i] for i in row]) for row in rows]
 
 
-def _lay_out(groups: list[Tails], count: int) -> SharedPromptRow:
+def _lay_out(groups: list[Tails]) -> SharedPromptRow:
     lengths = tuple((len(group.prompt), *map(len, group.completions)) for group in groups)
-    return SharedPromptRow(**lay_in_row(groups), lengths=lengths, count=count)
+    return SharedPromptRow(**lay_in_row(groups), lengths=lengths)
 
 
 def _split(group: Tails, limit: float, number: int) -> Iterator[Tails]:

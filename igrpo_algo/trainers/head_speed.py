@@ -1,63 +1,56 @@
-"""Whose op is faster on a device for log-probs from hidden states, ours or TRL's: the records."""
+"""How fast the trainer's ops on the head are beside TRL's own, by device, from the records."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-
-LEVEL = 0.97
-"""A share of TRL's time above this is within the noise of a run, and TRL's own op stays."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Our time over TRL's in one recorded run.
+    """Our time over TRL's in one recorded run, least and greatest of all sizes measured.
 
     Attributes:
         capability: Of the GPU, such as (9, 0); None for CPUs.
-        share: `linear_token_logprobs`, forward and backward, over TRL's op: the largest share of
-            all sizes measured.
+        loss: `linear_policy_loss`, forward and backward.
+        scores: `linear_token_logprobs`, forward: log-probs of samples and of the reference.
         record: The run, under benchmarks/results/.
         commit: Of the sources that were measured.
     """
 
     capability: tuple[int, int] | None
-    share: float
+    loss: tuple[float, float]
+    scores: tuple[float, float]
     record: str
     commit: str
 
+    def __str__(self) -> str:
+        loss, scores = (f"{least:.2f} to {most:.2f}" for least, most in (self.loss, self.scores))
+        return (
+            f"the loss took {loss} of TRL's time, log-probs alone {scores} "
+            f"(benchmarks/results/{self.record}, commit {self.commit})"
+        )
+
 
 MEASURED = (
-    Measured(None, 0.58, "2026-11-25-0057-amd-epyc.json", "db927110a7"),
-    Measured((9, 0), 0.99, "2026-11-26-h100.json", "35facc09ea"),
+    Measured(None, (0.19, 0.52), (0.66, 1.09), "2026-11-25-0057-amd-epyc.json", "db927110a7"),
+    Measured((9, 0), (0.43, 1.01), (1.06, 1.08), "2026-11-26-h100.json", "35facc09ea"),
 )
 
 
-class FasterHead(NamedTuple):
-    """The choice, "igrpo" or "trl", and what it rests on."""
+def head_speed(device: torch.device) -> str:
+    """Say how the trainer's head did beside TRL's on a device of this kind.
 
-    choice: str
-    reason: str
-
-
-def faster_head(device: torch.device) -> FasterHead:
-    """Say whose op `fused_head="auto"` takes on a device: ours where a record has it faster.
-
-    GPUs are told apart by their capability; where none of a device's kind was measured, TRL's own
-    op stays.
+    The trainer takes its own on every device, and TRL's loss with `use_trl_loss=True`. GPUs are
+    told apart by their capability.
 
     Examples:
-        >>> faster_head(torch.device("cpu")).choice
-        'igrpo'
+        >>> head_speed(torch.device("mps"))
+        'not yet measured on mps'
     """
-    capability = None
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-    elif device.type != "cpu":
-        return FasterHead("trl", f"nothing was measured on {device.type}")
+    if device.type not in ("cpu", "cuda"):
+        return f"not yet measured on {device.type}"
+    capability = None if device.type == "cpu" else torch.cuda.get_device_capability(device)
     for run in MEASURED:
         if run.capability == capability:
-            choice = "igrpo" if run.share <= LEVEL else "trl"
-            source = f"benchmarks/results/{run.record}, commit {run.commit}"
-            return FasterHead(choice, f"ours took {run.share:.2f} of TRL's time ({source})")
-    return FasterHead("trl", f"nothing was measured on capability {capability}")
+            return str(run)
+    return f"not yet measured on capability {capability}"

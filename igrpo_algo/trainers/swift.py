@@ -23,7 +23,7 @@ from ..metrics import stage_uplift, zero_variance_rate
 from ..prompts import decode_completion
 from ..rollouts.once_per_group import fit_to_tokenizer
 from ..seeds import derive_seed
-from .layout import DraftLayout
+from .draft_layout import DraftLayout
 from .rendering import AsTokenizer
 
 
@@ -108,12 +108,10 @@ class _IGRPOTrainer(GRPOTrainer):
         self, samples: list[Any], drawn: list[Any], choices: DraftChoices, layout: DraftLayout
     ) -> None:
         """Bring each chosen draft to the ranks that hold its prompt, and into the prompt."""
-        wanted = choices.index.masked_fill(choices.plain, -1).tolist()
-        mine = []
-        for prompt, index in enumerate(wanted):
-            draft = prompt * self.num_drafts + index
-            if index >= 0 and draft in layout.drafts:
-                mine.append((prompt, _as_draft(drawn[draft - layout.drafts.start], self.tokenizer)))
+        mine = [
+            (prompt, _as_draft(drawn[place], self.tokenizer))
+            for prompt, place in layout.chosen_here(choices).items()
+        ]
         chosen = dict(gather_object(mine))
         tokenizer = AsTokenizer(self.tokenizer, self._render)
         rules = fit_to_tokenizer(self.rules, tokenizer, self.template.max_length)

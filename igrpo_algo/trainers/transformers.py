@@ -73,10 +73,10 @@ def enable_shared_prompt(model: PreTrainedModel) -> None:
 def shared_prompt_hidden(model: PreTrainedModel, row: SharedPromptRow) -> Tensor:
     """Run a row through the decoder, up to what the head takes.
 
-    The whole step is then
+    The loss of a micro-batch of `TrainingBatch.shared_prompt` is then
 
-    linear_policy_loss(**row.loss_inputs(hidden), weight=model.lm_head.weight,
-                       advantages=row.per_completion(advantages), ...)
+    hidden = shared_prompt_hidden(model, micro.layout)
+    linear_policy_loss(**micro.loss_inputs(hidden), weight=model.lm_head.weight, ...)
 
     A wrapped model (DDP, FSDP) must be called through its wrapper: pass it `row.model_inputs()`,
     and `logits_to_keep=row.predictors` for the logits of the L targets alone.

@@ -36,17 +36,17 @@ def expm1(x):
 
 
 @triton.jit
-def exponents(products, scale, softcap, heat, reference, HAS_SOFTCAP: tl.constexpr):
+def exponents(products, scale, softcap, to_log2, reference, HAS_SOFTCAP: tl.constexpr):
     """From products to (z - reference) log2(e), and the slope of the cap.
 
-    z = cap(scale * products) / temperature;  `heat` is log2(e) / temperature, and `reference` is in
-    the same unit.
+    z = cap(scale * products) / temperature;  `to_log2` is log2(e) / temperature, and `reference` is
+    in the same unit.
     """
     slope = 1.0
     if HAS_SOFTCAP:
         capped = 2 * tl.sigmoid(products * (2 * scale / softcap)) - 1  # tanh
         slope = 1 - capped * capped
-        shifted = capped * (softcap * heat) - reference
+        shifted = capped * (softcap * to_log2) - reference
     else:
-        shifted = products * (scale * heat) - reference
+        shifted = products * (scale * to_log2) - reference
     return shifted, slope

@@ -26,7 +26,7 @@ from .device_math import LEAST, LN2, LOG2E, exponents
 
 @triton.jit
 def finish_tile(
-    products, row, column, target, reference, heat, scale, softcap, vocabulary,
+    products, row, column, target, reference, to_log2, scale, softcap, vocabulary,
     bias_ptr, e_desc,
     PIECES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_MOMENT: tl.constexpr, STORES: tl.constexpr, STORES_SLOPE: tl.constexpr,
@@ -41,7 +41,7 @@ def finish_tile(
         HALF: tl.constexpr = products.shape[1] // 2
         low, high = tl.split(tl.permute(tl.reshape(products, (N, 2, HALF)), (0, 2, 1)))
         total, moment = finish_tile(
-            low, row, column, target, reference, heat, scale, softcap, vocabulary,
+            low, row, column, target, reference, to_log2, scale, softcap, vocabulary,
             bias_ptr, e_desc, PIECES // 2, HAS_BIAS, HAS_SOFTCAP, HAS_MOMENT, STORES, STORES_SLOPE,
             SERIAL,
         )  # fmt: skip
@@ -50,7 +50,7 @@ def finish_tile(
         if SERIAL:
             scale += tl.minimum(tl.maximum(total, moment), 0.0)
         more, more_moment = finish_tile(
-            high, row, column + HALF, target, reference, heat, scale, softcap, vocabulary,
+            high, row, column + HALF, target, reference, to_log2, scale, softcap, vocabulary,
             bias_ptr, e_desc, PIECES // 2, HAS_BIAS, HAS_SOFTCAP, HAS_MOMENT, STORES, STORES_SLOPE,
             SERIAL,
         )  # fmt: skip
@@ -62,7 +62,7 @@ def finish_tile(
             bias = tl.load(bias_ptr + columns, mask=columns < vocabulary, other=0.0)
             products += bias.to(tl.float32)[None, :]
         shifted, slope = exponents(
-            products, scale[:, None], softcap, heat[:, None], reference[:, None], HAS_SOFTCAP
+            products, scale[:, None], softcap, to_log2[:, None], reference[:, None], HAS_SOFTCAP
         )
         left_out = (columns[None, :] == target[:, None]) | (columns[None, :] >= vocabulary)
         exponentials = tl.where(left_out, 0.0, tl.exp2(shifted))
@@ -109,10 +109,10 @@ def exp_product_kernel(
         inside = at < rows
         target = tl.load(targets_ptr + at, mask=inside, other=-1).to(tl.int32)
         reference = tl.load(references_ptr + at, mask=inside, other=0.0) * LOG2E
-        heat = LOG2E / tl.load(temperature_ptr + at * temperature_stride, mask=inside, other=1.0)
-        scale = tl.zeros_like(heat) + logit_scale
+        to_log2 = LOG2E / tl.load(temperature_ptr + at * temperature_stride, mask=inside, other=1.0)
+        scale = tl.zeros_like(to_log2) + logit_scale
         total, moment = finish_tile(
-            products, row, column, target, reference, heat, scale, softcap, vocabulary,
+            products, row, column, target, reference, to_log2, scale, softcap, vocabulary,
             bias_ptr, e_desc, PIECES, HAS_BIAS, HAS_SOFTCAP, HAS_MOMENT, STORES, STORES_SLOPE,
             PIECES > 2,
         )  # fmt: skip

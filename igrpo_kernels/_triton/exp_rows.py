@@ -38,8 +38,8 @@ def target_logits_kernel(
     total = tl.sum(product, 0)
     if HAS_BIAS:
         total += tl.load(bias_ptr + target, mask=inside, other=0.0).to(tl.float32)
-    heat = LOG2E / tl.load(temperature_ptr + row * temperature_stride)
-    logit, _ = exponents(total, scale, softcap, heat, 0.0, HAS_SOFTCAP)
+    to_log2 = LOG2E / tl.load(temperature_ptr + row * temperature_stride)
+    logit, _ = exponents(total, scale, softcap, to_log2, 0.0, HAS_SOFTCAP)
     tl.store(logits_ptr + row, tl.where(inside, logit * LN2, 0.0))
 
 
@@ -53,14 +53,14 @@ def exp_rows_kernel(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_MOMENT: tl.constexpr,
     STORES: tl.constexpr, STORES_SLOPE: tl.constexpr, NARROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """exp(z - reference) of a row, 0 at the target, where its products lie; their sum and moment.
+    """exp(z - reference) of a row, 0 at the target, in place of its products; their sum and moment.
 
     In half the width (NARROWS) they take the first half of the row.
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     reference = tl.load(references_ptr + row) * LOG2E
-    heat = LOG2E / tl.load(temperature_ptr + row * temperature_stride)
+    to_log2 = LOG2E / tl.load(temperature_ptr + row * temperature_stride)
     sums = tl.zeros((BLOCK_V,), tl.float32)
     moments = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, vocabulary, BLOCK_V):
@@ -69,7 +69,7 @@ def exp_rows_kernel(
         products = tl.load(products_ptr + row * products_stride + columns, mask=inside, other=0.0)
         if HAS_BIAS:
             products += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        shifted, slope = exponents(products, scale, softcap, heat, reference, HAS_SOFTCAP)
+        shifted, slope = exponents(products, scale, softcap, to_log2, reference, HAS_SOFTCAP)
         counts = inside & (columns != target)
         exponentials = tl.where(counts, tl.exp2(shifted), 0.0)
         sums += exponentials
@@ -78,7 +78,7 @@ def exp_rows_kernel(
         if STORES:
             if STORES_SLOPE:
                 exponentials *= slope
-            if NARROWS:  # the first block lies on products that other threads still load
+            if NARROWS:  # the first block overwrites products that other threads still load
                 tl.debug_barrier()
             stored = exponentials.to(e_ptr.dtype.element_ty)
             tl.store(e_ptr + row * e_stride + columns, stored, mask=inside)
@@ -144,14 +144,15 @@ def row_totals_kernel(
     redone = inside & ((others < RANGE) == 0)  # inf and NaN too
     if tl.max(redone.to(tl.int32), 0) > 0:
         target = tl.load(targets_ptr + row, mask=inside, other=-1)
-        heat = LOG2E / tl.load(temperature_ptr + row * temperature_stride, mask=inside, other=1.0)
+        temperature = tl.load(temperature_ptr + row * temperature_stride, mask=inside, other=1.0)
+        to_log2 = LOG2E / temperature
         highest = tl.full((BLOCK_N,), FLOOR, tl.float32)
         for column in range(0, vocabulary, BLOCK_V):
             products, columns = products_tile(
                 x_ptr, w_ptr, bias_ptr, row, column, rows, vocabulary, width,
                 x_stride, w_stride, w_step, HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_H,
             )  # fmt: skip
-            logits, _ = exponents(products, scale, softcap, heat[:, None], 0.0, HAS_SOFTCAP)
+            logits, _ = exponents(products, scale, softcap, to_log2[:, None], 0.0, HAS_SOFTCAP)
             logits = tl.where((columns < vocabulary)[None, :], logits, FLOOR)
             highest = tl.maximum(highest, tl.max(logits, 1))
         again = tl.zeros((BLOCK_N,), tl.float32)
@@ -162,7 +163,7 @@ def row_totals_kernel(
                 x_stride, w_stride, w_step, HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_H,
             )  # fmt: skip
             shifted, slope = exponents(
-                products, scale, softcap, heat[:, None], highest[:, None], HAS_SOFTCAP
+                products, scale, softcap, to_log2[:, None], highest[:, None], HAS_SOFTCAP
             )
             here = (columns < vocabulary)[None, :]
             counts = here & (columns[None, :] != target[:, None])
@@ -203,7 +204,7 @@ TOTALS = {
     "BLOCK_V": 32,
     "BLOCK_H": 32,
     "num_warps": 8,
-    "num_stages": 1,
+    "num_stages": 2,
 }
 FUSION = {"enable_fp_fusion": True}
 

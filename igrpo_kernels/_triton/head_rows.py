@@ -74,7 +74,7 @@ def gradient_rows_kernel(
     HAS_SOFTCAP: tl.constexpr, IS_WEIGHED: tl.constexpr, SCALES: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """From the upstream gradient of a log-prob, whoever took it, to the factor of its row."""
+    """From the upstream gradient of a log-prob to the factor of its row."""
     row = tl.program_id(0).to(tl.int64)
     by_logprob = 1.0
     if not IS_WEIGHED:

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Log-probs of logits that are given, on CUDA: rows of [..., V] where they lie, one program a row.
+"""Log-probs of logits that are given, on CUDA: rows of [..., V] read in place, one program per row.
 
 The algebra is that of the head: exponentials relative to the target's logit, which is read first,
 in one pass without a maximum; a row out of range looks for its maximum and takes them again.
@@ -31,7 +31,7 @@ def row_start(row, inner_size, outer_stride, inner_stride):
 
 @triton.jit
 def relative_sums(
-    logits_ptr, readable, target, heat, reference,
+    logits_ptr, readable, target, to_log2, reference,
     HAS_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Sum of exp(z - reference) over a row but its target, and of that times (z - reference)."""
@@ -40,7 +40,7 @@ def relative_sums(
     for start in range(0, readable, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
         logits = tl.load(logits_ptr + columns, mask=columns < readable, other=-float("inf"))
-        shifted = logits.to(tl.float32) * heat - reference
+        shifted = logits.to(tl.float32) * to_log2 - reference
         exponentials = tl.where(columns == target, 0.0, tl.exp2(shifted))
         sums += exponentials
         if HAS_ENTROPY:
@@ -57,7 +57,7 @@ def logit_rows_fwd_kernel(
     HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    heat = LOG2E / tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
+    to_log2 = LOG2E / tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
     target = tl.load(targets_ptr + row)
     readable = vocabulary
     if HAS_MASK:  # a row left out is not read; its target may be anything
@@ -66,20 +66,20 @@ def logit_rows_fwd_kernel(
         readable = tl.where(counts, vocabulary, 0)
     logits_ptr += row_start(row, inner_size, outer_stride, inner_stride)
     inside = (target >= 0) & (target < readable)
-    at_target = tl.load(logits_ptr + target, mask=inside, other=0.0).to(tl.float32) * heat
+    at_target = tl.load(logits_ptr + target, mask=inside, other=0.0).to(tl.float32) * to_log2
     reference = at_target
     others, moment = relative_sums(
-        logits_ptr, readable, target, heat, reference, HAS_ENTROPY, BLOCK_V
+        logits_ptr, readable, target, to_log2, reference, HAS_ENTROPY, BLOCK_V
     )
     if (others < RANGE) == 0:  # inf and NaN too
         highest = tl.full((BLOCK_V,), FLOOR, tl.float32)
         for start in range(0, readable, BLOCK_V):
             columns = start + tl.arange(0, BLOCK_V)
             logits = tl.load(logits_ptr + columns, mask=columns < readable, other=-float("inf"))
-            highest = tl.maximum(highest, logits.to(tl.float32) * heat)
+            highest = tl.maximum(highest, logits.to(tl.float32) * to_log2)
         reference = tl.max(highest, 0)
         others, moment = relative_sums(
-            logits_ptr, readable, target, heat, reference, HAS_ENTROPY, BLOCK_V
+            logits_ptr, readable, target, to_log2, reference, HAS_ENTROPY, BLOCK_V
         )
 
     gap = tl.where(reference == at_target, 0.0, (at_target - reference) * LN2)
@@ -131,7 +131,7 @@ def logit_rows_bwd_kernel(
     readable = tl.where(active, vocabulary, 0)
     at_target = tl.where(active, at_target, 0.0)
     reference = tl.load(references_ptr + row) * LOG2E
-    heat = inverse_temperature * LOG2E
+    to_log2 = inverse_temperature * LOG2E
     inverse_total = 1.0 / total
     target = tl.load(targets_ptr + row)
     logits_ptr += row_start(row, inner_size, outer_stride, inner_stride)
@@ -139,7 +139,7 @@ def logit_rows_bwd_kernel(
     for start in range(0, vocabulary, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
         logits = tl.load(logits_ptr + columns, mask=columns < readable, other=-float("inf"))
-        shifted = logits.to(tl.float32) * heat - reference
+        shifted = logits.to(tl.float32) * to_log2 - reference
         probs = tl.exp2(shifted) * inverse_total
         factor = by_logprob
         if HAS_ENTROPY:
@@ -151,7 +151,7 @@ def logit_rows_bwd_kernel(
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How the rows of a tensor of shape [..., V] lie in memory: as [outer, inner, V]."""
+    """The layout in memory of the rows of a tensor [..., V]: as [outer, inner, V]."""
 
     rows: int
     inner_size: int

@@ -30,7 +30,7 @@ class Clip(Surrogate):
         dual: Upper bound of the ratio where A < 0, at least 1 + high. None: unbounded.
 
     Raises:
-        ValueError: A bound is negative, or `dual` lies inside the clip range.
+        ValueError: A bound is negative, or `dual` is inside the clip range.
 
     Examples:
         >>> import torch

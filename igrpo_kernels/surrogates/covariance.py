@@ -2,7 +2,7 @@
 
 Cui et al. 2025, arXiv:2505.22617. The change of entropy follows the covariance of log-prob and
 advantage, and a few tokens carry most of it. Means and shares are over the counted tokens of the
-batch that is given, so micro-batches do not add up to one batch: say so where it matters.
+given batch, so micro-batches do not add up to one batch.
 """
 
 from dataclasses import dataclass, field

@@ -238,7 +238,7 @@ class DppoTv(Surrogate):
 
 @dataclass(frozen=True)
 class DppoKl(DppoTv):
-    """DPPO with the binary KL divergence in the place of the total variation.
+    """DPPO with the binary KL divergence in place of the total variation.
 
     KL = pi_old log(pi_old / pi) + (1 - pi_old) log((1 - pi_old) / (1 - pi))
 

@@ -14,8 +14,6 @@ from igrpo_algo.metrics import (
     accuracy_after_draft,
     copy_rate,
     draft_success_rate,
-    near_copy_rate,
-    ngram_overlap,
     pass_at_k,
     stage_uplift,
     zero_variance_rate,
@@ -115,30 +113,6 @@ def test_copies_are_told_by_the_text_that_was_shown() -> None:
     assert math.isnan(copy_rate([], []))
 
 
-def test_overlap_counts_each_ngram_as_often_as_the_draft_holds_it() -> None:
-    assert ngram_overlap([1, 2, 1, 2], [1, 2, 1, 2, 1, 2], ngram=2) == pytest.approx(3 / 5)
-    assert ngram_overlap([1, 2, 3], [1, 2, 3], ngram=3) == 1.0
-    assert ngram_overlap([1, 2, 3], [3, 2, 1], ngram=1) == 1.0
-    assert ngram_overlap([1, 2, 3], [3, 2, 1], ngram=2) == 0.0
-    assert ngram_overlap([1], [1, 2, 3], ngram=2) == 0.0
-
-
-def test_overlap_of_what_is_shorter_than_an_ngram_is_all_or_nothing() -> None:
-    assert ngram_overlap([1, 2], [1, 2], ngram=3) == 1.0
-    assert ngram_overlap([1, 2, 3, 4], [1, 2], ngram=3) == 0.0
-    assert ngram_overlap([], [], ngram=1) == 1.0
-
-
-def test_near_copies_reach_the_threshold() -> None:
-    drafts = [[1, 2, 3, 4, 5], None]
-    refinements = [[[1, 2, 3, 4, 5], [1, 2, 3, 4, 9], [1, 2, 9, 9, 9]], [[1, 2, 3, 4, 5]]]
-    for threshold, wanted in [(1.0, 1 / 3), (0.75, 2 / 3), (0.76, 1 / 3), (0.25, 1.0)]:
-        share = near_copy_rate(drafts, refinements, threshold=threshold, ngram=2)
-        assert share == pytest.approx(wanted)
-    assert near_copy_rate([[1, 2, 3]], [[[1, 2, 9]]], threshold=0.5, ngram=2) == 1.0
-    assert near_copy_rate([[1, 2, 3]], [[[1, 2, 9]]]) == 0.0
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
 def test_tensor_metrics_are_wide_and_detached(dtype: torch.dtype) -> None:
     rewards = torch.tensor([[1, 0, 0], [1, 1, 1]], dtype=dtype)
@@ -181,12 +155,6 @@ def test_bad_input_is_named() -> None:
         copy_rate(["1"], None)
     with pytest.raises(TypeError, match=r"refinements\[1\] must be a list, got str 'two'"):
         copy_rate(["1", "2"], [["1"], "two"])
-    with pytest.raises(ValueError, match=r"refinement_ids must have P = 2 entries"):
-        near_copy_rate([[1], [2]], [[[1]]])
-    with pytest.raises(ValueError, match="threshold must be > 0"):
-        near_copy_rate([[1]], [[[1]]], threshold=0)
-    with pytest.raises(ValueError, match="ngram must be >= 1, got 0"):
-        ngram_overlap([1], [1], ngram=0)
 
 
 def test_accuracy_after_draft_by_hand() -> None:

@@ -4,8 +4,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from igrpo_algo.drafts.text import splice_prompt, strip_thinking
+from igrpo_algo.drafts.text import splice_prompt
 from igrpo_algo.prompts import check_chat_template_kwargs, decode_completion, encode_prompt
+from igrpo_algo.thinking import strip_thinking
 
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (

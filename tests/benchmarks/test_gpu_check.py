@@ -35,13 +35,14 @@ def test_quick_and_small_choose_fewer_tests() -> None:
     parser = record.parser()
     full = gpu_check.suites(parser.parse_args(["--device", "cuda"]))
     quick = gpu_check.suites(parser.parse_args(["--device", "cuda", "--quick"]))
-    assert list(full) == ["on the device", "without it"]
+    assert list(full) == ["on the device", "without it", "sampler"]
+    assert "gpu" in full["sampler"]
     assert list(quick) == ["on the device"]
     assert "gpu" in full["on the device"]
     assert "not gpu" in gpu_check.suites(parser.parse_args(["--device", "cpu"]))["on the device"]
 
 
-@pytest.mark.parametrize(("device", "count"), [("cuda", 3), ("cpu", 2)])
+@pytest.mark.parametrize(("device", "count"), [("cuda", 4), ("cpu", 3)])
 def test_whole_steps_write_beside_the_record(device: str, count: int, tmp_path: Path) -> None:
     options = record.parser().parse_args(["--device", device])
     found = dict(gpu_check.steps(options, tmp_path / "run.json"))

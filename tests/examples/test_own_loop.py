@@ -1,6 +1,7 @@
-"""The loop of the example, on a tiny model of random weights."""
+"""The loop of the example, and the README's, on a tiny model of random weights."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -58,3 +59,19 @@ def test_a_step_without_advantages_leaves_the_weights_alone(own_loop):
     assert rollouts.skipped.tolist() == [True]
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_the_loop_of_the_readme_runs(monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (loop,) = [block for block in blocks if "optimizer.step()" in block]
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    question = [{"role": "user", "content": "Which letter?"}]
+
+    def reward(prompts, completions, answer):
+        return [float(len(set(completion[0]["content"]))) for completion in completions]
+
+    monkeypatch.setattr("igrpo_algo.rewards.math_reward", reward)
+    data = {"tokenizer": make_tokenizer(), "batches": [([question] * 2, ["A"] * 2)]}
+    exec(loop.replace("max_new_tokens=512", "max_new_tokens=3"), {"model": model, **data})
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())

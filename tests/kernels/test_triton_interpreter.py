@@ -34,7 +34,7 @@ def interpret(*arguments: str) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize("kernels", ["logits", "losses", "head"])
+@pytest.mark.parametrize("kernels", ["logits", "losses", "head", "head_ops"])
 def test_kernels_in_the_interpreter(kernels: str) -> None:
     printed = interpret(str(HERE / f"triton_{kernels}.py"))
     assert " passed" in printed

@@ -14,109 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from igrpo_kernels import (
-    Cispo,
-    Clip,
-    SequenceClip,
-    SequenceMean,
-    TokenMean,
-    linear_policy_loss,
-    linear_token_logprobs,
-)
-from igrpo_kernels._triton import exp_product, exp_rows, head_rows, head_softmax
+from igrpo_kernels._triton import exp_product, exp_rows, head_softmax
 from igrpo_kernels.linear_head import LinearHead
 from igrpo_kernels.row_softmax import LogitTransform
 from igrpo_kernels.row_statistics import LARGEST, RowStatistics
-
-SMALL = exp_product.Tile(rows=16, columns=32, depth=16, group=2, warps=4, stages=1)
-ONE = torch.ones(1)
-TRANSFORMS = {
-    "plain": LogitTransform(ONE),
-    "temperature": LogitTransform(torch.tensor([0.7]), logit_scale=1.3),
-    "temperature per row": LogitTransform(torch.linspace(0.5, 2.0, 20)),
-    "cap": LogitTransform(torch.tensor([0.9]), softcap=5.0, logit_scale=1.3),
-}
-SHAPES = [(1, 1, 1), (2, 1, 4), (5, 7, 4), (20, 70, 20), (16, 64, 16)]  # N, V, H
-
-
-@pytest.fixture(params=["fused", "library"], autouse=True)
-def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    fuses = request.param == "fused"
-    monkeypatch.setattr(
-        head_softmax,
-        "tile_for",
-        lambda weight: SMALL if fuses and exp_product.can_describe(weight) else None,
-    )
-    for module, name, size in (
-        (exp_rows, "BLOCK_V", 64),
-        (exp_rows, "BLOCK_H", 16),
-        (head_rows, "BLOCK_V", 64),
-        (head_rows, "BLOCK_H", 16),
-        (exp_rows, "TOTALS", exp_rows.TOTALS | {"BLOCK_T": 2, "BLOCK_N": 16, "BLOCK_V": 32}),
-    ):
-        monkeypatch.setattr(module, name, size)
-    kind: str = request.param
-    return kind
-
-
-class Problem:
-    """Rows of a head, and what float64 makes of them."""
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        transform: LogitTransform = TRANSFORMS["plain"],
-        *,
-        bias: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        rows, vocabulary, width = shape
-        self.transform = transform.take(slice(rows))
-        self.hidden = torch.randn(rows, width).to(dtype)
-        self.weight = (torch.randn(vocabulary, width) * 3 / width**0.5).to(dtype)
-        self.bias = torch.randn(vocabulary).to(dtype) if bias else None
-        self.targets = torch.randint(0, vocabulary, (rows,))
-
-    def run(self, *, entropy: bool = False, keeps: bool = True, **options: Any) -> Any:
-        head = LinearHead(self.weight, self.bias, self.transform, options.pop("shard", None))
-        memory = head_softmax.new_memory(head, len(self.hidden), keeps)
-        inputs = self.hidden, self.targets, self.transform
-        return head_softmax.softmax_of_rows(
-            head, memory, *inputs, entropy=entropy, keeps=keeps, **options
-        )
-
-    def products(self) -> Tensor:
-        products = self.hidden.double() @ self.weight.double().t()
-        return products if self.bias is None else products + self.bias.double()
-
-    def exact(self, products: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy of each row."""
-        logits = products * self.transform.logit_scale
-        if self.transform.softcap is not None:
-            logits = self.transform.softcap * torch.tanh(logits / self.transform.softcap)
-        log_p = (logits / torch.as_tensor(self.transform.temperature)[:, None]).log_softmax(-1)
-        terms = torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0)
-        return log_p.gather(1, self.targets[:, None])[:, 0], -terms.sum(-1)
-
-    def gradient(self, by_logprob: Tensor, by_entropy: Tensor | None) -> Tensor:
-        """The gradient of the products."""
-        products = self.products().requires_grad_()
-        logprobs, entropy = self.exact(products)
-        value = logprobs @ by_logprob.double()
-        if by_entropy is not None:
-            value = value + entropy @ by_entropy.double()
-        return torch.autograd.grad(value, products)[0]
-
-
-def check(got: Tensor, wanted: Tensor, rtol: float = 1e-5, atol: float = 3e-5) -> None:
-    """Compare with float64: to 1e-5 of the logits' scale, which is about 10 here."""
-    torch.testing.assert_close(got.double(), wanted.double(), rtol=rtol, atol=atol)
-
-
-def check_norm(got: Tensor, wanted: Tensor, limit: float = 1e-5) -> None:
-    assert got.isfinite().all()
-    assert got.shape == wanted.shape
-    assert (got.double() - wanted.double()).norm() <= limit * wanted.norm().clamp(min=0.1)
+from tests.kernels.triton_problem import (
+    ONE,
+    SHAPES,
+    SMALL,
+    TRANSFORMS,
+    Problem,
+    assert_close,
+    assert_close_in_norm,
+    both_products,  # noqa: F401  # runs by itself
+)
 
 
 @pytest.mark.parametrize(("bias", "entropy"), [(False, False), (True, False), (True, True)])
@@ -128,15 +39,17 @@ def test_rows_to_gradients(
     problem = Problem(shape, TRANSFORMS[name], bias=bias)
     softmax = problem.run(entropy=entropy)
     logprobs, entropies = problem.exact(problem.products())
-    check(softmax.statistics.logprobs, logprobs)
+    assert_close(softmax.statistics.logprobs, logprobs)
     if entropy:
-        check(softmax.statistics.entropy, entropies)
+        assert_close(softmax.statistics.entropy, entropies)
     upstream = torch.randn(shape[0])
     on_entropy = torch.randn(shape[0]) if entropy else None
     found = softmax.gradient_(upstream, on_entropy, dtype=torch.float32, scales_hidden=True)
     wanted = problem.gradient(upstream, on_entropy)
-    check_norm(found.matrix * found.factors[:, None], wanted)
-    check_norm(found.matrix.t() @ found.scaled_hidden, wanted.t() @ problem.hidden.double())
+    assert_close_in_norm(found.matrix * found.factors[:, None], wanted)
+    assert_close_in_norm(
+        found.matrix.t() @ found.scaled_hidden, wanted.t() @ problem.hidden.double()
+    )
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -147,7 +60,7 @@ def test_what_a_backward_knows_from_the_forward(name: str) -> None:
         assert forward.exponentials is None
         upstream = torch.randn(20), torch.randn(20) if entropy else None
         found = problem.run(known=forward.statistics).gradient_(*upstream, dtype=torch.float32)
-        check_norm(found.matrix * found.factors[:, None], problem.gradient(*upstream))
+        assert_close_in_norm(found.matrix * found.factors[:, None], problem.gradient(*upstream))
 
 
 def test_forward_alone_keeps_nothing_of_the_size_of_the_logits(product: str) -> None:
@@ -173,15 +86,15 @@ def test_rows_out_of_range_are_done_again(entropy: bool) -> None:
     softmax = problem.run(entropy=entropy)
     logprobs, entropies = problem.exact(problem.products())
     assert (logprobs < -100).sum() > 10
-    check(softmax.statistics.logprobs, logprobs)
+    assert_close(softmax.statistics.logprobs, logprobs)
     assert (softmax.statistics.total < LARGEST).all()
     if entropy:
-        check(softmax.statistics.entropy, entropies)
+        assert_close(softmax.statistics.entropy, entropies)
     upstream = torch.randn(20), torch.randn(20) if entropy else None
     found = softmax.gradient_(*upstream, dtype=torch.float32)
     assert problem.bias is not None
     problem.bias.clamp_(min=-1e4)  # whose gradient torch knows
-    check_norm(found.matrix * found.factors[:, None], problem.gradient(*upstream))
+    assert_close_in_norm(found.matrix * found.factors[:, None], problem.gradient(*upstream))
 
 
 def test_rows_in_range_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +122,7 @@ def test_all_others_without_weight(others: float) -> None:
     problem.bias[4] = problem.bias[39] = 0.0
     problem.weight[39] = problem.weight[4]
     got = problem.run(entropy=True).statistics
-    check(got.logprobs, -torch.full((3,), 2.0).log())
+    assert_close(got.logprobs, -torch.full((3,), 2.0).log())
     problem.bias[39] = others
     got = problem.run(entropy=True).statistics
     assert (got.logprobs[:2] == 0).all()
@@ -235,10 +148,10 @@ def test_confident_tokens_keep_their_digits(margin: float) -> None:
     others[:, 5] = 0.0
     others = others.sum(1)
     softmax = problem.run()
-    check(softmax.statistics.logprobs, -others.log1p(), 2e-5, 0.0)
+    assert_close(softmax.statistics.logprobs, -others.log1p(), 2e-5, 0.0)
     found = softmax.gradient_(torch.ones(16), dtype=torch.float32)
     got = (found.matrix * found.factors[:, None])[:, 5]
-    check(got, others / (1 + others), 2e-5, 0.0)
+    assert_close(got, others / (1 + others), 2e-5, 0.0)
 
 
 def test_bf16_exponentials_take_the_front_half_of_the_products(product: str) -> None:
@@ -250,7 +163,9 @@ def test_bf16_exponentials_take_the_front_half_of_the_products(product: str) -> 
     upstream = torch.randn(20)
     found = softmax.gradient_(upstream, dtype=torch.bfloat16)
     # rounded once, and the interpreter truncates
-    check_norm(found.matrix * found.factors[:, None], problem.gradient(upstream, None), 8e-3)
+    assert_close_in_norm(
+        found.matrix * found.factors[:, None], problem.gradient(upstream, None), 8e-3
+    )
 
 
 class WaitsError(Exception):
@@ -312,150 +227,14 @@ def test_slices_of_the_vocabulary(kind: str, cuts: list[int], entropy: bool) -> 
     upstream = torch.randn(count), torch.randn(count) if entropy else None
     grads = []
     for softmax in over_slices(problem, cuts, entropy=entropy):
-        check(softmax.statistics.logprobs, logprobs)
+        assert_close(softmax.statistics.logprobs, logprobs)
         if entropy:
-            check(softmax.statistics.entropy, entropies)
+            assert_close(softmax.statistics.entropy, entropies)
         found = softmax.gradient_(*upstream, dtype=torch.float32)
         grads.append(found.matrix * found.factors[:, None])
     if problem.bias is not None:
         problem.bias.clamp_(min=-1e4)
-    check_norm(torch.cat(grads, 1), problem.gradient(*upstream))
-
-
-# The ops over the kernels, against themselves over the twins
-
-
-@pytest.fixture
-def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Make CPU tensors say that they are CUDA's, from here on."""
-
-    def switch() -> None:
-        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-
-    return switch
-
-
-SURROGATES = {
-    "clip": {"surrogate": Clip(0.2, 0.28)},
-    "dual clip, KL and weights": {"surrogate": Clip(0.2, 0.2, dual=2.0), "kl_coef": 0.2},
-    "clip with its entropy logged": {"surrogate": Clip(), "return_entropy": True},
-    "clip with an entropy bonus": {"surrogate": Clip(), "entropy_coef": 0.1},
-    "CISPO": {"surrogate": Cispo(5.0)},
-    "GSPO": {"surrogate": SequenceClip(0.2, 0.2)},
-}
-
-
-@pytest.mark.parametrize(
-    ("softcap", "masked", "chunks"), [(None, False, 1), (None, True, 3), (4.0, False, 3)]
-)
-@pytest.mark.parametrize("name", SURROGATES)
-def test_linear_policy_loss(
-    name: str, softcap: float | None, masked: bool, chunks: int, on_cuda: Any,
-    monkeypatch: pytest.MonkeyPatch, product: str,
-) -> None:  # fmt: skip
-    hidden = torch.randn(4, 5, 8, requires_grad=True)
-    weight = torch.randn(70, 8, requires_grad=True)
-    bias = torch.randn(70, requires_grad=True)
-    mask = (torch.rand(4, 5) < 0.7) if masked else None
-    given = {
-        "old_logprobs": -4 - torch.rand(4, 5),
-        "ref_logprobs": -4 - torch.rand(4, 5) if "KL" in name else None,
-        "importance_weights": torch.rand(4, 5) if "weights" in name else None,
-        "temperature": torch.linspace(0.5, 1.5, 20).view(4, 5),
-        "aggregate": SequenceMean() if masked else TokenMean(),
-        "softcap": softcap,
-        "bias": bias,
-        **SURROGATES[name],
-    }
-    targets = torch.randint(0, 70, (4, 5))
-    advantages = torch.tensor([1.0, -1.0, 0.0, 0.5])
-
-    def run() -> list[Tensor]:
-        out = linear_policy_loss(hidden, weight, targets, advantages, mask, **given)
-        grads = torch.autograd.grad(out.loss * 2, (hidden, weight, bias))
-        return [out.loss.detach(), *grads, *(out.metrics[name] for name in sorted(out.metrics))]
-
-    wanted = run()
-    on_cuda()
-    width = {"fused": 2, "library": 4}[product]
-    monkeypatch.setattr(head_softmax, "CHUNK_BYTES", width * 70 * -(-20 // chunks))
-    for value, exact in zip(run(), wanted, strict=True):
-        check_norm(value, exact)
-
-
-@pytest.mark.parametrize("leaf", ["hidden", "weight", "bias"])
-def test_each_gradient_alone(leaf: str, on_cuda: Any) -> None:
-    leaves = {"hidden": torch.randn(2, 5, 8), "weight": torch.randn(40, 8), "bias": torch.randn(40)}
-    leaves[leaf].requires_grad_()
-    rest = torch.randint(0, 40, (2, 5)), torch.tensor([1.0, -1.0])
-
-    def run() -> Tensor:
-        loss = linear_policy_loss(
-            leaves["hidden"], leaves["weight"], *rest, bias=leaves["bias"],
-            surrogate=Clip(), aggregate=TokenMean(),
-        ).loss  # fmt: skip
-        return torch.autograd.grad(loss, leaves[leaf])[0]
-
-    wanted = run()
-    on_cuda()
-    torch.testing.assert_close(run(), wanted, rtol=2e-5, atol=2e-6)
-
-
-@pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize("softcap", [None, 4.0])
-def test_linear_token_logprobs(softcap: float | None, entropy: bool, on_cuda: Any) -> None:
-    hidden = torch.randn(4, 5, 8, requires_grad=True)
-    weight = torch.randn(70, 8, requires_grad=True)
-    mask = torch.rand(4, 5) < 0.7
-    options = {"mask": mask, "softcap": softcap, "temperature": 0.8, "return_entropy": entropy}
-    targets = torch.where(mask, torch.randint(0, 70, (4, 5)), -100)
-    upstream = torch.randn(2, 4, 5)
-
-    def run() -> list[Tensor]:
-        out = linear_token_logprobs(hidden, weight, targets, **options)
-        out = out if entropy else (out,)
-        value = sum((part * above).sum() for part, above in zip(out, upstream, strict=False))
-        return [*(part.detach() for part in out), *torch.autograd.grad(value, (hidden, weight))]
-
-    wanted = run()
-    on_cuda()
-    for value, exact in zip(run(), wanted, strict=True):
-        check_norm(value, exact)
-
-
-# Bad input, and sizes at the edge
-
-
-@pytest.mark.parametrize("size", [(1, 8), (40, 1), (1, 1)])
-def test_a_vocabulary_or_a_width_of_one(size: tuple[int, int], on_cuda: Any) -> None:
-    hidden = torch.randn(2, 3, size[1], requires_grad=True)
-    weight = torch.randn(*size, requires_grad=True)
-    given = torch.randint(0, size[0], (2, 3)), torch.tensor([1.0, -1.0])
-
-    def run() -> tuple[Tensor, ...]:
-        out = linear_policy_loss(hidden, weight, *given, surrogate=Clip(), aggregate=TokenMean())
-        return out.loss.detach(), *torch.autograd.grad(out.loss, (hidden, weight))
-
-    wanted = run()
-    on_cuda()
-    for value, exact in zip(run(), wanted, strict=True):
-        check_norm(value, exact)
-
-
-@pytest.mark.parametrize("case", ["mask", "advantages", "no tokens"])
-def test_no_active_row(case: str, on_cuda: Any) -> None:
-    length = 0 if case == "no tokens" else 3
-    hidden = torch.randn(2, length, 8, requires_grad=True)
-    weight = torch.randn(40, 8, requires_grad=True)
-    mask = torch.zeros(2, length, dtype=torch.bool) if case == "mask" else None
-    advantages = torch.zeros(2) if case == "advantages" else torch.ones(2)
-    on_cuda()
-    targets = torch.zeros(2, length, dtype=torch.long)
-    out = linear_policy_loss(
-        hidden, weight, targets, advantages, mask, surrogate=Clip(), aggregate=TokenMean()
-    )
-    assert out.loss == 0
-    assert all((grad == 0).all() for grad in torch.autograd.grad(out.loss, (hidden, weight)))
+    assert_close_in_norm(torch.cat(grads, 1), problem.gradient(*upstream))
 
 
 def test_a_chunk_budget_below_one_row(product: str) -> None:

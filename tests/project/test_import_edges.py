@@ -13,22 +13,23 @@ KERNELS, ALGO = ROOT / "igrpo_kernels", ROOT / "igrpo_algo"
 UPPER_FLOORS = {"engines", "trainers", "cli"}
 FLOORS: dict[str, set[str]] = {
     "files": set(),
-    "prompts": set(),
+    "thinking": set(),
+    "prompts": {"thinking"},
     "seeds": set(),
     "layouts": set(),
     "early_warning": set(),
     "advantages": set(),
     "losses": set(),
-    "drafts": {"prompts", "seeds"},
-    "metrics": {"advantages", "drafts"},
+    "drafts": {"thinking", "prompts", "seeds"},
+    "metrics": {"thinking", "advantages", "drafts"},
     "rollouts": {"files", "prompts", "seeds", "drafts"},
-    "rewards": set(),
+    "rewards": {"thinking"},
     "shared_prompt": {"layouts", "rollouts"},
     "batch": {"prompts", "layouts", "advantages", "rollouts", "shared_prompt"},
     "engines": {"prompts", "seeds", "drafts", "rollouts"},
     "trainers": {
         *("files", "prompts", "seeds", "advantages", "losses", "metrics", "drafts", "rollouts"),
-        *("rewards", "shared_prompt", "batch", "early_warning", "engines"),
+        *("thinking", "rewards", "shared_prompt", "batch", "early_warning", "engines"),
     },
     "cli": {
         *("files", "prompts", "seeds", "metrics", "drafts", "rollouts", "rewards", "engines"),

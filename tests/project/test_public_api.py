@@ -162,8 +162,10 @@ def test_docstring_has_an_example_that_runs(package: str, name: str) -> None:
 
 
 def documented_arguments(doc: str) -> dict[str, str]:
-    """Descriptions under `Args:` and `Attributes:`, by name."""
+    """Descriptions under `Args:` and `Attributes:`, by name; those of another function it names."""
     found: dict[str, str] = {}
+    if other := re.search(r"all arguments of `(\w+)`, and these:", doc):
+        found = documented_arguments(inspect.getdoc(resolve("igrpo_algo", other[1])) or "")
     for section in re.findall(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)+)", doc, re.MULTILINE):
         for entry in re.split(r"\n(?=    \S)", section.rstrip()):
             name, _, text = entry.strip().partition(":")
@@ -197,14 +199,18 @@ def test_arguments_are_documented_with_shapes(package: str, name: str) -> None:
         )
 
 
-def reference() -> list[str]:
-    """What the pages of the reference show, by dotted path."""
+def docs_pages() -> ModuleType:
     spec = importlib.util.spec_from_file_location("docs_pages", ROOT / "tools" / "docs_pages.py")
     assert spec is not None
     assert spec.loader is not None
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)
-    pages = "".join(hook.reference_pages().values())
+    return hook
+
+
+def reference() -> list[str]:
+    """What the pages of the reference show, by dotted path."""
+    pages = "".join(docs_pages().reference_pages().values())
     return re.findall(r"^::: (\S+)", pages, re.MULTILINE)
 
 
@@ -212,6 +218,18 @@ def test_reference_shows_each_public_name_once() -> None:
     shown = [path.rpartition(".")[2] for path in reference()]
     assert sorted(set(shown)) == sorted(shown)
     assert homes().keys() <= set(shown)
+
+
+def test_map_names_what_exists_once_and_all_that_most_users_type() -> None:
+    text = (ROOT / "docs" / "map.md").read_text()
+    named = re.findall(r"`(\w+)`", text)
+    assert sorted(set(named)) == sorted(named)
+    assert {*igrpo_algo.__all__, *igrpo_kernels.__all__} <= set(named)
+    known = {*docs_pages().all_public_names(), "igrpo_algo", "igrpo_kernels", "select", "generate"}
+    assert set(named) - known == set()
+    files = re.findall(r"`(igrpo_\w+/\S+)`", text)
+    assert len(files) > 5
+    assert [file for file in files if not (ROOT / file).exists()] == []
 
 
 def examples() -> list[tuple[str, doctest.Example]]:

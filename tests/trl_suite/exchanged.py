@@ -7,13 +7,13 @@ import os
 
 import pytest
 import torch
-import trl.import_utils  # the installed one, before the clone's folder comes on the path
+from trl import import_utils  # the installed one, before the clone's folder comes on the path
 
 from igrpo_algo.trainers.trl import IGRPOConfig, IGRPOTrainer
 
 if not torch.cuda.is_available():
     # Liger puts its Triton layers into the models' classes, for every test that comes later.
-    trl.import_utils.is_liger_kernel_available = lambda *_, **__: False
+    import_utils.is_liger_kernel_available = lambda *_, **__: False
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -19,7 +19,7 @@ from ..errors import usage_errors
 from ..metrics_file import write_json
 from ..run_folder import SETTINGS, check_settings, save_settings
 from .runs import ARMS, DEFAULT_ARMS, DemoConfig, Run
-from .verdict import summarize, write_verdict
+from .verdict import summarize, takeaway, write_verdict
 from .workers import Workers, default_workers, prepare_weights
 
 MADE_HERE = (
@@ -30,19 +30,19 @@ POLL_SECONDS = 1.0
 
 
 class ExtraArm(StrEnum):
-    """Arms besides GRPO and iGRPO."""
+    """Arms besides the three that the demo compares."""
 
-    BOTH_STAGES = "both-stages"
-    RANDOM_DRAFT = "random-draft"
+    BOTH_BEST = "both-best"
+    RANDOM = "random"
 
 
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
     arm: Annotated[
         list[ExtraArm] | None,
-        typer.Option(help="One more arm: drafts trained too, or a random draft. Repeatable."),
+        typer.Option(help="One more arm. Repeatable."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds per arm.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per arm.")] = 3,
     steps: Annotated[int, typer.Option(min=2, help="Updates per run.")] = DemoConfig.steps,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time; by default one per core, at most 8.")
@@ -52,7 +52,10 @@ def demo(
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw earlier runs away.")] = False,
 ) -> None:
-    """Train GRPO (8 samples) and iGRPO (4 + 4) on a tiny model, and say which answered better.
+    """Train a tiny model with GRPO and two forms of iGRPO, and say what to train with.
+
+    GRPO samples 8 completions per prompt, iGRPO 4 drafts and 4 refinements: the paper's form, which
+    refines the best draft, and the one that trains on the drafts too and refines the worst.
 
     A demo that was stopped goes on where it was; a finished one is only drawn again.
     """
@@ -196,10 +199,7 @@ def report(config: DemoConfig, runs: Sequence[Run], output_dir: Path, console: C
 
 
 def title(summary: Mapping[str, Any]) -> str:
-    """Say in one line what the picture shows."""
+    """Say above the picture what it shows."""
     seeds = len(summary["seeds"])
     lines = f"{seeds} seeds, thin; their mean, thick" if seeds > 1 else "1 seed"
-    return (
-        "GRPO and iGRPO at the same number of completions: "
-        f"a tiny Qwen3 on chains of five operations modulo 16 ({lines})"
-    )
+    return f"{takeaway(summary)}\nA tiny Qwen3 on chains of five operations modulo 16 ({lines})"

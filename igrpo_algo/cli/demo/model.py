@@ -1,5 +1,6 @@
 """The demo's model: a Qwen3 of 91,008 weights, its tokenizer and its chat template."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,10 +21,22 @@ CHAT_TEMPLATE = (
 WORDS = ("\n", "user", "assistant", " mod", "draft", "refine", ":")
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def write_words(largest: int, *others: str) -> tuple[str, ...]:
+    """Give a task's words: those of prompts, the numbers with and without a space, and others."""
+    numbers = [str(number) for number in range(largest + 1)]
+    return (*WORDS, *numbers, *(f" {number}" for number in numbers), *others)
+
+
+CHAIN_WORDS = write_words(chain.MODULUS, *(f" {operation}" for operation in chain.OPERATIONS))
+
+
+def build_tokenizer(words: Sequence[str] = CHAIN_WORDS) -> PreTrainedTokenizerFast:
     """Build the word-level tokenizer: one token for a number, an operation or a word.
 
     A space belongs to the token behind it, so that decoding is plain concatenation.
+
+    Args:
+        words: What it knows besides its control tokens.
 
     Examples:
         >>> tokenizer = build_tokenizer()
@@ -32,15 +45,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         >>> tokenizer.decode(tokenizer("12 4 0 0 2").input_ids)
         '12 4 0 0 2'
     """
-    numbers = [str(number) for number in range(chain.MODULUS + 1)]
-    words = [
-        *(PAD, UNKNOWN, TURN_START, TURN_END),
-        *WORDS,
-        *numbers,
-        *(f" {number}" for number in numbers),
-        *(f" {operation}" for operation in chain.OPERATIONS),
-    ]
-    vocabulary = {word: index for index, word in enumerate(words)}
+    known = [PAD, UNKNOWN, TURN_START, TURN_END, *words]
+    vocabulary = {word: index for index, word in enumerate(known)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
         Regex(r" ?[+*-]?\d+| ?\p{L}+| ?[^\s\p{L}\d]|\s"), behavior="isolated"
@@ -58,15 +64,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> Qwen3ForCausalLM:
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, width: int = 64, layers: int = 2
+) -> Qwen3ForCausalLM:
     """Build the model with fresh weights; the global random state is left as it was."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 16,
+        num_key_value_heads=width // 16,
         head_dim=16,
         max_position_embeddings=128,
         tie_word_embeddings=False,
@@ -86,8 +94,10 @@ def save_weights(model: Qwen3ForCausalLM, path: Path) -> None:
     write_whole(path, save(weights))
 
 
-def load_model(path: Path, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def load_model(
+    path: Path, tokenizer: PreTrainedTokenizerFast, *, width: int = 64, layers: int = 2
+) -> Qwen3ForCausalLM:
     """Build the model with the weights of a safetensors file, in fp32."""
-    model = build_model(tokenizer)
+    model = build_model(tokenizer, width=width, layers=layers)
     model.load_state_dict(load_file(path))
     return model

@@ -2,50 +2,47 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-Rows = Sequence[Mapping[str, Any]]
+from ...files import write_whole
+from ..metrics_file import Record
+
 Points = list[tuple[float, float]]
 
 COLORS = {
     "grpo": "#0072B2",
     "igrpo": "#D55E00",
-    "both-stages": "#009E73",
-    "random-draft": "#AA4499",
+    "both-worst": "#009E73",
+    "both-best": "#E69F00",
+    "random": "#AA4499",
 }
 """One color per arm, told apart by color-blind eyes too."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: a metric of the held-out problems or of training."""
+    """One pair of axes: a rate among the held-out problems or in training."""
 
     title: str
     metric: str
     split: str
-    top: float | None = None
-    percent: bool = False
 
 
-ACCURACY = Panel(
-    "Single-shot accuracy, held-out problems", "accuracy", "held-out", 1.0, percent=True
-)
-REWARD = Panel("Mean reward, training", "reward", "train", 1.0)
-SMALL = (
-    REWARD,
-    Panel("Groups without variance (of 8; of 4)", "zero_variance", "train", 1.0, percent=True),
-    Panel("Entropy, held-out [nats per token]", "entropy", "held-out"),
-    Panel("Response length, held-out [tokens]", "length", "held-out"),
+PANELS = (
+    Panel("Right, single-shot", "accuracy", "held-out"),
+    Panel("Right, draft and then refine", "refined_accuracy", "held-out"),
+    Panel("Groups without variance: no gradient", "zero_variance", "train"),
+    Panel("Refinements that copy their draft", "copy_rate", "train"),
 )
 
 
-def curves_by_seed(rows: Rows, arm: str, split: str, metric: str) -> dict[int, Points]:
+def curves_by_seed(rows: Sequence[Record], arm: str, split: str, metric: str) -> dict[int, Points]:
     """Collect (completions, value) for each seed of an arm, in the order of the rows.
 
     Examples:
@@ -75,7 +72,7 @@ def mean_curve(curves: Mapping[int, Points]) -> Points:
     return [(x, fmean(ys)) for x, ys in sorted(full)]
 
 
-def build_figure(rows: Rows, labels: Mapping[str, str], title: str) -> Figure:
+def build_figure(rows: Sequence[Record], labels: Mapping[str, str], title: str) -> Figure:
     """Draw all panels: thin lines are seeds, thick ones their mean.
 
     Args:
@@ -83,49 +80,34 @@ def build_figure(rows: Rows, labels: Mapping[str, str], title: str) -> Figure:
         labels: What to call each arm, in the order of the legend.
         title: What stands above the panels.
     """
-    figure = Figure(figsize=(12, 5.6), dpi=150, layout="constrained")
-    axes = figure.subplot_mosaic(
-        [["accuracy", "reward", "zero_variance"], ["accuracy", "entropy", "length"]],
-        width_ratios=[1.5, 1, 1],
-    )
+    figure = Figure(figsize=(12, 6.6), dpi=150, layout="constrained")
     last = max((row["completions"] for row in rows), default=1)
-    for panel in (ACCURACY, *SMALL):
+    for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for arm, label in labels.items():
-            _draw_arm(axes[panel.metric], rows, arm, panel, label)
-        _dress(axes[panel.metric], panel, last)
-    for arm in labels:
-        draft = Panel("", "draft_reward", "train")
-        _draw_arm(axes["reward"], rows, arm, draft, "", dashed=True)
-    handles, names = axes["accuracy"].get_legend_handles_labels()
-    if handles:
-        axes["accuracy"].legend(handles, names, loc="lower right", frameon=False, fontsize=11)
-    if any(line.get_linestyle() == "--" for line in axes["reward"].lines):
-        _explain_stages(axes["reward"])
+            _draw_arm(axes, rows, arm, panel, label)
+        _dress(axes, panel, last)
+    first, *_ = figure.axes
+    if first.lines:
+        first.legend(loc="lower right", frameon=False, fontsize=10)
     figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write the figure as a PNG, at once or not at all."""
-    fresh = path.with_name(f".{path.name}")
-    figure.savefig(fresh, format="png")
-    fresh.replace(path)
+    """Write the figure as a PNG, the whole of it or nothing."""
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(path, picture.getvalue())
 
 
-def _draw_arm(
-    axes: Axes, rows: Rows, arm: str, panel: Panel, label: str, *, dashed: bool = False
-) -> None:
+def _draw_arm(axes: Axes, rows: Sequence[Record], arm: str, panel: Panel, label: str) -> None:
     curves = curves_by_seed(rows, arm, panel.split, panel.metric)
-    if not curves:
-        return
-    style = "--" if dashed else "-"
-    color = COLORS[arm]
-    if len(curves) > 1 and not dashed:
+    if len(curves) > 1:
         for points in curves.values():
-            axes.plot(*zip(*points, strict=True), color=color, linewidth=0.7, alpha=0.35)
+            axes.plot(*zip(*points, strict=True), color=COLORS[arm], linewidth=0.7, alpha=0.35)
     mean = mean_curve(curves)
     if mean:
-        axes.plot(*zip(*mean, strict=True), style, color=color, linewidth=2, label=label)
+        axes.plot(*zip(*mean, strict=True), color=COLORS[arm], linewidth=2, label=label)
 
 
 def _dress(axes: Axes, panel: Panel, last: float) -> None:
@@ -133,26 +115,11 @@ def _dress(axes: Axes, panel: Panel, last: float) -> None:
     axes.set_xlabel("completions sampled", fontsize=9)
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.set_xlim(0, last)
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.1 if panel.top is None else panel.top)
-    if panel.percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.tick_params(labelsize=9)
-
-
-def _explain_stages(axes: Axes) -> None:
-    handles = [
-        axes.plot([], [], "--", color="0.3", linewidth=2)[0],
-        axes.plot([], [], "-", color="0.3", linewidth=2)[0],
-    ]
-    axes.legend(
-        handles,
-        ["Stage 1: drafts", "trained completions"],
-        frameon=False,
-        fontsize=8.5,
-        loc="lower right",
-    )
 
 
 def _thousands(value: float, _position: int) -> str:

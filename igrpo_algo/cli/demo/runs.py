@@ -17,15 +17,15 @@ class Arm:
         label: Its name in tables and plots.
         num_drafts: Completions of Stage 1; 0 is GRPO.
         num_refinements: Completions under the prompt that is trained on.
+        draft_choice: Which draft is refined, as `IGRPOConfig` has it.
         draft_loss_coef: Weight of the drafts' own loss.
-        random_draft: Whether any draft is refined, in the place of the best.
     """
 
     label: str
     num_drafts: int
     num_refinements: int
+    draft_choice: str = "best"
     draft_loss_coef: float = 0.0
-    random_draft: bool = False
 
     @property
     def completions(self) -> int:
@@ -34,12 +34,13 @@ class Arm:
 
 
 ARMS = {
-    "grpo": Arm("GRPO, 8", 0, 8),
-    "igrpo": Arm("iGRPO, 4 + 4", 4, 4),
-    "both-stages": Arm("iGRPO, both stages trained", 4, 4, draft_loss_coef=1.0),
-    "random-draft": Arm("iGRPO, random draft", 4, 4, random_draft=True),
+    "grpo": Arm("GRPO", 0, 8),
+    "igrpo": Arm("iGRPO of the paper", 4, 4),
+    "both-worst": Arm("iGRPO on both stages with the worst draft", 4, 4, "worst", 1.0),
+    "both-best": Arm("iGRPO on both stages with the best draft", 4, 4, "best", 1.0),
+    "random": Arm("iGRPO, random draft", 4, 4, "random"),
 }
-DEFAULT_ARMS = ("grpo", "igrpo")
+DEFAULT_ARMS = ("grpo", "igrpo", "both-worst")
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,15 @@ class DemoConfig:
         learning_rate: Of AdamW; constant after `warmup_steps`.
         evaluations: Held-out evaluations during training, besides the one before it.
         held_out: Problems that no training sees.
-        final_samples: Answers per held-out problem in the evaluation at the end.
-        warm_up: Whether the warmed weights are remade, in the place of the shipped ones.
+        final_samples: Answers per held-out problem in the evaluation at the end, each refined.
+        warm_up: Whether the warmed weights are remade, in place of the shipped ones.
     """
 
     steps: int = 100
     prompts_per_step: int = 64
     learning_rate: float = 3e-4
     warmup_steps: int = 5
-    evaluations: int = 10
+    evaluations: int = 8
     held_out: int = 1000
     final_samples: int = 4
     warm_up: bool = False
@@ -88,8 +89,8 @@ class Run:
     """One arm with one seed, kept in a folder of its own.
 
     Examples:
-        >>> Run.parse("both-stages-2")
-        Run(arm='both-stages', seed=2)
+        >>> Run.parse("both-worst-2")
+        Run(arm='both-worst', seed=2)
     """
 
     arm: str

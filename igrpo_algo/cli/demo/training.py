@@ -6,7 +6,7 @@ A worker of the demo runs `python -m igrpo_algo.cli.demo.training FOLDER grpo-0 
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import (
-    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -22,10 +21,6 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from ...drafts.markers import marker_tokens
-from ...drafts.rules import DraftRules, Ties
-from ...drafts.select import select_random_draft
-from ...drafts.splice import TextSplice
 from ...files import sole_writer
 from ...trainers.trl.trainer import IGRPOConfig, IGRPOTrainer
 from ..metrics_file import MetricsFile, write_json
@@ -43,7 +38,7 @@ METRICS = {
     "completions/mean_length": "length",
     "igrpo/draft_reward": "draft_reward",
     "igrpo/best_draft_reward": "best_draft_reward",
-    "igrpo/copied": "copied_drafts",
+    "igrpo/copied": "copy_rate",
     "igrpo/draft_zero_std": "draft_zero_variance",
 }
 """Names of the trainers' metrics, and of the same in the demo's metrics file."""
@@ -106,18 +101,12 @@ def build_trainer(config: DemoConfig, run: Run, output_dir: Path) -> GRPOTrainer
     args = IGRPOConfig(
         num_drafts=arm.num_drafts,
         num_refinements=arm.num_refinements,
+        draft_choice=arm.draft_choice,
         draft_loss_coef=arm.draft_loss_coef,
+        draft_template=asdict(chain.TEMPLATE),
         **arguments,
     )
-    return IGRPOTrainer(args=args, rules=draft_rules(arm, tokenizer), **common)
-
-
-def draft_rules(arm: Arm, tokenizer: PreTrainedTokenizerBase) -> DraftRules:
-    """Choose the best draft or any one, and splice it with the few words that the model knows."""
-    splice = TextSplice(chain.TEMPLATE, special_tokens=marker_tokens(tokenizer))
-    if arm.random_draft:
-        return DraftRules(select_random_draft, ties=Ties.RANDOM, splice=splice)
-    return DraftRules(splice=splice)
+    return IGRPOTrainer(args=args, **common)
 
 
 class DemoCallback(TrainerCallback):
@@ -165,7 +154,12 @@ class DemoCallback(TrainerCallback):
 
     def _record_evaluation(self, step: int) -> None:
         result = self.evaluate()
-        row = {"accuracy": result.accuracy, "entropy": result.entropy, "length": result.length}
+        row = {
+            "accuracy": result.accuracy,
+            "refined_accuracy": result.refined_accuracy,
+            "entropy": result.entropy,
+            "length": result.length,
+        }
         self._record(step, "held-out", row)
 
     def _record(self, step: int, split: str, row: dict[str, float]) -> None:
@@ -182,31 +176,37 @@ def train_run(config: DemoConfig, run: Run, output_dir: Path) -> None:
     trainer = build_trainer(config, run, output_dir)
     problems = chain.held_out_problems(config.held_out)
 
-    def answer(times: int = 1, refine: bool = False) -> Evaluation:
+    def answer(times: int = 1) -> Evaluation:
         return evaluate(
-            trainer.model,
-            trainer.processing_class,
-            problems * times,
-            seed=EVALUATION_SEED,
-            refine=refine,
+            trainer.model, trainer.processing_class, problems * times, seed=EVALUATION_SEED
         )
 
     trainer.add_callback(DemoCallback(config, run, metrics, answer))
     began = time.process_time()
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    single = answer(config.final_samples)
-    refined = answer(config.final_samples, refine=True)
+    final = answer(config.final_samples)
     result = {
         **asdict(run),
-        "accuracy": single.accuracy,
-        "refined_accuracy": refined.accuracy,
-        "entropy": single.entropy,
-        "length": single.length,
-        "right": [sum(single.correct[i :: config.held_out]) for i in range(config.held_out)],
+        "accuracy": final.accuracy,
+        "refined_accuracy": final.refined_accuracy,
+        "entropy": final.entropy,
+        "length": final.length,
+        "right": count_right(final.correct, config.held_out),
+        "refined_right": count_right(final.refined, config.held_out),
         "cpu_seconds": time.process_time() - began,
     }
     trainer.save_model(str(folder / "model"))
     write_json(folder / "result.json", result)
+
+
+def count_right(correct: Sequence[bool], problems: int) -> list[int]:
+    """Count the right answers to each problem, which were asked in turn, several times over.
+
+    Examples:
+        >>> count_right([True, False, True, True], 2)
+        [2, 1]
+    """
+    return [sum(correct[problem::problems]) for problem in range(problems)]
 
 
 def main(arguments: list[str]) -> None:

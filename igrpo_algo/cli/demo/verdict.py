@@ -7,12 +7,16 @@ from typing import Any
 from ..intervals import Interval, mean_interval
 from .runs import ARMS, DemoConfig
 
+COUNTS = {"accuracy": "right", "refined_accuracy": "refined_right"}
+"""Metrics of a result, and where it counts the right answers to each problem."""
+PLACES = {"accuracy": "single-shot", "refined_accuracy": "draft, then refine"}
+
 
 def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval:
-    """Difference of two arms' accuracy, paired by seed, or by problem where there is one seed.
+    """Difference of two arms' accuracies, paired by seed, or by problem where there is one seed.
 
     Args:
-        ours: Share of right answers to each held-out problem, one list per seed.
+        ours: Rate of right answers to each held-out problem, one list per seed.
         theirs: The same of the other arm; seeds and problems in the same order.
     """
     if len(ours) == 1:
@@ -30,7 +34,7 @@ def summarize(
 
     Args:
         config: The settings of all runs.
-        results: The finished runs of each arm, ordered by seed.
+        results: The finished runs of each arm, ordered by seed; GRPO's among them.
         rows: The metrics of these runs.
     """
     arms = {}
@@ -41,14 +45,17 @@ def summarize(
             "accuracy": _spread([run["accuracy"] for run in runs]),
             "refined_accuracy": _spread([run["refined_accuracy"] for run in runs]),
             "late_zero_variance": late_mean(config, rows, arm, "zero_variance"),
-            "late_copied_drafts": late_mean(config, rows, arm, "copied_drafts"),
+            "late_copy_rate": late_mean(config, rows, arm, "copy_rate"),
             "cpu_seconds": sum(run["cpu_seconds"] for run in runs),
         }
     differences = {
-        arm: difference(
-            [_shares(run, config) for run in runs],
-            [_shares(run, config) for run in results["grpo"]],
-        )._asdict()
+        arm: {
+            metric: difference(
+                [_rates(run[right], config) for run in runs],
+                [_rates(run[right], config) for run in results["grpo"]],
+            )._asdict()
+            for metric, right in COUNTS.items()
+        }
         for arm, runs in results.items()
         if arm != "grpo"
     }
@@ -74,58 +81,86 @@ def late_mean(
     return fmean(late) if late else None
 
 
-def _shares(run: Mapping[str, Any], config: DemoConfig) -> list[float]:
-    return [right / config.final_samples for right in run["right"]]
+def _rates(right: Sequence[int], config: DemoConfig) -> list[float]:
+    return [count / config.final_samples for count in right]
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": fmean(values), "by_seed": list(values)}
 
 
+def standing(gap: Mapping[str, float]) -> str:
+    """Say whether an interval of differences lies above zero, below it or on both sides.
+
+    Examples:
+        >>> standing({"mean": 0.02, "low": -0.01, "high": 0.05})
+        'level'
+    """
+    if not Interval(**gap).excludes_zero:
+        return "level"
+    return "ahead" if gap["mean"] > 0 else "behind"
+
+
+def takeaway(summary: Mapping[str, Any]) -> str:
+    """Say in one sentence what to train with: GRPO, unless a form of iGRPO is ahead of it."""
+    single_shot, refined = (_choose(summary, metric) for metric in COUNTS)
+    if single_shot == refined:
+        return f"Here, train with {single_shot}."
+    return (
+        f"Here, train with {single_shot} for single-shot answers, "
+        f"and with {refined} where the model drafts and then refines."
+    )
+
+
+def _choose(summary: Mapping[str, Any], metric: str) -> str:
+    gaps = {arm: by_metric[metric] for arm, by_metric in summary["difference_to_grpo"].items()}
+    ahead = [arm for arm, gap in gaps.items() if standing(gap) == "ahead"]
+    arm = max(ahead, key=lambda arm: gaps[arm]["mean"], default="grpo")
+    label: str = summary["arms"][arm]["label"]
+    return label
+
+
 def write_verdict(summary: Mapping[str, Any]) -> str:
-    """Say in plain words what the numbers show."""
+    """Say in plain words what the numbers show, what to train with first."""
     seeds = len(summary["seeds"])
     completions = next(iter(summary["arms"].values()))["completions"]
     lines = [
-        f"Single-shot accuracy on {summary['held_out']:,} held-out problems after {completions:,} "
-        f"completions per run, {_count(seeds, 'seed')}; {_percent(summary['base_accuracy'])} "
-        "before training."
+        takeaway(summary),
+        "",
+        f"Accuracy on {summary['held_out']:,} held-out problems after {completions:,} completions "
+        f"per run, {_count(seeds, 'seed')}; {_percent(summary['base_accuracy'])} before training.",
     ]
     for arm in summary["arms"].values():
         lines.append(
-            f"  {arm['label']}: {_percent(arm['accuracy']['mean'])}"
-            f"{_range(arm['accuracy']['by_seed'])}; draft, then refine: "
-            f"{_percent(arm['refined_accuracy']['mean'])}"
+            f"  {arm['label']}: single-shot {_percent(arm['accuracy']['mean'])}"
+            f"{_range(arm['accuracy']['by_seed'])}; draft, then refine "
+            f"{_percent(arm['refined_accuracy']['mean'])}{_range(arm['refined_accuracy']['by_seed'])}"
         )
         lines.append(f"    {_late(arm)}")
-    for name, interval in summary["difference_to_grpo"].items():
-        label = summary["arms"][name]["label"]
-        lines.append(_judge(label, Interval(**interval), seeds))
+    basis = "over seeds" if seeds > 1 else "over problems; other seeds may differ"
+    lines.append(f"Less GRPO's, with the 95 % interval {basis}:")
+    for name, gaps in summary["difference_to_grpo"].items():
+        told = "; ".join(f"{PLACES[metric]} {_points(gap)}" for metric, gap in gaps.items())
+        lines.append(f"  {summary['arms'][name]['label']}: {told}")
     return "\n".join(lines)
 
 
-def _judge(label: str, gap: Interval, seeds: int) -> str:
-    numbers = (
-        f"{100 * gap.mean:+.1f} points, 95 % interval {100 * gap.low:+.1f} to {100 * gap.high:+.1f}"
-    )
-    basis = f"over {seeds} seeds" if seeds > 1 else "over problems; other seeds may differ"
-    if not gap.excludes_zero:
-        return f"{label} and GRPO cannot be told apart here: {numbers} ({basis})."
-    word = "better" if gap.mean > 0 else "worse"
-    return f"{label} did {word} than GRPO here: {numbers} ({basis})."
+def _points(gap: Mapping[str, float]) -> str:
+    mean, low, high = (f"{100 * gap[key]:+.1f}" for key in ("mean", "low", "high"))
+    return f"{mean} points ({low} to {high}): {standing(gap)}"
 
 
 def _late(arm: Mapping[str, Any]) -> str:
     text = (
         f"last fifth of training: {_percent(arm['late_zero_variance'])} of groups without variance"
     )
-    if arm["late_copied_drafts"] is None:
+    if arm["late_copy_rate"] is None:
         return text
-    return f"{text}, {_percent(arm['late_copied_drafts'])} of refinements copy their draft"
+    return f"{text}, {_percent(arm['late_copy_rate'])} of refinements copy their draft"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f} %"
 
 
 def _range(values: Sequence[float]) -> str:

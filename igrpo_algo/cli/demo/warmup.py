@@ -2,8 +2,9 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,6 +64,18 @@ def draw_conversation(
     return [*prompt, {"role": "assistant", "content": answer}]
 
 
+def chain_conversations(
+    settings: WarmUp, exclude: frozenset[chain.Problem] = frozenset()
+) -> Callable[[random.Random], list[Message]]:
+    """Give what draws the conversations of the demo's warm-up."""
+    return partial(
+        draw_conversation,
+        chain.Teacher(settings.seed),
+        exclude=exclude,
+        draft_share=settings.draft_share,
+    )
+
+
 def encode(
     conversations: list[list[Message]], tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, Tensor]:
@@ -89,22 +102,17 @@ def warm_up(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     settings: WarmUp,
-    *,
-    exclude: frozenset[chain.Problem] = frozenset(),
+    draw: Callable[[random.Random], list[Message]],
 ) -> Iterator[float]:
-    """Train the model in place on the teacher's answers; yield the loss of each step."""
+    """Train the model in place on drawn conversations; yield the loss of each step."""
     rng = random.Random(f"warm-up {settings.seed}")
-    teacher = chain.Teacher(settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 50) * (1 - 0.9 * step / settings.steps)
     )
     model.train()
     for _ in range(settings.steps):
-        conversations = [
-            draw_conversation(teacher, rng, exclude=exclude, draft_share=settings.draft_share)
-            for _ in range(settings.batch_size)
-        ]
+        conversations = [draw(rng) for _ in range(settings.batch_size)]
         loss = model(**encode(conversations, tokenizer), use_cache=False).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -120,7 +128,8 @@ def main(path: Path) -> None:
     model = build_model(tokenizer)
     settings = WarmUp()
     exclude = frozenset(chain.held_out_problems())
-    losses = warm_up(model, tokenizer, settings, exclude=exclude)
+    draw = chain_conversations(settings, exclude)
+    losses = warm_up(model, tokenizer, settings, draw)
     *_, loss = track(losses, "warm-up", total=settings.steps)
     print(f"loss after {settings.steps} steps: {loss:.3f}")
     save_weights(model, path)

@@ -41,12 +41,15 @@ class IGRPOConfig(GRPOConfig):
             `num_generations`, and 4 without it.
         num_generations: TRL's name for the same number.
         draft_choice: Which draft Stage 2 sees: "best" (the paper), or a control: "random", "worst",
-            "none" (drafts are drawn and scored, and the prompt stays plain).
+            "best_wrong" (none where all are right), "random_tokens" (as many as the best draft
+            has), "none" (drafts are drawn and scored, and the prompt stays plain).
         draft_ties: Which of several best drafts: "lowest_index", "random" or "shortest" (in
             tokens, then lowest index).
         all_drafts_failed: What a prompt without a right draft does: "condition" on the best of the
             wrong ones (the paper's literal reading), "plain_prompt", or "skip" (plain prompt and
             zero advantages). A prompt none of whose drafts could be scored stays plain in any case.
+        all_drafts_right: The same for a prompt whose drafts are all right: with "plain_prompt"
+            it sees drafts only where they differ or have all failed.
         success_reward: The training reward from which a draft or a refinement counts as right.
         selection_reward: Name of the one reward function that ranks drafts; None ranks by the
             weighted sum that Stage 2 is trained on. A function that is not trained on goes to the
@@ -96,7 +99,10 @@ class IGRPOConfig(GRPOConfig):
         metadata={"help": "Completions of each spliced prompt in Stage 2; 4 if not given."},
     )
     draft_choice: str = field(
-        default="best", metadata={"help": "Draft that Stage 2 sees: best, random, worst or none."}
+        default="best",
+        metadata={
+            "help": "Draft of Stage 2: best, random, worst, best_wrong, random_tokens or none."
+        },
     )
     draft_ties: str = field(
         default="lowest_index",
@@ -105,6 +111,10 @@ class IGRPOConfig(GRPOConfig):
     all_drafts_failed: str = field(
         default="condition",
         metadata={"help": "Prompts without a right draft: condition, plain_prompt or skip."},
+    )
+    all_drafts_right: str = field(
+        default="condition",
+        metadata={"help": "Prompts whose drafts are all right: condition, plain_prompt or skip."},
     )
     success_reward: float = field(
         default=1.0, metadata={"help": "Reward from which a completion counts as right."}
@@ -261,8 +271,8 @@ class IGRPOConfig(GRPOConfig):
         if self.num_drafts == 0 and (idle := self.changed(*OF_DRAFTS)):
             raise ValueError(f"{', '.join(idle)} would have no effect with num_drafts=0")
         if self.draft_choice == "none":
-            idle = self.changed("draft_ties", "all_drafts_failed", "draft_dropout", "reward_max")
-            idle += self.changed("eval_with_draft", "selection_reward")
+            idle = self.changed("draft_ties", "draft_dropout", "reward_max", "eval_with_draft")
+            idle += self.changed("all_drafts_failed", "all_drafts_right", "selection_reward")
             if idle:
                 raise ValueError(f"{', '.join(idle)} would have no effect with draft_choice='none'")
         if self.draft_choice == "random" and self.draft_ties == "shortest":

@@ -1,15 +1,29 @@
 """The options about drafts as a value: `DraftRules`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from igrpo_kernels.checks import describe
 
 from ...drafts.markers import marker_tokens
+from ...drafts.random_tokens import RandomTokens
 from ...drafts.rules import DraftRules, Fallback, Ties
-from ...drafts.select import select_best_draft, select_random_draft, select_worst_draft
+from ...drafts.select import (
+    select_best_draft,
+    select_best_wrong_draft,
+    select_random_draft,
+    select_worst_draft,
+)
 from ...drafts.splice import TextSplice, TokenBudget
-from ...drafts.text import DEFAULT_TEMPLATE, DraftTemplate, strip_thinking
+from ...drafts.text import DEFAULT_TEMPLATE, DraftTemplate
+from ...thinking import strip_thinking
+
+WHEN_ALIKE = {
+    "condition": Fallback.CHOSEN_DRAFT,
+    "plain_prompt": Fallback.PLAIN_PROMPT,
+    "skip": Fallback.SKIP,
+}
 
 if TYPE_CHECKING:
     from .config import IGRPOConfig
@@ -19,6 +33,8 @@ CHOICES: dict[str, dict[str, Any]] = {
         "best": select_best_draft,
         "random": select_random_draft,
         "worst": select_worst_draft,
+        "best_wrong": select_best_wrong_draft,
+        "random_tokens": select_best_draft,
         "none": select_best_draft,
     },
     "draft_ties": {
@@ -26,11 +42,8 @@ CHOICES: dict[str, dict[str, Any]] = {
         "random": Ties.RANDOM,
         "shortest": Ties.SHORTEST,
     },
-    "all_drafts_failed": {
-        "condition": Fallback.CHOSEN_DRAFT,
-        "plain_prompt": Fallback.PLAIN_PROMPT,
-        "skip": Fallback.SKIP,
-    },
+    "all_drafts_failed": WHEN_ALIKE,
+    "all_drafts_right": WHEN_ALIKE,
     "draft_keep": {"tail": "tail", "head": "head"},
 }
 
@@ -38,6 +51,7 @@ OF_RULES = (
     "draft_choice",
     "draft_ties",
     "all_drafts_failed",
+    "all_drafts_right",
     "strip_draft_thinking",
     "max_draft_length",
     "max_spliced_prompt_length",
@@ -73,15 +87,21 @@ def rules_of(
             CHOICES["draft_keep"][args.draft_keep],
             chat_template_kwargs or {},
         )
-    strip = strip_thinking if args.strip_draft_thinking else None
+    strip: Callable[[str], str] | None = strip_thinking if args.strip_draft_thinking else None
+    if args.draft_choice == "random_tokens":
+        strip = RandomTokens(tokenizer)
+    select = CHOICES["draft_choice"][args.draft_choice]
+    if args.draft_choice == "best_wrong" and args.success_reward != 1.0:
+        select = partial(select, success_reward=args.success_reward)
     template = template_of(args.draft_template)
     # Every scored draft ties with every other where one is chosen at random.
     ties = "random" if args.draft_choice == "random" else args.draft_ties
     return DraftRules(
-        select=CHOICES["draft_choice"][args.draft_choice],
+        select=select,
         ties=CHOICES["draft_ties"][ties],
         failed_below=args.success_reward,
         when_failed=CHOICES["all_drafts_failed"][args.all_drafts_failed],
+        when_solved=CHOICES["all_drafts_right"][args.all_drafts_right],
         dropout=1.0 if args.draft_choice == "none" else args.draft_dropout,
         splice=TextSplice(template, strip, marker_tokens(tokenizer), budget),
     )

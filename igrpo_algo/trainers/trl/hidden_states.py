@@ -85,8 +85,7 @@ def _apply(
     in_float32: bool,
 ) -> dict[str, Tensor | None]:
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
-    # PEFT's wrapper of a layer with trainable tokens has no attribute `bias`.
-    weight, bias = _whole(layer.weight), _whole(getattr(layer, "bias", None))
+    weight, bias = _whole(layer)
     hidden = hidden.to(weight.device)
     softcap = getattr(config, "final_logit_softcapping", None)
     precision: AbstractContextManager[Any] = nullcontext()
@@ -95,7 +94,10 @@ def _apply(
     with precision, maybe_gather_lm_head_ctx(weight, bias):
         weight = weight.to(hidden.dtype)
         bias = None if bias is None else bias.to(hidden.dtype)
-        return head(HeadInput(hidden, weight, bias, softcap, _logit_scale(config), aux_loss))
+        out = head(HeadInput(hidden, weight, bias, softcap, _logit_scale(config), aux_loss))
+    if hasattr(layer, "reshard") and not torch.is_grad_enabled():
+        layer.reshard()
+    return out
 
 
 def _positions(
@@ -112,9 +114,25 @@ def _positions(
     return positions[:, -tokens.shape[1] :]  # a prefix of PEFT's stands in the mask alone
 
 
-def _whole(weight: Any) -> Any:
-    """Gather a weight that FSDP2 has sharded."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+def _whole(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Give the head's weight and bias, gathered where FSDP2 keeps the head as a unit of its own.
+
+    FSDP2 gathers a unit when its forward is called, which is not; asked to, it does as well, and
+    averages the gradient over ranks like any other. `full_tensor()` would not: each rank would
+    keep the part of its own gradient that belongs to its shard.
+    """
+    if hasattr(layer, "unshard"):
+        layer.unshard()
+    # PEFT's wrapper of a layer with trainable tokens has no attribute `bias`.
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    if hasattr(weight, "full_tensor"):
+        if torch.is_grad_enabled() and weight.requires_grad:
+            raise ValueError(
+                "the head's weight is sharded with another module (a tied embedding wrapped by "
+                "itself): leave it to the root unit, as accelerate's TRANSFORMER_BASED_WRAP does"
+            )
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    return weight, bias
 
 
 def _logit_scale(config: Any) -> float:

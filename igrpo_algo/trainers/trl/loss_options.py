@@ -35,6 +35,8 @@ SURROGATE_OPTIONS = (
     "vespo_lambda_neg",
 )
 
+WAY_OUT = "; use_trl_loss=True trains with it as TRL does"
+
 
 def surrogate_of(args: GRPOConfig) -> Surrogate:
     """Turn `loss_type`, the clip bounds and `importance_sampling_level` into a surrogate.
@@ -51,14 +53,13 @@ def surrogate_of(args: GRPOConfig) -> Surrogate:
     if args.loss_type in ("cispo", "sapo", "vespo") and (by_sequence or args.delta is not None):
         raise ValueError(
             f"loss_type={args.loss_type!r} takes neither delta nor importance_sampling_level="
-            f"'sequence', got delta={args.delta} and {args.importance_sampling_level!r}; "
-            "use_trl_loss=True trains with them as TRL does"
+            f"'sequence', got delta={args.delta} and {args.importance_sampling_level!r}{WAY_OUT}"
         )
     if args.loss_type == "cispo":
         if high < 1:
             raise ValueError(
                 "loss_type='cispo' caps the ratio itself at epsilon_high, which must be at least 1 "
-                f"(5.0, say), got {high}; use_trl_loss=True trains with it as TRL does"
+                f"(5.0, say), got {high}{WAY_OUT}"
             )
         return Cispo(max_ratio=high)
     if args.loss_type == "sapo":
@@ -68,9 +69,13 @@ def surrogate_of(args: GRPOConfig) -> Surrogate:
             args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg
         )
     if not by_sequence:
+        if args.delta is not None and args.delta < 1 + high:
+            raise ValueError(
+                f"delta must be at least 1 + epsilon_high = {1 + high}, got {args.delta}{WAY_OUT}"
+            )
         return Clip(low, high, args.delta)
     if args.delta is not None:
-        raise ValueError("delta needs importance_sampling_level='token'")
+        raise ValueError(f"delta needs importance_sampling_level='token'{WAY_OUT}")
     return SequenceClip(low, high)
 
 
@@ -110,8 +115,7 @@ def kl_of(args: GRPOConfig) -> KlEstimator:
         return K3()
     if args.importance_sampling_level == "sequence":
         raise ValueError(
-            "use_bias_correction_kl=True with importance_sampling_level='sequence' "
-            "needs use_trl_loss=True"
+            f"use_bias_correction_kl=True needs importance_sampling_level='token'{WAY_OUT}"
         )
     return RatioWeighted(K3())
 
@@ -121,7 +125,7 @@ def check_loss(args: IGRPOConfig, surrogate: Surrogate | None, aggregate: Aggreg
 
     Args:
         args: The configuration.
-        surrogate: What the trainer was given in the place of the configuration's.
+        surrogate: What the trainer was given in place of the configuration's.
         aggregate: Likewise.
 
     Raises:
@@ -144,7 +148,7 @@ def check_loss(args: IGRPOConfig, surrogate: Surrogate | None, aggregate: Aggreg
     if folds and (args.top_entropy_quantile < 1.0 or args.off_policy_mask_threshold is not None):
         raise ValueError(
             "top_entropy_quantile and off_policy_mask_threshold need a surrogate that is "
-            "multiplied by importance weights; this one folds them into its own"
+            f"multiplied by importance weights; this one folds them into its own{WAY_OUT}"
         )
 
 

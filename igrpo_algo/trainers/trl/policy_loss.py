@@ -57,7 +57,7 @@ class PolicyLossTrainer(ExactBookkeeping):
 
     Args:
         args: The configuration.
-        surrogate: Loss of a token, in the place of what `args.loss_type` says.
+        surrogate: Loss of a token, in place of what `args.loss_type` says.
         aggregate: How tokens are averaged, likewise.
         **kwargs: Any other argument of TRL's `GRPOTrainer`.
 
@@ -309,7 +309,7 @@ class PolicyLossTrainer(ExactBookkeeping):
             self._append(name, self._extreme(values))
 
     def _extreme(self, values: Tensor) -> Tensor:
-        """Find the greatest value over all ranks that is no number but NaN; NaN without any."""
+        """Find the greatest value over all ranks that is not a number but NaN; NaN without any."""
         known = values[~values.isnan()]
         own = known.max() if len(known) else values.new_tensor(-torch.inf)
         greatest = self.accelerator.gather(own).max()

@@ -13,8 +13,9 @@ from ...prompts import encode_prompt
 from ...rollouts.completions import Completion
 from ...rollouts.records import Rollout
 from ...rollouts.sampling import AnySampler
+from ..draft_layout import DraftLayout
 from .sampler import draw_rollouts, sync_sampler
-from .stages import DraftLayout, Drafts, Sampled, Stage, TwoStages
+from .stages import Drafts, Sampled, Stage, TwoStages
 from .streamed_rewards import Scored, StreamedRewards
 from .two_stages import TwoStageTrainer
 

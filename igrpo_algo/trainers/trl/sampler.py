@@ -1,4 +1,4 @@
-"""A sampler of the library in the place of TRL's generation: checked, synced, and asked."""
+"""A sampler of the library in place of TRL's generation: checked, synced, and asked."""
 
 import logging
 from collections.abc import Iterator

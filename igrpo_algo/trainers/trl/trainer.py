@@ -19,6 +19,7 @@ from igrpo_kernels.surrogates import Surrogate
 from ...drafts.rules import DraftRules
 from ...early_warning import EarlyWarning
 from ...rollouts.sampling import AnySampler
+from ..draft_layout import DraftLayout
 from .advantage_options import Advantage, check_advantage
 from .config import IGRPOConfig
 from .data_checks import check_images, check_prompts
@@ -27,7 +28,7 @@ from .loss_rows import join_stages
 from .metrics import count_rows, stage_metrics
 from .sampled_stages import SampledTrainer
 from .sampler import check_sampler_options
-from .stages import DraftLayout, Stage, TwoStages
+from .stages import Stage, TwoStages
 from .versions import warn_of_untested_trl
 
 logger = logging.getLogger(__name__)
@@ -69,18 +70,18 @@ class IGRPOTrainer(SampledTrainer):
         train_dataset: As TRL's.
         eval_dataset: As TRL's.
         processing_class: A tokenizer; processors of images are refused.
-        rules: Which draft Stage 2 sees, and how it gets into the prompt, in the place of what the
+        rules: Which draft Stage 2 sees, and how it gets into the prompt, in place of what the
             options of `args` say.
         advantage: From rewards [P, G] to advantages [P, G]: any function of
-            `igrpo_algo.advantages` or your own, in the place of `args.scale_rewards`.
-        sampler: What draws both stages in the place of TRL's generation: any sampler of
+            `igrpo_algo.advantages` or your own, in place of `args.scale_rewards`.
+        sampler: What draws both stages in place of TRL's generation: any sampler of
             `igrpo_algo.engines`, or your own. No prompt waits for another's drafts
             (`stream_two_stage_rollout`); weights follow by its `sync_weights` after each update,
             and its log-probs feed TRL's importance correction (`vllm_importance_sampling_...`).
             With several ranks each draws the prompts whose first row it holds.
         selection_func: A reward function, sync or async, that ranks drafts and is not trained on.
             It is called as the others are; what it logs with `log_extra` has no row in the table.
-        surrogate: Loss of a token, in the place of what `args.loss_type` says.
+        surrogate: Loss of a token, in place of what `args.loss_type` says.
         aggregate: How tokens are averaged, likewise. Where its `denominator` is None the trainer
             sets that of the accumulation window.
         **kwargs: Any other argument of `GRPOTrainer`.

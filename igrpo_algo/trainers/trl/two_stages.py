@@ -9,8 +9,9 @@ from accelerate.utils import gather_object
 from ...drafts.rules import DraftRules
 from ...rollouts.completions import Completion
 from ...seeds import derive_seed
+from ..draft_layout import DraftLayout
 from .one_stage import StageTrainer
-from .stages import DraftLayout, Drafts, Refined, Stage, TwoStages
+from .stages import Drafts, Refined, Stage, TwoStages
 
 
 class TwoStageTrainer(StageTrainer):

@@ -122,6 +122,25 @@ def test_paths_in_the_home_folder_and_upper_case_endings(tmp_path: Path, monkeyp
         load_prompts("missing.JSON")
 
 
+def test_the_next_column_serves_where_the_answer_is_empty(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "answer": "1", "solution": r"\boxed{2}", "ground_truth": "3"},
+        {"prompt": "b", "answer": " ", "solution": r"So \boxed{2}.", "ground_truth": "3"},
+        {"prompt": "c", "answer": None, "solution": "", "ground_truth": 3},
+        {"prompt": "d", "solution": r"\boxed{2}"},
+        {"prompt": "e", "answer": "", "solution": None, "ground_truth": ""},
+    ]
+    path = write_jsonl(tmp_path / "several.jsonl", rows)
+    assert [row["answer"] for row in load_prompts(path)] == ["1", "2", "3", "2", None]
+    named = load_prompts(path, answer_column="ground_truth", limit=3)
+    assert [row["answer"] for row in named] == ["3", "3", "3"]
+    with pytest.raises(ValueError, match=r"line 4: column 'ground_truth' is missing"):
+        load_prompts(path, answer_column="ground_truth")
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "answer": "", "solution": [1]}])
+    with pytest.raises(TypeError, match=r"line 1, column 'solution': an answer must be a string"):
+        load_prompts(bad)
+
+
 def test_a_missing_number_is_no_answer(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "answer": 1.5}, {"prompt": "b", "answer": float("nan")}]
     answers = [row["answer"] for row in load_prompts(write_jsonl(tmp_path / "a.jsonl", rows))]

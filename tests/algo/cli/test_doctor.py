@@ -39,18 +39,18 @@ def test_doctor_reports_this_machine_as_json() -> None:
         "token_logprobs", "linear_token_logprobs", "clipped_policy_loss", "linear_policy_loss",
     }  # fmt: skip
     assert findings["memory_gib"] > 0.1
-    assert findings["fused_head"]["cpu"]["choice"] == "igrpo"
+    assert "of TRL's time" in findings["trainer_head"]["cpu"]
 
 
-def test_doctor_says_whose_head_is_faster_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_how_fast_the_head_was_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command.torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(command.torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(command, "_device", lambda index: dict.fromkeys(DEVICE, "?"))
     done = CliRunner().invoke(app, ["doctor"])
     lines = [line.strip() for line in done.stdout.splitlines()]
-    at = lines.index('fused_head="auto" of the trainer')
-    assert lines[at + 1].startswith("cpu                     igrpo: ours took 0.")
-    assert lines[at + 2] == "cuda:0                  trl: nothing was measured on capability (7, 5)"
+    at = lines.index("the trainer's own head beside TRL's (use_trl_loss=True)")
+    assert lines[at + 1].startswith("cpu                     the loss took 0.")
+    assert lines[at + 2] == "cuda:0                  not yet measured on capability (7, 5)"
 
 
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import igrpo_algo.cli.eval as eval_command
+from igrpo_algo.cli import answers
 from igrpo_algo.cli.app import app
 from igrpo_algo.cli.options import load_tokenizer
 from igrpo_algo.drafts.rules import DraftRules
@@ -18,7 +19,7 @@ from igrpo_algo.engines.base import EngineSampler
 from igrpo_algo.engines.distribution import Distribution
 from igrpo_algo.rollouts.completions import Completion
 
-RANDOM = eval_command.RefinedDraft.RANDOM
+RANDOM = answers.RefinedDraft.RANDOM
 REWARD = "def vowels(completions, **columns):\n    return [x(c) for c in completions]\n\n\n" + (
     "def x(c):\n    return float(sum(map(c[-1]['content'].count, 'aeiou')) > 0)\n"
 )
@@ -101,13 +102,13 @@ def test_stopped_eval_goes_on_to_the_same_numbers(
     Path("out/samples.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:40])  # torn in batch 2
     Path("out/summary.json").unlink()
     answered = []
-    honest = eval_command.answer_batch
+    honest = answers.answer_batch
 
     def counted(rows: Any, first: int, *rest: Any) -> Any:
         answered.append(first)
         return honest(rows, first, *rest)
 
-    monkeypatch.setattr(eval_command, "answer_batch", counted)
+    monkeypatch.setattr(answers, "answer_batch", counted)
     done = igrpo_eval(tiny_model, problems)
     assert done.exit_code == 0, done.output
     assert answered == [2, 4]
@@ -202,11 +203,11 @@ def test_each_batch_has_its_own_seeds() -> None:
     def reward(completions: Any, **columns: Any) -> list[float]:
         return [0.0 for _ in completions]
 
-    protocol = eval_command.Protocol(1, 1, 1, RANDOM, 2, 1.0, (1,), 0)
+    protocol = answers.Protocol(1, 1, 1, RANDOM, 2, 1.0, (1,), 0)
     sampler, rules = Sampler(), DraftRules()
     rows = [{"prompt": "same"}] * 2
     for first in (0, 2):
-        list(eval_command.answer_batch(rows, first, sampler, {"zero": reward}, protocol, rules))
+        list(answers.answer_batch(rows, first, sampler, {"zero": reward}, protocol, rules))
     assert len(sampler.seeds) == len(set(sampler.seeds)) == 12
 
 
@@ -228,10 +229,10 @@ def test_drafts_are_shown_as_in_training(tiny_model: str) -> None:
     tokenizer = load_tokenizer(tiny_model, trust_remote_code=False)
     tokenizer.chat_template += "{{ effort }}"
     sampler = Rambling(tokenizer, Distribution(), 1, {"effort": "much " * 20})
-    rules = eval_command.draft_rules(RANDOM, sampler)
-    protocol = eval_command.Protocol(1, 1, 1, RANDOM, 2, 1.0, (1,), 0)
+    rules = answers.draft_rules(RANDOM, sampler)
+    protocol = answers.Protocol(1, 1, 1, RANDOM, 2, 1.0, (1,), 0)
     rows = [{"prompt": [{"role": "user", "content": "q"}]}]
-    (record,) = eval_command.answer_batch(rows, 0, sampler, {"zero": reward}, protocol, rules)
+    (record,) = answers.answer_batch(rows, 0, sampler, {"zero": reward}, protocol, rules)
     spliced = tokenizer.decode(sampler.prompts[-1])
     draft = spliced.partition("q\nEarlier attempt, which may be wrong: ")[2]
     draft = draft.partition("tail")[0]

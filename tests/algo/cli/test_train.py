@@ -60,14 +60,15 @@ def rows(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def test_another_sampler_draws(tiny_model: str, problems: str) -> None:
-    done = igrpo(*arguments(tiny_model, problems, "--sampler", "transformers"))
+@pytest.mark.parametrize("sampler", ["static", "transformers"])
+def test_another_sampler_draws(tiny_model: str, problems: str, sampler: str) -> None:
+    done = igrpo(*arguments(tiny_model, problems, "--sampler", sampler))
     assert done.exit_code == 0, done.output
     training = [row for row in rows("out/metrics.jsonl") if "reward" in row]
     assert len(training) == 2
     # The engine was synced: its log-probs are the trainer's, in float32.
     assert max(row["sampling/sampling_logp_difference/max"] for row in training) < 1e-3
-    assert json.loads(Path("out/run.json").read_text())["sampler"] == "transformers"
+    assert json.loads(Path("out/run.json").read_text())["sampler"] == sampler
     other = igrpo(*arguments(tiny_model, problems, "--resume", steps=3))
     assert other.exit_code == 2
     assert "sampler" in other.output
@@ -76,7 +77,7 @@ def test_another_sampler_draws(tiny_model: str, problems: str) -> None:
 def test_a_sampler_that_is_not_known_is_refused(tiny_model: str, problems: str) -> None:
     done = igrpo(*arguments(tiny_model, problems, "--sampler", "sglang"))
     assert done.exit_code == 2
-    assert "--sampler must be transformers, vllm" in " ".join(done.output.split())
+    assert "--sampler must be static, transformers, vllm" in " ".join(done.output.split())
 
 
 def test_train_writes_metrics_summary_and_a_model(tiny_model: str, problems: str) -> None:

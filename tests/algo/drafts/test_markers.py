@@ -154,8 +154,9 @@ def test_cleaning_is_linear_in_the_text(text):
         return time.process_time() - start
 
     seconds(1000)
-    # Ten times the text takes about ten times as long; quadratic cleaning takes a hundred times.
-    assert min(seconds(80_000) for _ in range(3)) < 30 * min(seconds(8_000) for _ in range(3))
+    # Ten times the text takes ten times the processor's time, up to the noise of a busy machine in
+    # milliseconds; quadratic cleaning takes a hundred times, which is minutes here.
+    assert seconds(800_000) < 60 * max(min(seconds(80_000) for _ in range(3)), 0.05)
 
 
 def test_a_marker_is_not_completed_by_the_text_around_the_draft():

@@ -13,6 +13,7 @@ from igrpo_algo.drafts.select import (
     SelectedDrafts,
     random_ties,
     select_best_draft,
+    select_best_wrong_draft,
     select_random_draft,
     select_worst_draft,
 )
@@ -22,7 +23,12 @@ from igrpo_algo.rollouts.completions import Completion
 
 NAN = math.nan
 ARROW = TextSplice(DraftTemplate(" -> ", ""))
-SELECTS = [select_best_draft, select_worst_draft, select_random_draft]
+SELECTS = [
+    select_best_draft,
+    select_worst_draft,
+    select_best_wrong_draft,
+    select_random_draft,
+]
 REWARDS = st.sampled_from([NAN, 0.0, 0.5, 1.0])
 
 
@@ -40,18 +46,17 @@ def cases(draw):
         return [[draw(values) for _ in range(num_drafts)] for _ in range(num_prompts)]
 
     ties = draw(st.sampled_from(Ties))
-    select = draw(st.sampled_from(SELECTS if ties is Ties.RANDOM else SELECTS[:2]))
+    select = draw(st.sampled_from(SELECTS if ties is Ties.RANDOM else SELECTS[:3]))
     failed_below = draw(st.sampled_from([None, 0.5, 1.0]))
-    when_failed = draw(st.sampled_from(Fallback)) if failed_below else Fallback.CHOSEN_DRAFT
-    when_unscored = draw(st.sampled_from([Fallback.PLAIN_PROMPT, Fallback.SKIP]))
+    fallbacks = st.sampled_from(Fallback if failed_below else [Fallback.CHOSEN_DRAFT])
     rules = DraftRules(
         select,
-        None,
-        ties,
-        failed_below,
-        when_failed,
-        when_unscored,
-        draw(st.sampled_from([0, 0.5])),
+        ties=ties,
+        failed_below=failed_below,
+        when_failed=draw(fallbacks),
+        when_solved=draw(fallbacks),
+        when_unscored=draw(st.sampled_from([Fallback.PLAIN_PROMPT, Fallback.SKIP])),
+        dropout=draw(st.sampled_from([0, 0.5])),
     )
     return rules, table(REWARDS), table(REWARDS), table(st.integers(0, 2))
 
@@ -59,15 +64,21 @@ def cases(draw):
 def by_loop(rules, rewards, scores, lengths, draws):
     """One prompt by the rules, in words: index, failed, dropped, skipped, plain."""
     dropout_draw, *tie_draws = draws
-    sign = {select_best_draft: 1, select_worst_draft: -1, select_random_draft: 0}[rules.select]
+    sign = dict(zip(SELECTS, (1, -1, 1, 0), strict=True))[rules.select]
     ties = {Ties.FIRST: [0] * 9, Ties.SHORTEST: [-n for n in lengths], Ties.RANDOM: tie_draws}
     scored = [n for n, s in enumerate(scores) if not math.isnan(s + rewards[n])]
+    if rules.select is select_best_wrong_draft:
+        scored = [n for n in scored if scores[n] < 1.0]
     order = sorted(scored, key=lambda n: (-sign * scores[n], -ties[rules.ties][n], n))
     failed = rules.failed_below is not None and not any(r >= rules.failed_below for r in rewards)
     if not order:
         return -1, failed, False, rules.when_unscored is Fallback.SKIP, True
+    known = [r for r in rewards if not math.isnan(r)]
+    solved = rules.failed_below is not None and min(known) >= rules.failed_below
     if failed and rules.when_failed is not Fallback.CHOSEN_DRAFT:
         return order[0], True, False, rules.when_failed is Fallback.SKIP, True
+    if solved and rules.when_solved is not Fallback.CHOSEN_DRAFT:
+        return order[0], False, False, rules.when_solved is Fallback.SKIP, True
     dropped = dropout_draw < rules.dropout
     return order[0], failed, dropped, False, dropped
 
@@ -188,7 +199,9 @@ def test_where_nothing_of_a_draft_stands_the_prompt_is_plain(left):
         ({"ties": "random"}, TypeError, "ties must be a Ties, got str 'random'"),
         ({"when_failed": "skip"}, TypeError, "when_failed must be a Fallback, got str 'skip'"),
         ({"when_unscored": None}, TypeError, "when_unscored must be a Fallback"),
-        ({"when_failed": Fallback.SKIP}, ValueError, "no effect without failed_below"),
+        ({"when_failed": Fallback.SKIP}, ValueError, "when_failed = .* without failed_below"),
+        ({"when_solved": 1}, TypeError, "when_solved must be a Fallback, got int 1"),
+        ({"when_solved": Fallback.SKIP}, ValueError, "when_solved = .* without failed_below"),
         ({"when_unscored": Fallback.CHOSEN_DRAFT}, ValueError, "when_unscored must be"),
         ({"failed_below": NAN}, ValueError, "failed_below must be finite"),
         ({"dropout": 1.5}, ValueError, "dropout must be <= 1, got 1.5"),
@@ -232,3 +245,12 @@ def test_a_select_that_gives_the_index_of_no_draft_is_named(index):
 def test_what_choose_refuses(rules, arguments, error, match):
     with pytest.raises(error, match=match):
         DraftRules(**rules).choose(**{"rewards": torch.zeros(1, 2), "seeds": [0], **arguments})
+
+
+def test_a_draft_only_where_drafts_differ():
+    rules = DraftRules(
+        failed_below=1.0, when_failed=Fallback.PLAIN_PROMPT, when_solved=Fallback.PLAIN_PROMPT
+    )
+    chosen = choose([[0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [1.0, NAN]], rules=rules)
+    assert chosen.plain.tolist() == [False, True, True, True]
+    assert chosen.index.tolist() == [1, 0, 0, 0]

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from igrpo_algo.drafts.select import (
     random_ties,
     select_best_draft,
+    select_best_wrong_draft,
     select_random_draft,
     select_worst_draft,
     shortest_first,
@@ -235,3 +236,20 @@ def test_bad_random_ties(num_drafts, seeds, error, message):
 def test_lengths_that_are_no_integers_make_no_ties():
     with pytest.raises(TypeError, match=r"lengths must be an integer tensor"):
         shortest_first(torch.ones(1, 2))
+
+
+def test_the_best_wrong_draft_is_a_near_miss() -> None:
+    rewards = torch.tensor(
+        [[0.0, 1.0, 0.5], [1.0, 1.0, 2.0], [math.nan, 0.5, 1.0], [0.2, 0.2, 1.0]]
+    )
+    chosen = select_best_wrong_draft(rewards)
+    assert chosen.index.tolist() == [2, -1, 1, 0]
+    assert chosen.found.tolist() == [True, False, True, True]
+    assert select_best_wrong_draft(rewards, success_reward=0.5).index.tolist() == [0, -1, -1, 0]
+    ties = torch.tensor([[0.0, 1.0, 2.0]]).expand(4, 3)
+    assert select_best_wrong_draft(rewards, tie_scores=ties).index.tolist() == [2, -1, 1, 1]
+
+
+def test_the_best_wrong_draft_wants_a_number() -> None:
+    with pytest.raises(TypeError, match="success_reward must be a number, got str '1'"):
+        select_best_wrong_draft(torch.zeros(1, 2), success_reward="1")  # type: ignore[arg-type]

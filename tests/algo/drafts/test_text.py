@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from igrpo_algo import thinking
 from igrpo_algo.drafts import markers
 from igrpo_algo.drafts import text as prompts
 from igrpo_algo.drafts.text import (
@@ -15,7 +16,6 @@ from igrpo_algo.drafts.text import (
     PAPER_TEMPLATE,
     DraftTemplate,
     splice_prompt,
-    strip_thinking,
 )
 
 BRACKETS = DraftTemplate(before="\n[", after="]\nBetter:", delimiters=("]\n",))
@@ -127,44 +127,6 @@ def test_a_draft_cannot_close_its_delimiters(draft):
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("<think>a</think>\n\nIt is 5.", "It is 5."),
-        ("It is 5.", "It is 5."),
-        ("", ""),
-        ("a</think> b", "b"),  # thinking opened in the prompt
-        ("<think>a", ""),  # cut off while thinking
-        ("5 <think>a</think>= 5 <think>b", "5 = 5"),
-        ("<think>a</think>b<think>c</think>d", "bd"),
-        ("<think>a<think>b</think>c</think>d", "d"),  # nested: all up to the last close
-        ("<think>a</think>b</think>c", "c"),
-        ("<think></think>", ""),
-        ("a <think> b </think", "a"),  # half a mark closes nothing
-    ],
-)
-def test_strip_thinking_by_hand(text, answer):
-    assert strip_thinking(text) == answer
-
-
-@given(st.lists(st.sampled_from(["<think>", "</think>", "a", " b", "\n"]), max_size=12))
-@settings(max_examples=50)
-def test_strip_thinking_agrees_with_a_walk_over_the_marks(pieces):
-    answer, thinking = "", False
-    for piece in pieces:
-        if piece == "<think>":
-            thinking = True
-        elif piece == "</think>":
-            answer, thinking = (answer if thinking else ""), False
-        elif not thinking:
-            answer += piece
-    assert strip_thinking("".join(pieces)) == answer.strip()
-
-
-def test_strip_thinking_with_other_marks():
-    assert strip_thinking("[T]a[/T] b", open="[T]", close="[/T]") == "b"
-
-
-@pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
         ({"before": 1, "after": ""}, TypeError, r"before must be a str, got int 1"),
@@ -203,21 +165,15 @@ def test_bad_options():
         splice_prompt("q", "d", template="{draft}")
     with pytest.raises(TypeError, match=r"special_tokens must be a collection of str, got str"):
         splice_prompt("q", "d", special_tokens="</s>")
-    with pytest.raises(TypeError, match=r"text must be a str"):
-        strip_thinking(None)
-    with pytest.raises(TypeError, match=r"close must be a str"):
-        strip_thinking("a", close=1)
-    for marks in ({"open": ""}, {"close": ""}, {"open": "</think>"}):
-        with pytest.raises(ValueError, match=r"open and close must be two different marks"):
-            strip_thinking("a", **marks)
 
 
 def test_these_modules_need_nothing_but_the_standard_library(tmp_path):
     """Import them as a package of their own, in a process that has no installed packages."""
-    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "drafts").mkdir(parents=True)
+    shutil.copy(thinking.__file__, tmp_path / "alone")
     for module in (prompts, markers):  # text.py and markers.py
-        shutil.copy(module.__file__, tmp_path / "alone")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import alone.text"
+        shutil.copy(module.__file__, tmp_path / "alone" / "drafts")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import alone.drafts.text"
     command = [sys.executable, "-S", "-I", "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -21,3 +21,17 @@ def fake():
     for server in made:
         server.gate.set()
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from tiny_model import make_tokenizer
+
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model():
+    from tiny_model import make_model
+
+    return make_model()

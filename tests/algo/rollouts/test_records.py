@@ -74,7 +74,6 @@ def test_skipped_prompts_keep_their_rows(groups):
 
 
 def test_join_index_iterate():
-    assert Rollouts.concat([ALL[:1], ALL[1:]]) == ALL
     assert Rollouts.of(iter([DROPPED, FIRST, SKIPPED])) == ALL
     assert ALL[-1] == DROPPED
     assert ALL[::2] == Rollouts([FIRST, DROPPED])

@@ -24,7 +24,6 @@ def test_a_row_worked_by_hand() -> None:
     assert row.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
     assert row.lengths == ((2, 2, 0, 1), (1, 1))
     assert row.index.tolist() == [0, 1, 2, 3]
-    assert row.count == 4
     assert row.cu_seqlens.tolist() == [0, 2, 2, 3, 4]
     assert row.targets.tolist() == [7, 8, 9, 3]
     assert row.predictors.tolist() == [1, 2, 1, 5]
@@ -62,7 +61,6 @@ def test_every_completion_stands_once_after_its_prompt(batch, slack) -> None:
     found = [item for row in rows for item in sequences(row).items()]
     wanted = [(p, tail) for p, tails in batch for tail in tails]
     assert found == list(enumerate(wanted))
-    assert {row.count for row in rows} == {len(wanted)}
     if limit is None:
         assert len(rows) == 1
     else:
@@ -87,22 +85,12 @@ def test_completions_and_tensors_are_ids_too() -> None:
     assert row.input_ids.tolist() == [[5, 6, 7, 8]]
 
 
-def test_values_are_picked_for_each_row() -> None:
-    first, second = pack_shared_prompt(PROMPTS, COMPLETIONS, max_tokens=5)
-    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    assert first.per_completion(values).tolist() == [1.0, 2.0, 3.0]
-    assert second.per_completion(values.flatten()).tolist() == [4.0]
-    table = torch.tensor([[1.0, 2.0], [9.0, 9.0], [3.0, 9.0], [4.0, 9.0]])
-    assert first.per_token(table).tolist() == [1.0, 2.0, 3.0]
-    assert second.per_token(table).tolist() == [4.0]
-
-
 def test_moving_takes_every_tensor_along() -> None:
     (row,) = pack_shared_prompt(PROMPTS, COMPLETIONS)
     moved = row.to("meta")
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     assert [tensor.device.type for tensor in tensors] == ["meta"] * 6
-    assert (moved.lengths, moved.count) == (row.lengths, row.count)
+    assert moved.lengths == row.lengths
     assert moved.model_inputs()["attention_mask"].device.type == "meta"
 
 
@@ -125,7 +113,7 @@ def test_the_loss_is_that_of_sequences_and_their_gradients_add_up() -> None:
     loss = linear_policy_loss(
         **row.loss_inputs(hidden),
         weight=weight,
-        advantages=row.per_completion(advantages),
+        advantages=advantages,
         **terms,
     ).loss
     loss.backward()
@@ -141,7 +129,7 @@ def test_a_prompt_whose_completions_are_all_empty_has_a_loss_of_zero() -> None:
     loss = linear_policy_loss(
         **row.loss_inputs(hidden),
         weight=torch.randn(10, 3),
-        advantages=row.per_completion(torch.tensor([1.0, -1.0])),
+        advantages=torch.tensor([1.0, -1.0]),
         surrogate=Clip(),
         aggregate=SequenceMean(),
     ).loss
@@ -181,15 +169,7 @@ def test_a_budget_that_cannot_hold_a_sequence_is_named() -> None:
         pack_shared_prompt([[1]], [[[2]]], max_tokens=0)
 
 
-def test_values_of_the_wrong_size_are_named() -> None:
+def test_hidden_states_of_the_wrong_size_are_named() -> None:
     (row,) = pack_shared_prompt(PROMPTS, COMPLETIONS)
-    with pytest.raises(ValueError, match=r"in all = \[4\], got \[3\]"):
-        row.per_completion(torch.ones(3))
-    with pytest.raises(TypeError, match=r"values must be a torch\.Tensor"):
-        row.per_completion([1.0])
-    with pytest.raises(ValueError, match=r"\[4, at least 2\], got \[3, 2\]"):
-        row.per_token(torch.ones(3, 2))
-    with pytest.raises(ValueError, match=r"\[4, at least 2\], got \[4, 1\]"):
-        row.per_token(torch.ones(4, 1))
     with pytest.raises(ValueError, match=r"with S = 7, got \[2, 7, 3\]"):
         row.loss_inputs(torch.ones(2, 7, 3))

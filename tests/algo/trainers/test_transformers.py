@@ -166,10 +166,10 @@ def test_a_whole_step_in_several_rows_is_the_loss_over_sequences(prompts, comple
         linear_policy_loss(
             **row.loss_inputs(shared_prompt_hidden(model, row)),
             weight=model.lm_head.weight,
-            advantages=row.per_completion(advantages),
+            advantages=advantages[row.index],
             surrogate=Clip(),
-            aggregate=SequenceMean(denominator=row.count),
-            old_logprobs=row.per_token(old),
+            aggregate=SequenceMean(denominator=len(advantages)),
+            old_logprobs=old[row.index][mask[row.index]],
         ).loss
         for row in rows
     ]

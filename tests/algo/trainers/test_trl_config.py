@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_qwen import make_tokenizer, third_party
 from transformers import HfArgumentParser
 
+from igrpo_algo.drafts.random_tokens import RandomTokens
 from igrpo_algo.drafts.rules import DraftRules, Fallback, Ties
-from igrpo_algo.drafts.select import select_random_draft, select_worst_draft
+from igrpo_algo.drafts.select import (
+    select_best_wrong_draft,
+    select_random_draft,
+    select_worst_draft,
+)
 from igrpo_algo.drafts.text import DEFAULT_TEMPLATE, DraftTemplate
 from igrpo_algo.trainers.trl import IGRPOConfig
 from igrpo_algo.trainers.trl.draft_options import rules_of, template_of
@@ -217,6 +223,15 @@ def test_without_drafts_it_is_plain_grpo() -> None:
             DraftRules(select_random_draft, ties=Ties.RANDOM, failed_below=1.0, dropout=0.25),
         ),
         ({"draft_choice": "none"}, DraftRules(failed_below=1.0, dropout=1.0)),
+        ({"draft_choice": "random_tokens"}, DraftRules(failed_below=1.0)),
+        (
+            {"draft_choice": "best_wrong"},
+            DraftRules(select_best_wrong_draft, failed_below=1.0),
+        ),
+        (
+            {"all_drafts_right": "plain_prompt"},
+            DraftRules(failed_below=1.0, when_solved=Fallback.PLAIN_PROMPT),
+        ),
         (
             {"all_drafts_failed": "skip", "draft_ties": "random"},
             DraftRules(failed_below=1.0, when_failed=Fallback.SKIP, ties=Ties.RANDOM),
@@ -228,8 +243,16 @@ def test_options_about_drafts_as_rules(options: dict[str, Any], rules: DraftRule
     assert replace(made, splice=rules.splice) == rules
 
 
+def test_the_best_wrong_draft_is_below_the_reward_of_success() -> None:
+    made = rules_of(make(draft_choice="best_wrong", success_reward=0.5), make_tokenizer())
+    assert made.choose(torch.tensor([[0.7, 0.2, 0.4]]), seeds=[0]).index.item() == 2
+
+
 def test_options_about_the_splice() -> None:
     tokenizer = make_tokenizer()
+    assert rules_of(make(draft_choice="random_tokens"), tokenizer).splice.strip == RandomTokens(
+        tokenizer
+    )
     plain = rules_of(make(strip_draft_thinking=False), tokenizer).splice
     assert (plain.strip, plain.budget, plain.template) == (None, None, DEFAULT_TEMPLATE)
     assert {"<s>", "</s>"} <= set(plain.special_tokens)

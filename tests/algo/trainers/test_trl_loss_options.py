@@ -63,7 +63,7 @@ def test_kl_of_the_options() -> None:
     assert kl_of(make(beta=0.1)) == K3()
     assert kl_of(make(beta=0.1, use_bias_correction_kl=True)) == RatioWeighted(K3())
     assert kl_of(make(use_bias_correction_kl=True)) == K3()
-    with pytest.raises(ValueError, match="needs use_trl_loss=True"):
+    with pytest.raises(ValueError, match=r"level=.token.*use_trl_loss=True"):
         kl_of(make(beta=0.1, use_bias_correction_kl=True, importance_sampling_level="sequence"))
 
 
@@ -74,12 +74,15 @@ def test_kl_of_the_options() -> None:
         ({"loss_type": "cispo", "epsilon_high": 5.0, "delta": 6.0}, "neither delta nor"),
         ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "neither delta nor"),
         ({"delta": 2.0, "importance_sampling_level": "sequence"}, "delta needs"),
-        ({"delta": 1.1}, "dual must be >= 1.2"),
+        ({"delta": 1.1}, r"delta must be at least 1 \+ epsilon_high = 1\.2, got 1\.1"),
     ],
 )
-def test_options_without_a_value_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_options_without_a_value_are_refused_with_the_way_out(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{message}.*use_trl_loss=True"):
         check_loss(make(**options), None, None)
+    assert check_loss(make(use_trl_loss=True, **options), None, None) is None
 
 
 def test_an_unknown_loss_is_refused() -> None:

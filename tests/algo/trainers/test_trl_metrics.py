@@ -7,7 +7,7 @@ import torch
 from tiny_qwen import third_party
 
 from igrpo_algo.drafts.rules import DraftChoices
-from igrpo_algo.drafts.text import strip_thinking
+from igrpo_algo.thinking import strip_thinking
 from igrpo_algo.trainers.trl.metrics import count_rows, stage_metrics
 from igrpo_algo.trainers.trl.stages import Refined
 

@@ -1,4 +1,4 @@
-"""Two processes: groups that straddle them, drawn by TRL and by samplers."""
+"""Two processes: groups that straddle them, weights that they share, runs that are resumed."""
 
 import json
 import os
@@ -13,14 +13,22 @@ from tiny_qwen import early_letters, third_party
 pytestmark = [third_party, pytest.mark.slow]
 
 
-def run_two(folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    worker = Path(__file__).with_name("two_ranks.py")
+HERE = Path(__file__).parent
+
+
+def launch(worker: str, *arguments: str) -> str:
+    """Run a file of this folder on two ranks, each with one thread; give what they print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    command += [str(worker), str(folder), *arguments]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    command += [str(HERE / worker), *arguments]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def run_two(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    launch("two_ranks.py", str(folder), *arguments)
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [rank["world"] for rank in ranks] == [2, 2]
     assert ranks[0]["parameters"] == ranks[1]["parameters"]
@@ -52,3 +60,9 @@ def test_a_sampler_draws_for_both_ranks(tmp_path: Path) -> None:
     # The same weights in float32, once padded in a batch and once token by token.
     assert len(ranks[0]["difference"]) == 3
     assert max(ranks[0]["difference"]) < 1e-4
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2-apart"])
+def test_the_loss_in_a_wrapped_forward_is_that_of_the_whole_batch(wrapper: str) -> None:
+    printed = launch("sharded_head.py", wrapper)
+    assert sorted(printed.splitlines()) == ["rank 0 agrees", "rank 1 agrees"]

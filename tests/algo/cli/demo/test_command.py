@@ -14,13 +14,13 @@ import typer
 from typer.testing import CliRunner
 
 from igrpo_algo.cli.demo import command, workers
-from igrpo_algo.cli.demo.runs import ARMS, DemoConfig, Run, share_runs
+from igrpo_algo.cli.demo.runs import ARMS, DEFAULT_ARMS, DemoConfig, Run, share_runs
 from igrpo_algo.cli.metrics_file import MetricsFile, write_json
 from igrpo_algo.cli.run_folder import save_settings
 from igrpo_algo.files import sole_writer
 
 TINY = DemoConfig(steps=10, prompts_per_step=4, evaluations=2, held_out=20, final_samples=1)
-RUNS = [Run("grpo", 0), Run("igrpo", 0)]
+RUNS = [Run("grpo", 0), Run("igrpo", 0), Run("both-worst", 0)]
 
 app = typer.Typer()
 app.command()(command.demo)
@@ -34,7 +34,7 @@ def finish(run: Run, output_dir: Path, accuracy: float) -> None:
     """Write what a finished run leaves."""
     metrics = run.metrics(output_dir)
     for step in (0, 100):
-        held_out = {"accuracy": accuracy, "entropy": 1.0, "length": 6.0}
+        held_out = {"accuracy": accuracy, "refined_accuracy": accuracy, "entropy": 1.0}
         position = {"step": step, "completions": step * 512, "split": "held-out"}
         metrics.append({"arm": run.arm, "seed": run.seed, **position, **held_out})
     metrics.append(
@@ -42,13 +42,14 @@ def finish(run: Run, output_dir: Path, accuracy: float) -> None:
     )
     right = [4 if index < 1000 * accuracy else 0 for index in range(1000)]
     result = {"arm": run.arm, "seed": run.seed, "accuracy": accuracy, "refined_accuracy": accuracy}
-    write_json(run.folder(output_dir) / "result.json", {**result, "right": right, "cpu_seconds": 1})
+    counts = {"right": right, "refined_right": right, "cpu_seconds": 1}
+    write_json(run.folder(output_dir) / "result.json", {**result, **counts})
 
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     save_settings(tmp_path, asdict(DemoConfig()))
-    for run, accuracy in zip(RUNS, (0.9, 0.6), strict=True):
+    for run, accuracy in zip(RUNS, (0.9, 0.6, 0.9), strict=True):
         finish(run, tmp_path, accuracy)
     return tmp_path
 
@@ -65,7 +66,7 @@ def test_evaluations_are_spread_and_end_with_the_last_step(steps, evaluations, e
     assert DemoConfig(steps=steps, evaluations=evaluations).evaluation_steps == expected
 
 
-@pytest.mark.parametrize("name", ["grpo-0", "both-stages-12", "random-draft-3"])
+@pytest.mark.parametrize("name", ["grpo-0", "both-best-12", "random-3"])
 def test_run_names_are_read_back(name: str) -> None:
     assert Run.parse(name).name == name
 
@@ -89,15 +90,15 @@ def test_a_finished_demo_trains_nothing_and_draws_again(finished: Path, monkeypa
     (finished / "curves.png").write_bytes(b"old")
     done = invoke("--output-dir", str(finished), "--seeds", "1")
     assert done.exit_code == 0
-    assert "All 2 runs" in done.stdout
+    assert "All 3 runs" in done.stdout
     assert "finished; --fresh starts again" in " ".join(done.stdout.split())
-    assert "did worse than GRPO here: -30.0 points" in " ".join(done.stdout.split())
+    assert "iGRPO of the paper: single-shot -30.0 points" in done.stdout
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["base_accuracy"] == 0.9
     assert summary["arms"]["igrpo"]["accuracy"] == {"mean": 0.6, "by_seed": [0.6]}
     assert summary["verdict"] + "\n" == (finished / "verdict.txt").read_text()
-    assert len(MetricsFile(finished / "metrics.jsonl").read()) == 6
+    assert len(MetricsFile(finished / "metrics.jsonl").read()) == 9
 
 
 def test_an_interrupted_demo_says_how_to_go_on(finished: Path, monkeypatch) -> None:
@@ -107,7 +108,7 @@ def test_an_interrupted_demo_says_how_to_go_on(finished: Path, monkeypatch) -> N
     monkeypatch.setattr(command, "train", interrupt)
     done = invoke("--output-dir", str(finished), "--seeds", "2")
     assert done.exit_code == 130
-    assert "2 of 4 runs to go" in done.stdout
+    assert "3 of 6 runs to go" in done.stdout
     assert "goes on from the last checkpoints" in " ".join(done.stdout.split())
 
 
@@ -129,9 +130,9 @@ def test_only_runs_without_a_result_are_trained(finished: Path, monkeypatch) -> 
             finish(run, output_dir, 0.7)
 
     monkeypatch.setattr(command, "train", train)
-    done = invoke("--output-dir", str(finished), "--seeds", "2", "--arm", "both-stages")
+    done = invoke("--output-dir", str(finished), "--seeds", "2", "--arm", "both-best")
     assert done.exit_code == 0
-    assert trained == [["both-stages-0", "grpo-1", "igrpo-1", "both-stages-1"]]
+    assert trained == [["both-best-0", "grpo-1", "igrpo-1", "both-worst-1", "both-best-1"]]
 
 
 def test_other_settings_are_refused_in_one_line(finished: Path, capsys) -> None:
@@ -204,8 +205,8 @@ def test_progress_without_a_terminal_is_a_line_per_evaluation(capsys) -> None:
         progress.show([row])
         progress.show([row, {**row, "split": "train", "step": 2}, {**row, "step": 5}])
     assert capsys.readouterr().out.splitlines() == [
-        "GRPO, 8, seed 0: step 0 of 10, held-out  12.5 %",
-        "GRPO, 8, seed 0: step 5 of 10, held-out  12.5 %",
+        "GRPO, seed 0: step 0 of 10, held-out  12.5 %",
+        "GRPO, seed 0: step 5 of 10, held-out  12.5 %",
     ]
 
 
@@ -276,7 +277,7 @@ def test_the_demo_end_to_end(tmp_path: Path, monkeypatch) -> None:
     done = invoke("--output-dir", str(tmp_path), "--steps", "2", "--seeds", "1")
     assert done.exit_code == 0
     rows = MetricsFile(tmp_path / "metrics.jsonl").read()
-    by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in ("grpo", "igrpo")}
+    by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in DEFAULT_ARMS}
     for own in by_arm.values():
         assert [row["step"] for row in own if row["split"] == "held-out"] == [0, 1, 2]
     assert by_arm["grpo"][0]["accuracy"] == by_arm["igrpo"][0]["accuracy"]
@@ -285,11 +286,10 @@ def test_the_demo_end_to_end(tmp_path: Path, monkeypatch) -> None:
     assert trained["igrpo"].keys() - trained["grpo"].keys() == {
         "draft_reward",
         "best_draft_reward",
-        "copied_drafts",
+        "copy_rate",
         "draft_zero_variance",
     }
     text = (tmp_path / "verdict.txt").read_text()
-    assert text.startswith("Single-shot accuracy on 20 held-out problems after 64 completions")
-    assert "here: " in text
+    assert "Accuracy on 20 held-out problems after 64 completions" in text
     assert (tmp_path / "curves.png").exists()
     assert (tmp_path / "runs/igrpo-0/model/config.json").exists()

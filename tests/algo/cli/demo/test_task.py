@@ -2,16 +2,23 @@
 
 import random
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from igrpo_algo.cli.demo import chain
+from igrpo_algo.cli.demo import chain, evaluation
 from igrpo_algo.cli.demo.evaluation import evaluate, summarize
 from igrpo_algo.cli.demo.model import build_model, build_tokenizer, load_model, save_weights
-from igrpo_algo.cli.demo.warmup import IGNORED, WarmUp, encode, warm_up
+from igrpo_algo.cli.demo.warmup import (
+    IGNORED,
+    WarmUp,
+    chain_conversations,
+    encode,
+    warm_up,
+)
 from igrpo_algo.cli.demo.workers import SHIPPED_WEIGHTS
 from igrpo_algo.drafts.text import splice_prompt
 from igrpo_algo.rollouts.completions import Completion
@@ -147,15 +154,17 @@ def test_labels_are_the_answer_and_its_end(tokenizer) -> None:
 
 
 def test_the_warm_up_learns(tokenizer) -> None:
-    model = build_model(tokenizer)
-    losses = list(warm_up(model, tokenizer, WarmUp(steps=30, batch_size=64)))
+    model, settings = build_model(tokenizer), WarmUp(steps=30, batch_size=64)
+    losses = list(warm_up(model, tokenizer, settings, chain_conversations(settings)))
     assert len(losses) == 30
     assert sum(losses[-3:]) / 3 < 0.8 * losses[0]
 
 
 def test_the_warm_up_is_the_same_each_time(tokenizer) -> None:
     def losses() -> list[float]:
-        return list(islice(warm_up(build_model(tokenizer), tokenizer, WarmUp(batch_size=4)), 3))
+        settings = WarmUp(batch_size=4)
+        draw = chain_conversations(settings)
+        return list(islice(warm_up(build_model(tokenizer), tokenizer, settings, draw), 3))
 
     assert losses() == losses()
 
@@ -179,22 +188,41 @@ def test_the_shipped_model_is_sometimes_right_with_and_without_a_draft(tokenizer
     assert SHIPPED_WEIGHTS.stat().st_size < 1_000_000
     model = load_model(SHIPPED_WEIGHTS, tokenizer)
     problems = chain.held_out_problems(400)
-    for refine in (False, True):
-        result = evaluate(model, tokenizer, problems, seed=0, refine=refine)
-        assert 0.1 < result.accuracy < 0.3
-        assert result.length == pytest.approx(6, abs=0.1)
-    again = evaluate(model, tokenizer, problems, seed=0, refine=True)
-    assert again == result
+    result = evaluate(model, tokenizer, problems, seed=0)
+    for accuracy in (result.accuracy, result.refined_accuracy):
+        assert 0.1 < accuracy < 0.3
+    assert result.correct != result.refined
+    assert result.length == pytest.approx(6, abs=0.1)
+    assert evaluate(model, tokenizer, problems, seed=0) == result
 
 
-def test_an_evaluation_is_accuracy_entropy_and_length() -> None:
+def test_a_refinement_sees_its_own_answer(tokenizer, monkeypatch) -> None:
+    asked: list[list] = []
+
+    def sample(prompts, sampler, count, *, seed):
+        asked.append(prompts)
+        ids = tokenizer(str(len(asked))).input_ids
+        answers = [Completion(ids, str(number), [-1.0], "stop") for number in range(len(prompts))]
+        return SimpleNamespace(flat=answers)
+
+    monkeypatch.setattr(evaluation, "sample_group", sample)
+    problems = chain.held_out_problems(2)
+    evaluate(load_model(SHIPPED_WEIGHTS, tokenizer), tokenizer, problems, seed=0)
+    assert asked[0] == [chain.ask(problem) for problem in problems]
+    assert asked[1] == [
+        splice_prompt(prompt, draft, template=chain.TEMPLATE)
+        for prompt, draft in zip(asked[0], ["0", "1"], strict=True)
+    ]
+
+
+def test_an_evaluation_is_accuracies_entropy_and_length() -> None:
     problem = chain.Problem(7, ("+5", "*3", "-4", "*9", "+2"))
     answers = [
         Completion([1, 2], ANSWER, [-0.5, -0.1], "stop"),
         Completion([1, 2, 3, 4], "2", [-0.2, -0.2, -0.4, -0.4], "length"),
     ]
-    result = summarize(answers, [problem, problem])
+    result = summarize(answers, [answers[0]] * 2, [problem, problem])
     assert result.correct == [True, False]
-    assert result.accuracy == 0.5
+    assert (result.accuracy, result.refined_accuracy) == (0.5, 1.0)
     assert result.entropy == pytest.approx(1.8 / 6)
     assert result.length == 3.0

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from igrpo_kernels.checks import check_count
 
+from ..drafts.rules import DraftChoices
+
 
 @dataclass(frozen=True)
 class DraftLayout:
@@ -59,3 +61,14 @@ class DraftLayout:
         """For each draft on this rank, a row on this rank that holds its prompt."""
         first_row = {prompt: row for row, prompt in reversed([*enumerate(self.row_prompts)])}
         return [first_row[draft // self.num_drafts] for draft in self.drafts]
+
+    def chosen_here(self, choices: DraftChoices) -> dict[int, int]:
+        """Find the chosen drafts of this rank: from their prompt to their place in `drafts`."""
+        places = {}
+        for prompt, (index, plain) in enumerate(
+            zip(choices.index.tolist(), choices.plain.tolist(), strict=True)
+        ):
+            draft = prompt * self.num_drafts + index
+            if not plain and draft in self.drafts:
+                places[prompt] = draft - self.drafts.start
+        return places

@@ -1,4 +1,4 @@
-"""The transformers sampler on a tiny Qwen3: exact log-probs, seeds, stops, weights."""
+"""The samplers over transformers' models, on a tiny Qwen3: log-probs, seeds, stops, weights."""
 
 import asyncio
 import math
@@ -6,87 +6,34 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from tiny_model import PROMPTS, make_model, teacher_forced
 
 from igrpo_algo.drafts.rules import DraftRules
 from igrpo_algo.drafts.splice import TextSplice, TokenBudget
 from igrpo_algo.drafts.text import DraftTemplate
+from igrpo_algo.engines.static import StaticSampler
 from igrpo_algo.engines.transformers import TransformersSampler
 from igrpo_algo.rollouts.records import Rollouts
 from igrpo_algo.rollouts.sampling import sample_group
 from igrpo_algo.rollouts.two_stage import stream_two_stage_rollout, two_stage_rollout
-from igrpo_kernels import token_logprobs
-
-TEMPLATE = (
-    "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<a>{% endif %}"
-)
-PROMPTS = ["1+1=", "a longer question?", [{"role": "user", "content": "2+2"}], [9, 8, 7]]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    special = ["<pad>", "<eos>", "<u>", "<a>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*special, *letters])}
-    inner = Tokenizer(models.BPE(vocab, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        extra_special_tokens=["<u>", "<a>"],
-    )
-    fast.chat_template = TEMPLATE
-    return fast
+@pytest.fixture(params=[TransformersSampler, StaticSampler])
+def kind(request):
+    return request.param
 
 
-def make_model(seed=0, tie=False, **options):
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-        tie_word_embeddings=tie,
-        eos_token_id=1,
-        pad_token_id=0,
-        initializer_range=0.3,  # far from uniform, so that temperature and top-p show
-        **options,
-    )
-    return Qwen3ForCausalLM(config)
-
-
-@pytest.fixture
-def model():
-    return make_model()
-
-
-def teacher_forced(model, prompt_ids, ids, temperature):
-    """Log-probs of `ids` after `prompt_ids`: one forward pass, one sequence, no padding."""
-    model.eval()
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1]
-    return token_logprobs(logits / temperature, torch.tensor(ids))
-
-
-def test_the_sampler_says_what_a_prompt_is_to_its_model(model, tokenizer):
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=4)
+def test_the_sampler_says_what_a_prompt_is_to_its_model(kind, model, tokenizer):
+    sampler = kind(model, tokenizer, max_new_tokens=4)
     assert sampler.encode(PROMPTS[2]) == [2, *tokenizer("2+2")["input_ids"], 3]
     assert sampler.control_tokens == {"<pad>", "<eos>", "<u>", "<a>"}
     options = {"chat_template": "{{ word }}{{ messages[0]['content'] }}[/QA]", "word": "<a>"}
-    told = TransformersSampler(model, tokenizer, max_new_tokens=4, chat_template_kwargs=options)
+    told = kind(model, tokenizer, max_new_tokens=4, chat_template_kwargs=options)
     assert told.encode(PROMPTS[2]) == [3, *tokenizer("2+2[/QA]")["input_ids"]]
     assert told.control_tokens == {*sampler.control_tokens, "[/QA]"}
     wrong = {"tokenize": True}
     with pytest.raises(ValueError, match="chat_template_kwargs must not set tokenize"):
-        TransformersSampler(model, tokenizer, max_new_tokens=4, chat_template_kwargs=wrong)
+        kind(model, tokenizer, max_new_tokens=4, chat_template_kwargs=wrong)
 
 
 CUTS = [{"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.2}, {"top_p": 0.8, "top_k": 20, "min_p": 0.05}]
@@ -94,9 +41,9 @@ CUTS = [{"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.2}, {"top_p": 0.8, "top_k": 20
 
 @pytest.mark.parametrize("cut", [{}, *CUTS], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_ratio_of_the_policy_to_itself_is_one(model, tokenizer, temperature, cut):
+def test_the_ratio_of_the_policy_to_itself_is_one(kind, model, tokenizer, temperature, cut):
     """Whatever is cut, log-probs are those of the whole vocabulary, as a loss computes them."""
-    sampler = TransformersSampler(
+    sampler = kind(
         model,
         tokenizer,
         max_new_tokens=12,
@@ -130,10 +77,8 @@ def kept(chances, cut):
 
 
 @pytest.mark.parametrize("cut", [{}, *CUTS], ids=str)
-def test_tokens_come_as_often_as_the_cut_distribution_says(model, tokenizer, cut):
-    sampler = TransformersSampler(
-        model, tokenizer, max_new_tokens=1, temperature=0.5, batch_size=2000, **cut
-    )
+def test_tokens_come_as_often_as_the_cut_distribution_says(kind, model, tokenizer, cut):
+    sampler = kind(model, tokenizer, max_new_tokens=1, temperature=0.5, batch_size=2000, **cut)
     (group,) = sampler.sample([[9, 8, 7]], 2000, seed=1)
     drawn = torch.tensor([completion.token_ids[0] for completion in group])
     with torch.no_grad():
@@ -147,17 +92,20 @@ def test_tokens_come_as_often_as_the_cut_distribution_says(model, tokenizer, cut
     assert ((counts - 2000 * expected).abs() / deviation).max() < 5
 
 
-def test_a_broken_model_gives_no_completion(model, tokenizer):
+def test_a_broken_model_gives_no_completion(kind, model, tokenizer):
     with torch.no_grad():
         model.lm_head.weight[7] = math.nan
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=4)
+    sampler = kind(model, tokenizer, max_new_tokens=4)
     with pytest.raises(ValueError, match="logprobs must be finite, got nan for token 0"):
         sampler.sample(["q"], 1, seed=0)
+    greedy = kind(model, tokenizer, max_new_tokens=4, temperature=0)
+    with pytest.raises(ValueError, match="logits must be numbers, got nan"):
+        greedy.sample(["q"], 1)
 
 
-def test_seeds_fix_the_samples_whatever_the_batch(model, tokenizer):
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=8, batch_size=16)
-    apart = TransformersSampler(model, tokenizer, max_new_tokens=8, batch_size=1)
+def test_seeds_fix_the_samples_whatever_the_batch(kind, model, tokenizer):
+    sampler = kind(model, tokenizer, max_new_tokens=8, batch_size=16)
+    apart = kind(model, tokenizer, max_new_tokens=8, batch_size=1)
     first = sampler.sample(PROMPTS, 3, seed=[1, 2, 3, 4])
     ids = [[c.token_ids for c in group] for group in first]
     assert [[c.token_ids for c in g] for g in apart.sample(PROMPTS, 3, seed=[1, 2, 3, 4])] == ids
@@ -172,8 +120,8 @@ def test_seeds_fix_the_samples_whatever_the_batch(model, tokenizer):
     assert len({tuple(c.token_ids) for c in first[0]}) == 3
 
 
-def test_the_global_generator_is_neither_read_nor_moved(model, tokenizer):
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=4)
+def test_the_global_generator_is_neither_read_nor_moved(kind, model, tokenizer):
+    sampler = kind(model, tokenizer, max_new_tokens=4)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = sampler.sample(PROMPTS, 2, seed=0)
@@ -182,11 +130,9 @@ def test_the_global_generator_is_neither_read_nor_moved(model, tokenizer):
     assert sampler.sample(PROMPTS, 2, seed=0) == first
 
 
-def test_a_stop_token_ends_the_completion_and_is_its_last(model, tokenizer):
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=40, batch_size=64)
-    stops = TransformersSampler(
-        model, tokenizer, max_new_tokens=40, batch_size=64, stop_token_ids=range(1, 60)
-    )
+def test_a_stop_token_ends_the_completion_and_is_its_last(kind, model, tokenizer):
+    sampler = kind(model, tokenizer, max_new_tokens=40, batch_size=64)
+    stops = kind(model, tokenizer, max_new_tokens=40, batch_size=64, stop_token_ids=range(1, 60))
     (free,), (stopped,) = sampler.sample(["q"], 64, seed=3), stops.sample(["q"], 64, seed=3)
     assert {c.finish_reason for c in stopped} == {"stop"}
     for whole, part in zip(free, stopped, strict=True):
@@ -195,10 +141,10 @@ def test_a_stop_token_ends_the_completion_and_is_its_last(model, tokenizer):
         assert len(part.logprobs) == end + 1
 
 
-def test_the_end_of_sequence_is_a_stop_and_not_in_the_text(model, tokenizer):
+def test_the_end_of_sequence_is_a_stop_and_not_in_the_text(kind, model, tokenizer):
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=60, batch_size=64)
+    sampler = kind(model, tokenizer, max_new_tokens=60, batch_size=64)
     assert sampler.stop_token_ids == [1]
     (group,) = sampler.sample([[5]], 64, seed=0)
     reasons = {c.finish_reason for c in group}
@@ -218,10 +164,10 @@ def test_the_end_of_sequence_is_a_stop_and_not_in_the_text(model, tokenizer):
     ("own", "stops"), [(7, [7, 1]), ([7, 9], [7, 9, 1]), ([1, 7], [1, 7]), ([], [1]), (None, [1])]
 )
 def test_the_end_of_sequence_is_the_generation_configs_and_the_tokenizers(
-    model, tokenizer, own, stops
+    kind, model, tokenizer, own, stops
 ):
     model.generation_config.eos_token_id = own
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=40, batch_size=64)
+    sampler = kind(model, tokenizer, max_new_tokens=40, batch_size=64)
     assert sampler.stop_token_ids == stops
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -232,13 +178,13 @@ def test_the_end_of_sequence_is_the_generation_configs_and_the_tokenizers(
     assert not any(token in stops for c in group for token in c.token_ids[:-1])
 
 
-def test_without_any_stop_token_every_completion_is_full(model, tokenizer):
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=5, stop_token_ids=[])
+def test_without_any_stop_token_every_completion_is_full(kind, model, tokenizer):
+    sampler = kind(model, tokenizer, max_new_tokens=5, stop_token_ids=[])
     assert {c.finish_reason for c in sampler.sample(["q"], 9, seed=0)[0]} == {"length"}
 
 
-def test_temperature_zero_is_greedy_and_has_no_log_probs(model, tokenizer):
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=6, temperature=0)
+def test_temperature_zero_is_greedy_and_has_no_log_probs(kind, model, tokenizer):
+    sampler = kind(model, tokenizer, max_new_tokens=6, temperature=0)
     (group,) = sampler.sample([[9, 8, 7]], 2)
     ids = [9, 8, 7]
     for _ in group[0].token_ids:
@@ -247,8 +193,8 @@ def test_temperature_zero_is_greedy_and_has_no_log_probs(model, tokenizer):
     assert [c.logprobs for c in group] == [None] * 2
 
 
-def test_the_models_own_generation_config_is_not_applied_and_not_changed(model, tokenizer):
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=8)
+def test_the_models_own_generation_config_is_not_applied_and_not_changed(kind, model, tokenizer):
+    sampler = kind(model, tokenizer, max_new_tokens=8)
     plain = sampler.sample(PROMPTS, 2, seed=0)
     own = model.generation_config
     own.update(repetition_penalty=5.0, top_k=1, temperature=0.1, do_sample=True, min_new_tokens=7)
@@ -258,32 +204,34 @@ def test_the_models_own_generation_config_is_not_applied_and_not_changed(model, 
     assert own.to_dict() == before
 
 
-def test_every_modules_mode_is_restored(tokenizer):
+def test_every_modules_mode_is_restored(kind, tokenizer):
     model = make_model(attention_dropout=0.9)
     model.train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=4)
+    sampler = kind(model, tokenizer, max_new_tokens=4)
     first = sampler.sample(PROMPTS, 2, seed=0)
     assert [module.training for module in model.modules()] == modes
     model.eval()
     assert sampler.sample(PROMPTS, 2, seed=0) == first
     model.train()
-    model.generate = None
+    model.lm_head = None
     with pytest.raises(TypeError, match="not callable"):
         sampler.sample(PROMPTS, 2, seed=0)
     assert all(module.training for module in model.modules())
 
 
-def test_prompts_are_encoded_as_the_model_expects(model, tokenizer):
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=4)
+def test_prompts_are_encoded_as_the_model_expects(kind, model, tokenizer):
+    sampler = kind(model, tokenizer, max_new_tokens=4)
     assert sampler.encode([9, 8, 7]) == [9, 8, 7]
     assert tokenizer.decode(sampler.encode("1+1=")) == "1+1="
     assert tokenizer.decode(sampler.encode(PROMPTS[2])) == "<u>2+2<a>"
 
 
-def test_two_stages_in_step_and_streamed_agree_and_cut_the_draft_not_the_question(model, tokenizer):
-    sampler = TransformersSampler(model, tokenizer, max_new_tokens=32, stop_token_ids=[])
+def test_two_stages_in_step_and_streamed_agree_and_cut_the_draft_not_the_question(
+    kind, model, tokenizer
+):
+    sampler = kind(model, tokenizer, max_new_tokens=32, stop_token_ids=[])
     budget = TokenBudget(tokenizer, max_prompt_tokens=sampler.max_prompt_tokens)
     splice = TextSplice(DraftTemplate(" [", "]"), budget=budget)
     options = {"rules": DraftRules(splice=splice), "seed": 0}
@@ -315,9 +263,9 @@ def test_two_stages_in_step_and_streamed_agree_and_cut_the_draft_not_the_questio
         (["a", ""], r"prompts\[1\] has 0 tokens"),
     ],
 )
-def test_prompts_that_do_not_fit(model, tokenizer, prompts, match):
+def test_prompts_that_do_not_fit(kind, model, tokenizer, prompts, match):
     with pytest.raises(ValueError, match=match):
-        TransformersSampler(model, tokenizer, max_new_tokens=4).sample(prompts, 1)
+        kind(model, tokenizer, max_new_tokens=4).sample(prompts, 1)
 
 
 @pytest.mark.parametrize(
@@ -331,22 +279,22 @@ def test_prompts_that_do_not_fit(model, tokenizer, prompts, match):
         ({"temperature": 0, "top_p": 0.9}, ValueError, "top_p has no effect at temperature 0"),
     ],
 )
-def test_wrong_options(model, tokenizer, options, error, match):
+def test_wrong_options(kind, model, tokenizer, options, error, match):
     with pytest.raises(error, match=match):
-        TransformersSampler(model, tokenizer, **{"max_new_tokens": 4, **options})
+        kind(model, tokenizer, **{"max_new_tokens": 4, **options})
 
 
-def test_n_is_at_least_one(model, tokenizer):
+def test_n_is_at_least_one(kind, model, tokenizer):
     with pytest.raises(ValueError, match="n must be >= 1, got 0"):
-        TransformersSampler(model, tokenizer, max_new_tokens=4).sample(["a"], 0)
+        kind(model, tokenizer, max_new_tokens=4).sample(["a"], 0)
 
 
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("form", ["state dict", "folder", "sharded folder"])
-def test_weights_are_taken_over(tokenizer, tmp_path, tie, form):
-    sampler = TransformersSampler(make_model(0, tie), tokenizer, max_new_tokens=6)
+def test_weights_are_taken_over(kind, tokenizer, tmp_path, tie, form):
+    sampler = kind(make_model(0, tie), tokenizer, max_new_tokens=6)
     trained = make_model(1, tie)
-    expected = TransformersSampler(trained, tokenizer, max_new_tokens=6).sample(PROMPTS, 2, seed=0)
+    expected = kind(trained, tokenizer, max_new_tokens=6).sample(PROMPTS, 2, seed=0)
     assert sampler.sample(PROMPTS, 2, seed=0) != expected
     if form == "state dict":
         sampler.sync_weights(trained.state_dict())
@@ -374,8 +322,10 @@ def broken(weights, **changes):
     ],
 )
 @pytest.mark.parametrize("form", ["state dict", "folder"])
-def test_a_failed_sync_leaves_the_old_weights_whole(tokenizer, tmp_path, changes, match, form):
-    sampler = TransformersSampler(make_model(0), tokenizer, max_new_tokens=6)
+def test_a_failed_sync_leaves_the_old_weights_whole(
+    kind, tokenizer, tmp_path, changes, match, form
+):
+    sampler = kind(make_model(0), tokenizer, max_new_tokens=6)
     before = sampler.sample(PROMPTS, 2, seed=0)
     weights = broken(make_model(1).state_dict(), **changes)
     if form == "folder":
@@ -385,8 +335,8 @@ def test_a_failed_sync_leaves_the_old_weights_whole(tokenizer, tmp_path, changes
     assert sampler.sample(PROMPTS, 2, seed=0) == before
 
 
-def test_tied_weights_that_differ_are_refused(tokenizer):
-    sampler = TransformersSampler(make_model(0, tie=True), tokenizer, max_new_tokens=6)
+def test_tied_weights_that_differ_are_refused(kind, tokenizer):
+    sampler = kind(make_model(0, tie=True), tokenizer, max_new_tokens=6)
     weights = broken(
         make_model(1, tie=True).state_dict(), **{"lm_head.weight": torch.ones(260, 32)}
     )
@@ -394,6 +344,6 @@ def test_tied_weights_that_differ_are_refused(tokenizer):
         sampler.sync_weights(weights)
 
 
-def test_a_folder_without_weights(model, tokenizer, tmp_path):
+def test_a_folder_without_weights(kind, model, tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match="no safetensors file in"):
-        TransformersSampler(model, tokenizer, max_new_tokens=6).sync_weights(tmp_path)
+        kind(model, tokenizer, max_new_tokens=6).sync_weights(tmp_path)

@@ -4,12 +4,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny_qwen import third_party
 
 from igrpo_algo.drafts.rules import DraftRules
-from igrpo_algo.trainers.trl.stages import DraftLayout
-
-pytestmark = third_party
+from igrpo_algo.trainers.draft_layout import DraftLayout
 
 
 @settings(max_examples=50)

@@ -1,0 +1,83 @@
+"""The words of `docs/method/replication.md`; every number in them was published elsewhere."""
+
+SEEDS = 5
+
+HEAD = """# Replication: where iGRPO is ahead, level and behind
+
+Written by `python -m benchmarks.replication map` from the records in
+`benchmarks/results/replication/`; `make replication` does the runs that are missing. Models of 91
+to 98 thousand weights, trained from scratch, on a CPU: they show mechanisms, and say nothing
+about how well a large pretrained model revises.
+"""
+
+ADVICE = """## Advice in five lines
+
+1. Measure three numbers on your own model first, in 15 steps of the paper's form: `igrpo/copied`,
+   `igrpo/refinement_zero_std` beside `igrpo/draft_zero_std`, and `igrpo/uplift`.
+2. Copies above one half, or Stage 2 without variance far more often than Stage 1: don't train on
+   refinements of the best draft alone.
+3. Train the drafts too (`draft_loss_coef`): they cost no further sampling, and without them half
+   of the completions get no gradient.
+4. Keep GRPO at the same number of completions beside it, with at least three seeds, and believe
+   no difference without an interval.
+5. Judge by what you deploy: single-shot, or draft-then-refine. They do not rank the forms alike.
+"""
+
+BASIS = """{total} finished runs of {planned} planned: {arms} arms, three tasks, five seeds each.
+All seeds of a task start from the same warmed weights; a seed draws its problems and its samples.
+Accuracy is that of sampled answers to 500 held-out problems that no training saw. What is missing
+has not been measured yet."""
+
+MAP = """Differences are to GRPO of eight completions with the same loss and as many updates, at
+equal completions ("half the completions" excepted), paired by seed, with 95 % intervals by
+Student's t over seeds; a bootstrap over five seeds would be too narrow. *Ahead* and *behind*: the
+interval leaves zero out. *Level*: it lies within three points of zero. *Open*: it allows
+either."""
+
+COSTS = """Where an arm had spent more than its baseline or less, both are read from their curves
+at the cost that both had reached. CPU seconds are those of sampling and training on one core of a
+shared machine: compare arms, not machines. A draft in the prompt costs time, not sampled tokens;
+completions of groups without variance are not trained on, which saves time."""
+
+DIAGNOSTICS = """Means over the first fifth of the steps, and when `EarlyWarning`, which the
+trainer uses too, first spoke."""
+
+MORE = """At the end of training. Rounds refine the answer of the round before: at test time no
+reward chooses. "After a right draft": accuracy of refinements whose draft was right. Entropy in
+nats per token, of single-shot answers; in the last column it is read where the arm's accuracy
+passed 40 %."""
+
+REAL_MODEL = """## A pretrained model
+
+Not run through this instrument yet: it needs a GPU. What a pilot saw with SmolLM2-135M-Instruct
+(2 seeds, one H100) is in [Which draft?](which_draft.md): the paper's form collapsed into copying,
+both stages trained with the worst draft were level with GRPO single-shot and 5 points ahead at
+draft-then-refine.
+"""
+
+PAPER = """## The paper's own tables
+
+Averages over six benchmarks (AIME25, AIME24, MATH500, AMC, GSM8K, Minerva), Pass@1 in %, one run
+per cell, training on MATH ([arXiv:2602.09000](https://arxiv.org/abs/2602.09000), Table 1):
+
+| model | base | GRPO | iGRPO | iGRPO less GRPO |
+| --- | --- | --- | --- | --- |
+| Nemotron-H-8B-Base-8K | 29.65 | 41.08 | 45.04 | +3.96 |
+| DeepSeek-R1-Distill-Qwen-7B | 61.93; its six cells average 67.82 | 68.29 | 69.87 | +1.58 |
+| OpenMath-Nemotron-7B | 74.83 | 75.02 | 76.07 | +1.05 |
+| DeepSeek-R1-Distill-Qwen-14B | 70.47 | 71.29 | 73.02 | +1.73 |
+| OpenMath-Nemotron-14B | 75.41 | 76.73 | 78.00 | +1.27 |
+
+Read with these in mind:
+
+- The base average of DeepSeek-R1-Distill-Qwen-7B is printed as 61.93; the six numbers beside it
+  average 67.82, so GRPO's gain over the base is about 0.5 points there, and iGRPO's about 2.1.
+- The base row of OpenMath-Nemotron-14B repeats that of the 7B model in all cells but GSM8K.
+- The run that gives the highest numbers (OpenReasoning-Nemotron-7B on AceReason-Math) has no GRPO
+  run beside it.
+- The overhead is given as 13 % of GPU hours; the samples per second beside it (0.41 and 0.34)
+  make 21 % per sample.
+- There are no seeds and no intervals, and no runs with a random or worst draft, with drafts
+  trained, or with other splits than N = G. The paper's Table S.4 has 4, 8, 16 and 32 completions:
+  67.79, 69.87, 70.17 and 70.33.
+"""

@@ -1,0 +1,40 @@
+"""Random tokens in a draft's place: what is left of Stage 2 when the draft says nothing."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RandomTokens:
+    """Replaces a draft by as many random tokens: a control for what drafts say.
+
+    The tokens are uniform over the vocabulary without its special tokens; as text in a prompt, a
+    tokenizer may read some of them otherwise. The same draft gives the same ones, on every rank.
+    Give it to `TextSplice` in the place of `strip_thinking`.
+
+    Attributes:
+        tokenizer: Hugging Face's interface: called on text, `decode`, `get_vocab`,
+            `all_special_ids`.
+
+    Examples:
+        >>> class Letters:
+        ...     all_special_ids = [0]
+        ...     def get_vocab(self):
+        ...         return {"": 0, "a": 1, "b": 2}
+        ...     def __call__(self, text, add_special_tokens=True):
+        ...         return {"input_ids": [1] * len(text)}
+        ...     def decode(self, ids):
+        ...         return "".join("ab"[i - 1] for i in ids)
+        >>> RandomTokens(Letters())("fourteen")
+        'abbaaaab'
+    """
+
+    tokenizer: Any
+
+    def __call__(self, draft: str) -> str:
+        """Return the text of the random tokens; empty for an empty draft."""
+        special = set(self.tokenizer.all_special_ids)
+        ids = sorted(set(self.tokenizer.get_vocab().values()) - special)
+        count = len(self.tokenizer(draft, add_special_tokens=False)["input_ids"])
+        return str(self.tokenizer.decode(random.Random(draft).choices(ids, k=count)))

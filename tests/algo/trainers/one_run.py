@@ -1,0 +1,104 @@
+"""One run, on however many ranks and however its weights are kept; writes where it ends.
+
+Completions depend on the prompt alone, so a run's batches do not change with its ranks.
+"""
+
+import json
+import os
+import sys
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType, PartialState
+from peft import LoraConfig
+from safetensors.torch import save_file
+from tiny_qwen import base_options, early_letters, make_dataset, make_model, make_tokenizer
+
+from igrpo_algo.prompts import encode_prompt
+from igrpo_algo.rollouts.completions import Completion
+from igrpo_algo.trainers.trl import IGRPOConfig, IGRPOTrainer
+from igrpo_algo.trainers.trl.sampler import whole_weights
+
+ADAPTERS = {
+    "none": None,
+    "off the head": {"target_modules": ["q_proj", "down_proj"]},
+    "head trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+class Fixed:
+    """Draws what a checksum of the prompt says: 1 to 6 letters for each completion."""
+
+    def __init__(self) -> None:
+        self.tokenizer = make_tokenizer()
+        self.seen: list[torch.Tensor] = []
+
+    def encode(self, prompt: Any) -> list[int]:
+        return encode_prompt(prompt, self.tokenizer)
+
+    async def sample_one(self, prompt: Any, n: int, *, seed: int | None = None) -> list[Completion]:
+        drawn = []
+        for place in range(n):
+            number = zlib.crc32(str((self.encode(prompt), place)).encode())
+            text = "".join(chr(65 + number // 7**k % 26) for k in range(1 + number % 6))
+            drawn.append(Completion(self.tokenizer.convert_tokens_to_ids([*text, "</s>"]), text))
+        return drawn
+
+    def sync_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        self.seen.append(weights["lm_head.weight"].clone())
+
+
+def shard_on_cpus() -> None:
+    """Let accelerate shard: it does so on GPUs alone, so the ranks pass for GPUs."""
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "ACCELERATE_TORCH_DEVICE": "cpu",
+    }
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+
+
+def main(folder: Path, given: dict[str, Any]) -> None:
+    warnings.simplefilter("ignore")
+    if given.pop("fsdp2", False):
+        shard_on_cpus()
+    adapter = ADAPTERS[given.pop("adapter", "none")]
+    options = base_options(folder) | {
+        "optim": "sgd",  # a step in proportion to the gradient
+        "learning_rate": 1.0,
+        "max_steps": 3,
+        "vllm_importance_sampling_correction": False,
+    }
+    sampler = Fixed()
+    trainer = IGRPOTrainer(
+        make_model(),
+        early_letters,
+        IGRPOConfig(**options | given),
+        make_dataset(),
+        processing_class=make_tokenizer(),
+        peft_config=adapter and LoraConfig(r=2, task_type="CAUSAL_LM", **adapter),
+        sampler=sampler,
+    )
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with whole_weights(model, trainer._dist) as weights:
+        kept = {name: value.detach().clone().contiguous() for name, value in weights.items()}
+    if trainer.accelerator.is_main_process:
+        kept["synced"] = torch.stack(sampler.seen)
+        save_file(kept, folder / "weights.safetensors")
+        logs = [log for log in trainer.state.log_history if "reward" in log]
+        (folder / "logs.json").write_text(json.dumps(logs))
+    trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os._exit(0)  # a thread of torch's that is still there when Python ends aborts the process
