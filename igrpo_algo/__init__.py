@@ -10,11 +10,11 @@ from igrpo_kernels.loss_from_logprobs import policy_loss
 from .advantages.baselines import rloo
 from .advantages.of_groups import center_by_group, standardize_by_group, whiten
 from .batch import training_batch
+from .drafts.budget import truncate_draft
 from .drafts.rules import DraftRules, Fallback, Ties
 from .drafts.select import select_best_draft, select_random_draft, select_worst_draft
 from .drafts.splice import TextSplice, TokenSplice
 from .drafts.text import DraftTemplate, splice_prompt
-from .drafts.token_ids import truncate_draft
 from .losses.igrpo import igrpo_loss
 from .metrics import copy_rate, pass_at_k, stage_uplift, zero_variance_rate
 from .rollouts.completions import Completion

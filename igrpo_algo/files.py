@@ -1,10 +1,11 @@
-"""Files that a dying process leaves whole, and that one process at a time writes."""
+"""Files that a dying process leaves whole, and that one process at a time, and one run, writes."""
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
@@ -68,3 +69,23 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
         raise BlockingIOError(f"{path} is being written by another run") from None
     with lock:
         yield
+
+
+def check_same_run(place: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError if a file or folder belongs to a run with other settings; name them.
+
+    Examples:
+        >>> check_same_run("runs/first", {"seed": 0}, {"seed": 1})
+        Traceback (most recent call last):
+        ValueError: runs/first holds a run with other settings (seed was 0, is 1): rep...
+    """
+    changed = [
+        f"{name} was {earlier.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted(earlier.keys() | now.keys())
+        if earlier.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{place} holds a run with other settings ({'; '.join(changed)}): repeat them, or "
+            "write elsewhere"
+        )

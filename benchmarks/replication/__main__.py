@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +25,13 @@ SMOKE = Settings(
 REAL = Settings(steps=100, prompts=32, learning_rate=1e-5)
 
 
+def positive(text: str) -> int:
+    """Read a count."""
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a count from 1 on, got {text!r}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="python -m benchmarks.replication",
@@ -34,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--arm", action="append", choices=ARMS, help="repeatable; default: all")
     options.add_argument("--task", action="append", choices=ALL_TASKS, help="repeatable")
     options.add_argument("--size", choices=[*SIZES, PRETRAINED], default=SHIPPED)
-    options.add_argument("--seeds", type=int, help="default: 5, with --smoke 1")
-    options.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8))
+    options.add_argument("--seeds", type=positive, help="default: 5, with --smoke 1")
+    options.add_argument("--workers", type=positive, default=min(os.cpu_count() or 1, 8))
     options.add_argument("--folder", type=Path, help="of the records")
     return options
 
@@ -69,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         console.print(str(error))
         return 2
+    except BrokenExecutor:
+        console.print("A worker was killed; the same command goes on with the runs that are open.")
+        return 1
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on with the runs that have not ended.")
         return 130

@@ -7,7 +7,6 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +114,7 @@ def measure(run: Run, settings: Settings, weights: Path) -> Iterator[tuple[str, 
     task, arm = ALL_TASKS[run.task], ARMS[run.arm]
     path = warm_path(run.task, run.size, settings, weights)
     model, tokenizer = load(task, run.size, path)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     sampler = build_sampler(model, tokenizer, task)
     problems = held_out_problems(task, settings.held_out)
     spent = dict.fromkeys(
@@ -131,7 +131,6 @@ def measure(run: Run, settings: Settings, weights: Path) -> Iterator[tuple[str, 
     for number in range(1, settings.steps + 1):
         wall, cpu = time.perf_counter(), time.process_time()
         step = next(steps)
-        stop_with_the_sweep()
         spent["seconds"] += time.perf_counter() - wall
         spent["cpu_seconds"] += time.process_time() - cpu
         for name, count in counts(step).items():
@@ -146,13 +145,6 @@ def measure(run: Run, settings: Settings, weights: Path) -> Iterator[tuple[str, 
             yield "curve", {"step": number, **spent, **evaluate(samples=1, rounds=1)}
     final = {"step": settings.steps, **spent}
     yield "final", final | evaluate(samples=settings.samples, rounds=settings.rounds)
-
-
-def stop_with_the_sweep() -> None:
-    """End a worker whose sweep has ended, however that ended."""
-    sweep = parent_process()
-    if sweep is not None and not sweep.is_alive():
-        raise SystemExit("the sweep has ended")
 
 
 def counts(step: Step) -> dict[str, int]:

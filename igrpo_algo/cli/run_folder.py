@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import check_same_run
 from .metrics_file import write_json
 
 SETTINGS = "run.json"
@@ -45,17 +46,11 @@ def check_settings(
     output_dir: Path, settings: Mapping[str, Any], *, free: Collection[str] = ()
 ) -> None:
     """Raise ValueError if a folder's run had other settings; `free` ones may differ."""
-    earlier, now = load_settings(output_dir), json.loads(json.dumps(settings))
-    changed = [
-        f"{name} was {earlier.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted((earlier.keys() | now.keys()) - set(free))
-        if earlier.get(name) != now.get(name)
-    ]
-    if changed:
-        raise ValueError(
-            f"{output_dir} holds a run with other settings ({'; '.join(changed)}): "
-            "repeat them, or choose another --output-dir"
-        )
+    earlier, now = (
+        {name: value for name, value in known.items() if name not in free}
+        for known in (load_settings(output_dir), json.loads(json.dumps(settings)))
+    )
+    check_same_run(str(output_dir), earlier, now)
 
 
 def last_checkpoint(output_dir: Path) -> Checkpoint | None:

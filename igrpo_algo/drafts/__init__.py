@@ -1,11 +1,11 @@
 """Drafts: which one is chosen, and how it gets into the prompt.
 
-`rules` is where both come together. `select` chooses by reward; `text` splices strings and chat
-messages, `token_ids` lists of ids, `splice` does either with limits of length (`budget`); `markers`
+`rules` is where both come together. `select` chooses by reward; `splice` puts text into strings and
+chat messages (`text`), or ids into lists of ids, within limits of length (`budget`); `markers`
 keeps a draft from writing turns of its own.
 """
 
-from .budget import fit_draft
+from .budget import fit_draft, truncate_draft
 from .markers import neutralize
 from .random_tokens import RandomTokens
 from .rules import DraftChoice, DraftChoices, DraftRules, Fallback, Ties
@@ -26,7 +26,6 @@ from .text import (
     DraftTemplate,
     splice_prompt,
 )
-from .token_ids import draft_budget, splice_prompt_ids, truncate_draft
 
 __all__ = [
     "CONCATENATION",
@@ -44,7 +43,6 @@ __all__ = [
     "Ties",
     "TokenBudget",
     "TokenSplice",
-    "draft_budget",
     "fit_draft",
     "neutralize",
     "random_ties",
@@ -54,6 +52,5 @@ __all__ = [
     "select_worst_draft",
     "shortest_first",
     "splice_prompt",
-    "splice_prompt_ids",
     "truncate_draft",
 ]

@@ -1,16 +1,61 @@
-"""A draft cut until its rendered prompt fits: a prompt too long loses draft, never question.
+"""A draft cut to a length, or until its rendered prompt fits: the question loses nothing.
 
 Trainers cut a long prompt from the left, which takes the question and leaves the draft. Cut here,
-before they see it. On token ids `splice_prompt_ids` does it in one step. Where a chat template
-stands between text and ids, `fit_draft` does it through callables, so any tokenizer will do.
+before they see it. Where a chat template stands between text and ids, `fit_draft` works through
+callables, so any tokenizer will do.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
-from igrpo_kernels.checks import check_count
+from torch import Tensor
 
-from .token_ids import Keep, check_keep, truncate_draft
+from igrpo_kernels.checks import (
+    check_callable,
+    check_count,
+    check_integral,
+    check_rank,
+    describe,
+)
+
+from ..prompts import check_ids
+from .markers import check_text
+
+TokenIds = TypeVar("TokenIds", list[int], Tensor)
+Keep = Literal["tail", "head"]
+
+
+def truncate_draft(draft_ids: TokenIds, max_tokens: int, *, keep: Keep = "tail") -> TokenIds:
+    """Cut a draft to at most `max_tokens` tokens.
+
+    keep="tail" cuts the beginning and keeps the last tokens, where the final answer stands;
+    keep="head" cuts the end and keeps the first. A draft that fits comes back whole, and
+    `max_tokens=0` gives an empty one. The paper states no rule for long drafts.
+
+    Args:
+        draft_ids: A list of token ids, or a tensor of shape [T].
+        max_tokens: The most tokens to keep.
+        keep: Which end to keep.
+
+    Returns:
+        A new list, or a view of the tensor: the type of `draft_ids`.
+
+    Raises:
+        TypeError: `draft_ids` is neither list nor integer tensor, or `max_tokens` not an int.
+        ValueError: The tensor is not of shape [T], `max_tokens` is negative, or `keep` is neither.
+
+    Examples:
+        >>> truncate_draft([5, 6, 7, 8], 3)
+        [6, 7, 8]
+    """
+    if isinstance(draft_ids, Tensor):
+        check_rank("draft_ids", check_integral("draft_ids", draft_ids), 1, "[T]")
+    else:
+        check_ids("draft_ids", draft_ids)
+    check_count("max_tokens", max_tokens, at_least=0)
+    if check_keep(keep) == "head":
+        return draft_ids[:max_tokens]
+    return draft_ids[max(len(draft_ids) - max_tokens, 0) :]
 
 
 class FittedDraft(NamedTuple):
@@ -57,7 +102,7 @@ def fit_draft(
         The draft's text, the prompt's ids, and the number of draft tokens cut.
 
     Raises:
-        TypeError: `max_prompt_tokens` is not an int.
+        TypeError: `draft` is no string, a callable is none, or `max_prompt_tokens` is not an int.
         ValueError: `max_prompt_tokens` is negative, or `keep` is neither "tail" nor "head".
 
     Examples:
@@ -66,6 +111,9 @@ def fit_draft(
         >>> fit_draft("so it is 2", render, encode=encode, decode=decode, max_prompt_tokens=15)[::2]
         ('t is 2', 4)
     """
+    check_text("draft", draft)
+    for name, function in (("render", render), ("encode", encode), ("decode", decode)):
+        check_callable(name, function)
     check_count("max_prompt_tokens", max_prompt_tokens, at_least=0)
     check_keep(keep)
     prompt_ids = render(draft)
@@ -82,3 +130,10 @@ def fit_draft(
             return FittedDraft(text, prompt_ids, len(draft_ids) - room)
         room -= over
     return FittedDraft("", bare_ids, len(draft_ids))
+
+
+def check_keep(keep: Keep) -> Keep:
+    """Return `keep` if it is "tail" or "head"; raise ValueError otherwise."""
+    if not isinstance(keep, str) or keep not in ("tail", "head"):
+        raise ValueError(f"keep must be 'tail' or 'head', got {describe(keep)}")
+    return keep

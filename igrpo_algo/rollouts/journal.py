@@ -9,11 +9,11 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ..files import sole_writer
+from ..files import check_same_run, sole_writer
 from ..prompts import Prompt
 from .from_json import from_json, parse, to_json
 from .records import Rollout
@@ -110,13 +110,8 @@ def check_journal(path: str | os.PathLike[str], header: Header) -> None:
     with open(path, "rb") as file:
         first = file.readline()
     written = _read_header(path, [first[:-1]] if first.endswith(b"\n") else [])
-    for name in [field.name for field in fields(header)] if written is not None else []:
-        had, has = getattr(written, name), getattr(header, name)
-        if had != has:
-            raise ValueError(
-                f"journal belongs to another rollout: {os.fspath(path)} has {name} = {had!r}, "
-                f"this one {has!r}"
-            )
+    if written is not None:
+        check_same_run(f"journal: {os.fspath(path)}", asdict(written), asdict(header))
 
 
 def _read_header(path: str | os.PathLike[str], lines: list[bytes]) -> Header | None:

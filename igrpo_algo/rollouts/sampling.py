@@ -16,8 +16,8 @@ rollout then lends the place of a finished completion to the next prompt.
 An object may have `encode(prompt)`, which gives the token ids that its model sees for a prompt. It
 then gets these ids in place of prompts, and records keep them: what was sampled from is what is
 trained on. It may have `control_tokens`, the strings that a draft must not hold.
-A `sample_one` or `stream_one` that also takes `priority` gets the number of the stage, 0 for
-drafts: lower goes first.
+If its `takes_priority` is true, `sample_one` and `stream_one` also get `priority`, the number of
+the stage: lower goes first.
 """
 
 import asyncio
@@ -213,18 +213,19 @@ async def sample_one(
 ) -> list[Completion]:
     """Draw n completions of one prompt without blocking the loop.
 
-    `priority` (lower goes first) is for samplers that take it; others do not get it. If the sampler
-    has `stream_one`, `on_left` gets the number of completions still unfinished whenever one is
-    done. A sampler without an asynchronous form runs in a thread (`asyncio.to_thread`): several
+    Samplers whose `takes_priority` is true get `priority`: lower goes first. If the sampler has
+    `stream_one`, `on_left` gets the number of completions still unfinished whenever one is done. A
+    sampler without an asynchronous form runs in a thread (`asyncio.to_thread`): several
     calls may be in it at once, and one that has begun cannot be cancelled, only ignored.
     """
+    options = {"priority": priority} if getattr(sampler, "takes_priority", False) else {}
     stream = getattr(sampler, "stream_one", None)
     if on_left is not None and stream is not None:
-        drawn = stream(prompt, n, seed=seed, **_priority(stream, priority))
+        drawn = stream(prompt, n, seed=seed, **options)
         return await _collect(drawn, n, on_left)
     one = getattr(sampler, "sample_one", None)
     if one is not None:
-        drawn = await one(prompt, n, seed=seed, **_priority(one, priority))
+        drawn = await one(prompt, n, seed=seed, **options)
         return check_groups([drawn], 1, n)[0]
     batch = _batch_form(sampler)
     assert batch is not None
@@ -232,10 +233,6 @@ async def sample_one(
     if inspect.isawaitable(groups):
         groups = await groups
     return check_groups(groups, 1, n)[0]
-
-
-def _priority(form: Callable[..., Any], priority: int) -> dict[str, int]:
-    return {"priority": priority} if "priority" in inspect.signature(form).parameters else {}
 
 
 async def _collect(

@@ -81,7 +81,7 @@ def test_entropy_is_read_where_an_accuracy_is_first_reached() -> None:
         (by_arm(grpo=GRPO, worst=GRPO), True),
         (by_arm(grpo=GRPO, worst=[(0.5, 0.6)] * 3), False),  # behind single-shot
         (by_arm(grpo=GRPO, worst=[(0.60, 0.6), (0.7, 0.6), (0.6, 0.6)]), False),  # open
-        (by_arm(grpo=GRPO, worst=AHEAD[:1]), False),  # one seed says nothing
+        (by_arm(grpo=GRPO, worst=AHEAD[:2]), False),  # two seeds say nothing
         (by_arm(grpo=GRPO), False),
     ],
 )
@@ -105,13 +105,8 @@ def write(folder: Path, place: str, arms) -> None:
 
 
 def test_the_page_from_records(tmp_path: Path) -> None:
-    arms = by_arm(grpo=GRPO, grpo_half=GRPO, worst=AHEAD, best=[(0.3, 0.3)] * 3)
-    arms["best"][2] = {
-        "status": "diverged",
-        "error": "DivergenceError: x",
-        "curve": [],
-        "steps": [],
-    }
+    arms = by_arm(grpo=GRPO, grpo_half=GRPO, worst=AHEAD, best=[(0.3, 0.3)] * 4)
+    arms["best"][3] |= {"status": "diverged", "error": "a reason", "curve": []}
     arms["worst"][0]["warnings"] = [{"step": 4, "text": "..."}]
     write(tmp_path, "chain-64x2", arms)
     out, plot = tmp_path / "page.md", tmp_path / "plot.png"
@@ -119,21 +114,33 @@ def test_the_page_from_records(tmp_path: Path) -> None:
     text = out.read_text()
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "Never behind GRPO on these tasks, and ahead somewhere: *worst draft*" in text
-    assert "11 finished runs of 480 planned" in text
-    assert "- chain-64x2, best, seed 2: diverged (a reason)" in text
-    assert "| chain-64x2 | 20.0 % | 11 | 1 | 0 | 148 |" in text
+    assert "12 finished runs of 480 planned" in text
+    assert "- chain-64x2, best, seed 3: diverged (a reason)" in text
+    assert "Made on: x86_64 (1 thread), torch 2.13, Made: 13 runs." in text
+    assert "| chain-64x2 | 20.0 % | 12 | 1 | 0 | 147 |" in text
     row = next(line for line in text.splitlines() if line.startswith("| worst draft | 3 | 62.3 %"))
     assert row.endswith("| 62.3 % | +10.3 [+8.9, +11.8] | **ahead** |")
-    assert "| step 4 to 4, 1 of 3 runs |" in text
+    assert "| step 4, 1 of 3 runs |" in text
     assert "| **behind** |" in next(x for x in text.splitlines() if x.startswith("| best draft"))
 
 
 def test_no_preset_is_named_where_none_holds() -> None:
     maps = {"chain-64x2": by_arm(grpo=GRPO, worst=[(0.5, 0.6)] * 3, best=[(0.3, 0.3)] * 3)}
     text = page.takeaway(maps)
-    assert "No form of iGRPO was level with or ahead of GRPO" in text
-    assert "The closest is *worst draft*" in text
+    assert "No form of iGRPO was shown to be never behind GRPO" in text
+    assert "is *worst draft*; in points: chain-64x2 single-shot -12.0 [" in text
     assert page.takeaway({}) == "**Nothing has been measured yet.**"
+
+
+def test_a_task_on_which_grpo_learns_nothing_decides_nothing() -> None:
+    flat = by_arm(grpo=[(0.24, 0.24)] * 3, worst=[(0.1, 0.1)] * 3)
+    assert compare.gain(flat) == pytest.approx(0.04)
+    maps = {"chain-64x2": by_arm(grpo=GRPO, worst=AHEAD), "signs-64x2": flat}
+    assert list(compare.telling(maps)) == ["chain-64x2"]
+    assert "ahead somewhere: *worst draft*" in page.takeaway(maps)
+    assert prose.NOTHING_LEARNED in page.section("signs-64x2", flat)
+    assert prose.NOTHING_LEARNED not in page.section("chain-64x2", maps["chain-64x2"])
+    assert math.isnan(compare.gain({}))
 
 
 @pytest.mark.parametrize("base", [0.0, 1.0])

@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,16 +130,39 @@ def test_weights_that_are_no_numbers_any_more_are_a_divergence(tmp_path: Path, m
     assert draw(RUN, tmp_path)["status"] == "diverged"
 
 
-def test_a_worker_ends_with_its_sweep(monkeypatch) -> None:
-    class Gone:
-        def is_alive(self) -> bool:
-            return False
+SWEEP = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from benchmarks.replication.sweep import prepare_worker
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=prepare_worker)
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(600)
+"""
 
-    monkeypatch.setattr(runs, "parent_process", Gone)
-    with pytest.raises(SystemExit):
-        runs.stop_with_the_sweep()
-    monkeypatch.setattr(runs, "parent_process", lambda: None)
-    runs.stop_with_the_sweep()
+
+def test_an_idle_worker_ends_with_a_sweep_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "killed_sweep.py"
+    script.write_text(SWEEP)
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(command.ROOT)},
+    ) as sweep:  # fmt: skip
+        worker = int(sweep.stdout.readline())
+        sweep.kill()
+    deadline = time.monotonic() + 60
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(worker)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +309,20 @@ def test_the_command_does_what_is_open_and_says_what_is_missing(
     monkeypatch.setattr(command, "SMOKE", replace(TINY, steps=3))
     assert command.main(arguments) == 2
     assert "made with other settings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--workers"])
+@pytest.mark.parametrize("count", ["0", "-1", "two", "1.5"])
+def test_the_command_wants_counts(option: str, count: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.main([option, count])
+    assert f"argument {option}: must be a count from 1 on, got '{count}'" in capsys.readouterr().err
+
+
+def test_a_worker_that_is_killed_leaves_a_message(monkeypatch, capsys, tmp_path: Path) -> None:
+    def kill(*_: object, **__: object) -> None:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(command, "sweep", kill)
+    assert command.main(["--smoke", "--folder", str(tmp_path)]) == 1
+    assert "the same command goes on" in capsys.readouterr().out

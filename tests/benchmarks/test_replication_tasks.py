@@ -10,19 +10,19 @@ from igrpo_algo.cli.demo.chain import TEMPLATE
 from igrpo_algo.cli.demo.model import build_tokenizer
 from igrpo_algo.drafts.text import splice_prompt
 
-SIGNS = signs.Signs(7, (5, 3, 4, 2, 1), 10)
+SIGNS = signs.Signs(7, (2, 3, 1, 3, 1), 1)
 PACKING = packing.Packing((3, 7, 2, 9, 4, 6), 17)
 
 
 @pytest.mark.parametrize(
     ("text", "score"),
     [
-        ("0 9 1 11 10", 1.0),  # + - + - -
-        ("2 11 3 1 2", 0.0),  # right steps to another place
-        ("0 9 1 10 10", 0.0),  # 1 to 10 is neither + 2 nor - 2
-        ("0 9 1 11", 0.0),
-        ("0 9 1 11 10 10", 0.0),
-        ("10", 0.0),
+        ("1 6 7 2 1", 1.0),  # + - + + -
+        ("1 6 7 4 3", 0.0),  # right steps to another place
+        ("1 6 7 3 1", 0.0),  # 7 to 3 is neither + 3 nor - 3
+        ("1 6 7 2", 0.0),
+        ("1 6 7 2 1 1", 0.0),
+        ("1", 0.0),
         ("", 0.0),
         ("to", 0.0),
     ],
@@ -82,8 +82,8 @@ def test_a_mended_walk_arrives_with_at_most_one_sign_turned() -> None:
             mended += 1
             assert signs.walk(problem.start, problem.numbers, after)[-1] == problem.target
             assert sum(a != b for a, b in zip(after, before, strict=True)) <= 1
-    # The target is one of six places; then one of five numbers mends about two in three.
-    assert 0.5 < mended / 200 < 0.95
+    # One in four walks arrives, and one of five numbers mends most of the others.
+    assert 0.6 < mended / 200 < 0.98
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -128,5 +128,5 @@ def test_held_out_problems_are_left_out(name: str) -> None:
 
 
 def test_the_reward_reads_chat_completions() -> None:
-    completions = [[{"role": "assistant", "content": text}] for text in ("0 9 1 11 10", "")]
+    completions = [[{"role": "assistant", "content": text}] for text in ("1 6 7 2 1", "")]
     assert TASKS["signs"].reward(completions, [SIGNS, SIGNS], prompts=["?"] * 2) == [1.0, 0.0]

@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from itertools import takewhile
 from pathlib import Path
 from queue import SimpleQueue
@@ -88,7 +88,7 @@ class Mutant:
 
 
 def load_mutants(root: Path, only: str = "") -> list[Mutant]:
-    """Read the entries of every file; `only` keeps those whose toml, file or text it matches."""
+    """Read the entries of every file; `only` keeps those of which it matches any part."""
     keys = {field.name for field in fields(Mutant)} - {"source"}
     mutants = []
     for path in sorted((root / "tests" / "mutants").glob("*.toml")):
@@ -96,7 +96,7 @@ def load_mutants(root: Path, only: str = "") -> list[Mutant]:
             if set(entry) != keys:
                 raise SystemExit(f"{path.name}: an entry has {sorted(entry)}, not {sorted(keys)}")
             mutants.append(Mutant(path.name, **entry))
-    return [mutant for mutant in mutants if re.search(only, f"{mutant.source} {mutant}")]
+    return [mutant for mutant in mutants if re.search(only, " ".join(astuple(mutant)))]
 
 
 class Copy:
@@ -225,7 +225,7 @@ def outcomes(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Plant each known fault; see its test go red.")
-    parser.add_argument("--only", default="", help="regular expression: toml name, file or text")
+    parser.add_argument("--only", default="", help="regular expression, for any part of an entry")
     parser.add_argument("--workers", type=int, default=2, help="copies tested at once (2)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one fault (300)")
     parser.add_argument("--import", default=HEAVY, dest="modules", help=f"before all ({HEAVY})")

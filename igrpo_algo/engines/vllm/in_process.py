@@ -63,6 +63,7 @@ class VllmSampler(EngineSampler):
 
     Attributes:
         llm: The engine.
+        takes_priority: True: requests may name a priority, and lower goes first.
         prompt_tokens: Tokens of all prompts so far, once per completion.
         cached_tokens: Those of them that the prefix cache served.
 
@@ -78,6 +79,8 @@ class VllmSampler(EngineSampler):
         sample_group(["2 + 2 ="], sampler, 4).texts
         ```
     """
+
+    takes_priority = True
 
     def __init__(
         self,

@@ -63,6 +63,7 @@ class VllmServerSampler(EngineSampler):
 
     Attributes:
         is_shared: True: several processes draw from the same servers, and one of them syncs.
+        takes_priority: True: requests may name a priority, and lower goes first.
         prompt_tokens: Tokens of all prompts so far, once per prompt, as the servers count them.
         cached_tokens: Those of them that a prefix cache served; 0 unless the servers were started
             with `--enable-prompt-tokens-details`.
@@ -82,6 +83,7 @@ class VllmServerSampler(EngineSampler):
     """
 
     is_shared = True
+    takes_priority = True
 
     def __init__(
         self,

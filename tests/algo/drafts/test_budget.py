@@ -1,8 +1,9 @@
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igrpo_algo.drafts.budget import fit_draft
+from igrpo_algo.drafts.budget import fit_draft, truncate_draft
 from igrpo_algo.drafts.text import CONCATENATION, splice_prompt
 
 QUESTION = "1 + 1?"
@@ -120,7 +121,47 @@ def test_bad_fits():
     options = {"encode": encode, "decode": decode}
     with pytest.raises(ValueError, match=r"max_prompt_tokens must be >= 0, got -1"):
         fit_draft("so it is 2", Renderer(), max_prompt_tokens=-1, **options)
-    with pytest.raises(ValueError, match=r"keep must be 'tail' or 'head', got 'both'"):
+    with pytest.raises(ValueError, match=r"keep must be 'tail' or 'head', got str 'both'"):
         fit_draft("", Renderer(), max_prompt_tokens=99, keep="both", **options)
     with pytest.raises(TypeError, match=r"max_prompt_tokens must be an int, got float"):
         fit_draft("", Renderer(), max_prompt_tokens=9.0, **options)
+
+
+@given(st.lists(st.integers(0, 9), max_size=12), st.integers(0, 14))
+@settings(max_examples=50)
+def test_truncate_keeps_one_end(ids, max_tokens):
+    size = min(len(ids), max_tokens)
+    tail = truncate_draft(ids, max_tokens)
+    head = truncate_draft(ids, max_tokens, keep="head")
+    assert len(tail) == len(head) == size
+    assert ids[:size] == head
+    assert ids[len(ids) - size :] == tail
+    tensor = torch.tensor(ids, dtype=torch.int64)
+    assert truncate_draft(tensor, max_tokens).tolist() == tail
+    assert truncate_draft(tensor, max_tokens, keep="head").tolist() == head
+
+
+def test_truncate_returns_the_type_it_was_given():
+    ids = [5, 6, 7]
+    assert truncate_draft(ids, 3) == ids
+    assert truncate_draft(ids, 3) is not ids
+    assert truncate_draft(ids, 0) == []
+    cut = truncate_draft(torch.tensor(ids, dtype=torch.int32), 2)
+    assert cut.dtype == torch.int32
+    assert cut.tolist() == [6, 7]
+
+
+@pytest.mark.parametrize(
+    ("ids", "max_tokens", "keep", "error", "message"),
+    [
+        ("abc", 1, "tail", TypeError, r"draft_ids must be a list, got str 'abc'"),
+        (torch.ones(2), 1, "tail", TypeError, r"draft_ids must be an integer tensor"),
+        (torch.ones(1, 2, dtype=torch.int64), 1, "tail", ValueError, r"draft_ids must have shape"),
+        ([1], -1, "tail", ValueError, r"max_tokens must be >= 0, got -1"),
+        ([1], 1.0, "tail", TypeError, r"max_tokens must be an int, got float 1.0"),
+        ([1], 1, "middle", ValueError, r"keep must be 'tail' or 'head', got str 'middle'"),
+    ],
+)
+def test_bad_truncation(ids, max_tokens, keep, error, message):
+    with pytest.raises(error, match=message):
+        truncate_draft(ids, max_tokens, keep=keep)

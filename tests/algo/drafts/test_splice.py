@@ -1,6 +1,8 @@
 """Splices: thinking, templates and token budgets put together; the question is never cut."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from igrpo_algo.drafts.splice import TextSplice, TokenBudget, TokenSplice
 from igrpo_algo.drafts.text import DraftTemplate
@@ -144,6 +146,25 @@ def test_tokens_stay_those_that_were_sampled():
 def test_tokens_are_cut_and_counted(limits, kept):
     spliced = TokenSplice((5,), **limits)([1], draft("text", [6, 7, 8, 9]))
     assert spliced == ([1, 5, *kept], "text", 4 - len(kept))
+
+
+IDS = st.lists(st.integers(0, 9), max_size=8)
+
+
+@given(IDS.filter(len), IDS, IDS, IDS, st.integers(1, 10), st.sampled_from(["tail", "head"]))
+@settings(max_examples=50)
+def test_tokens_of_the_draft_are_cut_and_of_nothing_else(q, tokens, before, after, room, keep):
+    limit = len(q + before + after) + room
+    splice = TokenSplice(tuple(before), tuple(after), max_prompt_tokens=limit, keep=keep)
+    size = min(room, len(tokens))
+    kept = tokens[len(tokens) - size :] if keep == "tail" else tokens[:size]
+    wanted = (q + before + kept + after, "text", len(tokens) - size) if kept else (q, "", 0)
+    assert splice(q, draft("text", tokens)) == wanted
+
+
+def test_special_ids_leave_the_draft_alone_and_take_no_room():
+    splice = TokenSplice(after_ids=(0,), special_ids=[0], max_prompt_tokens=5)
+    assert splice([0, 1], draft("text", [5, 0, 6, 0])).prompt == [0, 1, 5, 6, 0]
 
 
 @pytest.mark.parametrize("limit", [2, 1])

@@ -151,12 +151,12 @@ def test_a_journal_with_a_torn_header_starts_anew(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"num_prompts": 4}, "num_prompts = 3, this one 4"),
-        ({"num_drafts": 4}, "num_drafts = 2, this one 4"),
-        ({"num_refinements": 8}, "num_refinements = 2, this one 8"),
-        ({"rounds": 2}, "rounds = 1, this one 2"),
-        ({"seed": None}, "seed = 5, this one None"),
-        ({"prompts": "other"}, "prompts = '[0-9a-f]{32}', this one 'other'"),
+        ({"num_prompts": 4}, "num_prompts was 3, is 4"),
+        ({"num_drafts": 4}, "num_drafts was 2, is 4"),
+        ({"num_refinements": 8}, "num_refinements was 2, is 8"),
+        ({"rounds": 2}, "rounds was 1, is 2"),
+        ({"seed": None}, "seed was 5, is None"),
+        ({"prompts": "other"}, "prompts was '[0-9a-f]{32}', is 'other'"),
     ],
 )
 def test_a_journal_of_another_rollout_is_refused(tmp_path, change, match):
@@ -164,9 +164,9 @@ def test_a_journal_of_another_rollout_is_refused(tmp_path, change, match):
         pass
     check_journal(tmp_path / "j", HEADER)
     other = replace(HEADER, **change)
-    with pytest.raises(ValueError, match=f"belongs to another rollout: .*j has {match}"):
+    with pytest.raises(ValueError, match=rf"j holds a run with other settings \(.*{match}"):
         check_journal(tmp_path / "j", other)
-    with pytest.raises(ValueError, match="another rollout"), Journal(tmp_path / "j", other):
+    with pytest.raises(ValueError, match="other settings"), Journal(tmp_path / "j", other):
         pass
 
 
@@ -215,11 +215,11 @@ def test_a_finished_journal_draws_nothing(tmp_path):
 def test_a_journal_of_other_prompts_or_sizes_is_refused_at_once(tmp_path):
     path = tmp_path / "journal.jsonl"
     streamed(PROMPTS, canned, graded, seed=1, journal=path)
-    with pytest.raises(ValueError, match=r"has prompts = .*, this one"):
+    with pytest.raises(ValueError, match=r"prompts was .*, is"):
         stream_two_stage_rollout(PROMPTS[::-1], canned, graded, seed=1, journal=path)
     for change in ({"num_drafts": 2}, {"num_refinements": 8}, {"rounds": 2}, {"seed": 2}):
         ((name, value),) = change.items()
-        with pytest.raises(ValueError, match=f"has {name} = [14], this one {value}"):
+        with pytest.raises(ValueError, match=f"{name} was [14], is {value}"):
             stream_two_stage_rollout(PROMPTS, canned, graded, **{"seed": 1, **change}, journal=path)
     with pytest.raises(TypeError, match="JSON"):
         stream_two_stage_rollout(

@@ -64,6 +64,8 @@ async def test_an_earlier_round_goes_before_a_later_one_that_waited_longer():
 @pytest.mark.parametrize("options", [{}, {"reward_max": 1.0}])
 def test_a_sampler_that_takes_a_priority_is_told_the_stage(options):
     class Engine:
+        takes_priority = True
+
         async def sample_one(self, prompt, n, *, seed=None, priority=None):
             told.add((prompt, priority))
             return [Completion([1], "1")] * n
