@@ -14,7 +14,8 @@ conformance` writes this page.
 |---|---|---|---|
 """
 TAIL = """
-TRL 1.16.0 is compared in `make test`. Every row was run on a CPU. No other trainer was run.
+TRL 1.16.0 is compared in `make test`. Every row was run on a CPU, slime's from a clone of
+its source (`SLIME_SOURCE`). No other trainer was run.
 """
 
 

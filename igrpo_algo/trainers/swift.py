@@ -24,6 +24,7 @@ from ..prompts import decode_completion
 from ..rollouts.once_per_group import fit_to_tokenizer
 from ..seeds import derive_seed
 from .draft_layout import DraftLayout
+from .rendering import AsTokenizer
 
 
 class _Draft(NamedTuple):
@@ -112,11 +113,16 @@ class _IGRPOTrainer(GRPOTrainer):
             for prompt, place in layout.chosen_here(choices).items()
         ]
         chosen = dict(gather_object(mine))
-        rules = fit_to_tokenizer(self.rules, _AsTokenizer(self), self.template.max_length)
+        tokenizer = AsTokenizer(self.tokenizer, self._render)
+        rules = fit_to_tokenizer(self.rules, tokenizer, self.template.max_length)
         for sample, prompt in zip(samples, layout.row_prompts, strict=True):
             if prompt in chosen:
                 question = [m for m in sample.messages if m["role"] != "assistant" or m["content"]]
                 sample.messages = rules.condition(question, _Draft(*chosen[prompt])).prompt
+
+    def _render(self, messages: list[dict[str, Any]]) -> list[int]:
+        with self.template.generate_context():
+            return list(self.template.encode({"messages": deepcopy(messages)})["input_ids"])
 
     def _score_completions(self, samples: list[Any]) -> list[Any]:
         samples = super()._score_completions(samples)
@@ -129,24 +135,6 @@ class _IGRPOTrainer(GRPOTrainer):
             metrics["igrpo/uplift"].append(stage_uplift(drafts, refinements).item())
             metrics["igrpo/refinement_zero_std"].append(zero_variance_rate(refinements).item())
         return samples
-
-
-class _AsTokenizer:
-    """The tokenizer, with ms-swift's own template in place of the tokenizer's."""
-
-    def __init__(self, trainer: _IGRPOTrainer) -> None:
-        self._template = trainer.template
-        self._tokenizer = trainer.tokenizer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._tokenizer(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> list[int]:
-        with self._template.generate_context():
-            return list(self._template.encode({"messages": deepcopy(messages)})["input_ids"])
 
 
 def _as_draft(sample: Any, tokenizer: Any) -> tuple[str, list[int]]:

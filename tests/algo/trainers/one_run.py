@@ -51,23 +51,38 @@ class Fixed:
         self.seen.append(weights["lm_head.weight"].clone())
 
 
-def shard_on_cpus() -> None:
-    """Let accelerate shard: it does so on GPUs alone, so the ranks pass for GPUs."""
-    os.environ |= {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer",
-        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-        "ACCELERATE_TORCH_DEVICE": "cpu",
-    }
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+ZERO3 = {
+    "zero_optimization": {"stage": 3},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+
+
+def shard(kind: str) -> dict[str, Any]:
+    """Let accelerate shard the weights; it does so on GPUs alone, so the CPUs pass for GPUs."""
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    if kind == "fsdp2":
+        os.environ |= FSDP2
+        return {"use_cpu": False}
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo, nothing to compile
+    return {"use_cpu": False, "deepspeed": ZERO3}
 
 
 def main(folder: Path, given: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")
-    if given.pop("fsdp2", False):
-        shard_on_cpus()
+    sharded = shard(given.pop("shard")) if "shard" in given else {}
     adapter = ADAPTERS[given.pop("adapter", "none")]
     options = base_options(folder) | {
         "optim": "sgd",  # a step in proportion to the gradient
@@ -79,7 +94,7 @@ def main(folder: Path, given: dict[str, Any]) -> None:
     trainer = IGRPOTrainer(
         make_model(),
         early_letters,
-        IGRPOConfig(**options | given),
+        IGRPOConfig(**options | sharded | given),
         make_dataset(),
         processing_class=make_tokenizer(),
         peft_config=adapter and LoraConfig(r=2, task_type="CAUSAL_LM", **adapter),
