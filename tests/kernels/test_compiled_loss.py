@@ -1,7 +1,7 @@
 """`linear_policy_loss` under torch.compile: one pass there too, as an op."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
