@@ -2,7 +2,8 @@
 
     trainer.train(
         workflow="igrpo_algo.trainers.areal.IGRPOWorkflow",
-        workflow_kwargs={"reward_fn": ..., "gconfig": ..., "tokenizer": ..., "num_drafts": 8},
+        workflow_kwargs={"reward_fn": ..., "gconfig": ..., "tokenizer": ...,
+                         "num_drafts": 8},
         eval_workflow="areal.workflow.rlvr.RLVRWorkflow", ...)
 
 G is `gconfig.n_samples`: AReaL runs that many episodes of a prompt together, on one workflow, and
@@ -59,6 +60,8 @@ class IGRPOWorkflow(RLVRWorkflow):
     Raises:
         ValueError: `num_drafts` is below 1, or the rules leave prompts out of Stage 2.
     """
+
+    reward_fn: Any
 
     def __init__(
         self,

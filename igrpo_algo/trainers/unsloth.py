@@ -2,7 +2,8 @@
 
     import unsloth
     from igrpo_algo.trainers.unsloth import make_trainer
-    trainer = make_trainer(num_drafts=8)(model=model, args=GRPOConfig(...), reward_funcs=..., ...)
+    IGRPOTrainer = make_trainer(num_drafts=8)
+    IGRPOTrainer(model=model, args=GRPOConfig(...), reward_funcs=..., ...).train()
 
 Unsloth rewrites TRL's trainer when it is imported, its loss and log-probs among it, so this touches
 neither: both stages go through TRL's generation (Unsloth's vLLM too), and a step is trained by
@@ -72,7 +73,10 @@ def make_trainer(
     return type("IGRPOTrainer", (_TwoStages, trl.GRPOTrainer), own)
 
 
-class _TwoStages:
+_Trainer: Any = object  # known when the class is made: Unsloth's
+
+
+class _TwoStages(_Trainer):
     """Draws drafts before TRL draws a batch, and gives it the spliced prompts."""
 
     rules: DraftRules

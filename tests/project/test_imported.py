@@ -139,7 +139,7 @@ def test_the_commands_of_the_guide_make_a_copy_that_passes_its_tests(tmp_path: P
     where = "otherpkg._igrpo."
     names = {name: where + name for name in ("igrpo_algo", "igrpo_kernels")}
     copy_tests(tmp_path, pure, names)
-    run_tests(tmp_path, ["algo"], "-o", "markers=gpu\nslow", "-m", "not gpu")
+    run_tests(tmp_path, ["algo"], "-o", "markers=gpu\nslow", "-m", "not gpu and not slow")
 
 
 VENDORED_FOLDERS = ("advantages", "drafts", "losses", "rollouts", "shared_prompt")
