@@ -96,8 +96,10 @@ def summarize(
     }
 
 
-def measure(sampler: StaticSampler, options: argparse.Namespace) -> dict[str, Any]:
-    """Sample the drafts, refine them under every template."""
+def measure(
+    sampler: StaticSampler, options: argparse.Namespace, record: results.Record, output: Path
+) -> None:
+    """Sample the drafts, refine them under every template; record what is done so far."""
     rng = random.Random(options.seed)
     problems = [draw(rng, (options.level,)) for _ in range(options.problems)]
     drafts = sampler.sample([ask(problem, None) for problem in problems], options.drafts, seed=0)
@@ -118,7 +120,7 @@ def measure(sampler: StaticSampler, options: argparse.Namespace) -> dict[str, An
                 flush=True,
             )
         found["correction shown" if corrects else "answers shown"] = rows
-    return found
+        results.write(record | found, output)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -146,9 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": machine.versions(device),
         "options": {name: value for name, value in given.items() if name != "output"},
         "model": model.config.name_or_path or type(model).__name__,
-        **measure(sampler, options),
     }
-    results.write(record, options.output or results.RESULTS / f"{today}-templates.json")
+    output = options.output or results.RESULTS / f"{today}-templates.json"
+    measure(sampler, options, record, output)
 
 
 if __name__ == "__main__":

@@ -233,7 +233,11 @@ class TokenSplice:
                 check_count(name, getattr(self, name))
         check_ids("before_ids", self.before_ids)
         check_ids("after_ids", self.after_ids)
-        check_special_ids(self.special_ids)
+        if isinstance(self.special_ids, str) or not isinstance(self.special_ids, Collection):
+            raise TypeError(
+                f"special_ids must be a collection of int, got {describe(self.special_ids)}"
+            )
+        check_ids("special_ids", list(self.special_ids))
         check_keep(self.keep)
 
     def __call__(self, prompt: Prompt, draft: Draft) -> Spliced:

@@ -61,6 +61,8 @@ class IGRPOWorkflow(RLVRWorkflow):
         ValueError: `num_drafts` is below 1, or the rules leave prompts out of Stage 2.
     """
 
+    reward_fn: Any
+
     def __init__(
         self,
         *args: Any,

@@ -5,7 +5,7 @@ from typing import Any
 
 
 class AsTokenizer:
-    """The tokenizer, with what the trainer renders messages with in the place of its template.
+    """The tokenizer, with the trainer's own rendering in place of its template.
 
     Args:
         tokenizer: The model's tokenizer.

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels import K1, K2, K3, Clip, RatioWeighted
+from igrpo_kernels.kl import KlEstimator
 from igrpo_kernels.sequences import Sequences
 from igrpo_kernels.surrogates import Surrogate
 
@@ -245,7 +246,8 @@ def make_loss(surrogate: Surrogate | None = None) -> Loss:
             sampled = torch.cat(batch["rollout_log_probs"])
             mismatch = token_importance_weights(old_logprobs, sampled, cu_seqlens=cu_seqlens)
             importance = truncate_weights(mismatch, high=args.tis_clip, low=args.tis_clip_low)
-        kl = {"k1": K1(), "k2": K2(), "k3": K3()}.get(args.kl_loss_type, K3())
+        estimators: dict[str, KlEstimator] = {"k1": K1(), "k2": K2()}
+        kl = estimators.get(args.kl_loss_type, K3())
         result = policy_loss(
             logprobs,
             torch.cat(batch["advantages"]),

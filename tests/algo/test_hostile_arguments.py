@@ -14,7 +14,7 @@ from igrpo_algo import (
     two_stage_rollout,
 )
 from igrpo_algo.advantages import sum_rewards
-from igrpo_algo.drafts import TokenBudget, splice_prompt_ids, truncate_draft
+from igrpo_algo.drafts import TokenBudget, truncate_draft
 from igrpo_algo.layouts import pad_sequences
 from igrpo_algo.losses import high_entropy_mask
 from igrpo_algo.prompts import check_prompts, decode_completion, encode_prompt
@@ -89,7 +89,7 @@ REFUSED = [
     ("logprobs must be finite, got -1e", lambda: Completion([1], "a", [-1e300])),
     ("logprobs must be finite, got -1000", lambda: Completion([1], "a", [-(10**400)])),
     (r"draft_ids\[0\] must be an int", lambda: truncate_draft([1.5], 1)),
-    (r"after_ids\[0\] must be an int", lambda: splice_prompt_ids([1], [2], after_ids=["3"])),
+    (r"after_ids\[0\] must be an int", lambda: TokenSplice(after_ids=("3",))),
     ("special_ids must be a collection", lambda: TokenSplice(special_ids="</s>")),
     (r"prompt\[0\] must be an int, got float", lambda: encode_prompt([1.5], None)),
     ("prompt must be a string or a non-empty list", lambda: encode_prompt([], None)),

@@ -1,13 +1,14 @@
 """For a pretrained model: word problems of two to six operations, worked out step by step.
 
-    question   Tom has 4 bags of 6 apples each. He finds 5 more. He gives 8 away. How many ... ?
-    answer     4 * 6 = 24. 24 + 5 = 29. 29 - 8 = 21. The answer is 21.
+    question   Tom has 4 bags with 6 apples in each bag. He finds 5 more. He gives 8 away. How many
+               apples does Tom have?
+    answer     The bags hold 4 * 6 = 24 apples. With 5 more: 24 + 5 = 29. Without 8: 29 - 8 = 21.
+               The answer is 21.
 
 The number of operations is the level. The pilot's problems had two, and after 40 steps of GRPO nine
-of ten were right: they can show a collapse, but no gain. A slip in one of six steps, each of them
-with numbers of two or three digits, spoils the answer; a draft shows every step, so that a slip can
-be found. The task "words" mixes the levels: the low ones give a weak model something to learn from,
-the high ones leave room above it.
+of ten were right: they can show a collapse, but no gain. A slip in one of six steps spoils the
+answer; a draft shows every step, so that a slip can be found. The task "words" mixes the levels:
+the low ones give a weak model something to learn from, the high ones leave room above it.
 
 Worked examples stand before each question, the same for both stages; one of them corrects a draft.
 """
@@ -24,8 +25,10 @@ from .task import Message, Task
 PEOPLE = {"Tom": "He", "Anna": "She", "Ben": "He", "Mia": "She", "Sam": "He", "Lily": "She"}
 THINGS = ("apples", "books", "coins", "pens", "cards", "stamps", "shells", "marbles")
 LEVELS = (2, 3, 4, 5, 6)
-MOST = 300  # a number never grows beyond
-TOKENS_PER_STEP, TOKENS_OF_THE_END = 16, 24
+MOST = 200  # a number never grows beyond
+LARGEST = 19  # that is added or taken away
+SAID = {"+": "With {} more:", "-": "Without {}:", "*": "{} times as many:", "/": "Shared by {}:"}
+TOKENS_PER_STEP, TOKENS_OF_THE_END = 20, 16
 EXAMPLES_SEED = 5
 NUMBER = re.compile(r"-?\d+")
 
@@ -51,9 +54,9 @@ class WordProblem:
     @property
     def question(self) -> str:
         """The problem in words."""
-        told = [f"{self.person} has {self.bags} bags of {self.each} {self.thing} each."]
+        told = [f"{self.person} has {self.bags} bags with {self.each} {self.thing} in each bag."]
         told += [_tell(PEOPLE[self.person], *step) for step in self.steps]
-        return " ".join([*told, f"How many {self.thing} does {self.person} have now?"])
+        return " ".join([*told, f"How many {self.thing} does {self.person} have?"])
 
     @property
     def values(self) -> list[int]:
@@ -77,7 +80,7 @@ def _apply(value: int, sign: str, number: int) -> int:
 
 def _tell(pronoun: str, sign: str, number: int) -> str:
     if sign == "*":
-        return f"Then the number is multiplied by {number}."
+        return f"Then the number of them grows {number} times."
     if sign == "/":
         return f"{pronoun} shares them equally among {number} people, and is one of them."
     return f"{pronoun} finds {number} more." if sign == "+" else f"{pronoun} gives {number} away."
@@ -97,8 +100,8 @@ def draw(rng: random.Random, levels: tuple[int, ...] = LEVELS) -> WordProblem:
 
 def _possible(value: int, rng: random.Random) -> list[tuple[str, int]]:
     """Give a step of each kind that is possible now."""
-    steps = [("+", rng.randint(3, 60))] if value + 60 <= MOST else []
-    steps += [("-", rng.randint(1, value - 1))] if value > 1 else []
+    steps = [("+", rng.randint(1, LARGEST))] if value + LARGEST <= MOST else []
+    steps += [("-", rng.randint(1, min(value - 1, LARGEST)))] if value > 1 else []
     steps += [("*", number) for number in (2, 3) if value * number <= MOST][:1]
     return steps + [("/", number) for number in (4, 3, 2) if value % number == 0][:1]
 
@@ -108,14 +111,15 @@ def write_answer(problem: WordProblem, slip: int | None = None) -> str:
 
     Examples:
         >>> write_answer(WordProblem("Tom", "apples", 4, 6, (("+", 5),)))
-        '4 * 6 = 24. 24 + 5 = 29. The answer is 29.'
+        'The bags hold 4 * 6 = 24 apples. With 5 more: 24 + 5 = 29. The answer is 29.'
         >>> write_answer(WordProblem("Tom", "apples", 4, 6, (("+", 5),)), slip=0)
-        '4 * 6 = 34. 34 + 5 = 39. The answer is 39.'
+        'The bags hold 4 * 6 = 34 apples. With 5 more: 34 + 5 = 39. The answer is 39.'
     """
-    value, lines = problem.bags, []
-    for index, (sign, number) in enumerate((("*", problem.each), *problem.steps)):
+    value = problem.bags * problem.each + (10 if slip == 0 else 0)
+    lines = [f"The bags hold {problem.bags} * {problem.each} = {value} {problem.thing}."]
+    for index, (sign, number) in enumerate(problem.steps, 1):
         after = _apply(value, sign, number) + (10 if index == slip else 0)
-        lines.append(f"{value} {sign} {number} = {after}.")
+        lines.append(f"{SAID[sign].format(number)} {value} {sign} {number} = {after}.")
         value = after
     return " ".join([*lines, f"The answer is {value}."])
 
