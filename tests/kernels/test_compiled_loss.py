@@ -1,7 +1,7 @@
 """`linear_policy_loss` under torch.compile: one pass there too, as an op."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -163,6 +163,7 @@ def test_gradients_of_fp16_do_not_underflow_before_the_loss_scale(untraced: Any)
     )
 
 
+@dataclass(frozen=True)
 class Ours(Surrogate):
     """A surrogate of somebody else's, of which the op knows nothing."""
 
@@ -170,6 +171,7 @@ class Ours(Surrogate):
         return TokenLosses(-tokens.ratio * tokens.advantages)
 
 
+@dataclass(frozen=True)
 class Squared(K2):
     """An estimator of somebody else's."""
 
