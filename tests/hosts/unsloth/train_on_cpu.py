@@ -1,8 +1,4 @@
-"""Train two steps as the example does, and write what was sampled and trained to seen.json.
-
-With UNSLOTH_ALLOW_CPU=1 Unsloth rewrites TRL's trainer although there is no GPU; without it, its
-CPU backend leaves TRL's trainer alone.
-"""
+"""Train two steps as the example does, and write what was sampled and trained to seen.json."""
 
 import importlib.util
 import json
