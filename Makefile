@@ -19,7 +19,7 @@ BIN_TRL := $(VENV_TRL)/bin
 READY_TRL := $(VENV_TRL)/.ready
 VENV_HOST := .venv-
 ALL_HOSTS := $(patsubst tests/hosts/%/requirements.txt,%,$(wildcard tests/hosts/*/requirements.txt))
-HOSTS ?= $(ALL_HOSTS)
+HOSTS ?= $(if $(SLIME_SOURCE),$(ALL_HOSTS),$(filter-out slime,$(ALL_HOSTS)))
 ARGS ?=
 
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -51,7 +51,7 @@ test-trl-oldest: $(READY_TRL)  ## run the tests of the TRL trainer on the oldest
 test-trl: $(READY)  ## run TRL's own GRPO tests on our trainer (TRL_SOURCE=a clone of TRL; without one: nothing)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/trl_suite/run.py "$(TRL_SOURCE)" $(ARGS)
 
-conformance: $(HOSTS:%=$(VENV_HOST)%/.ready)  ## run this package inside the other trainers (HOSTS=verl: one of them)
+conformance: $(HOSTS:%=$(VENV_HOST)%/.ready)  ## run this package inside the other trainers (HOSTS=verl: one of them; SLIME_SOURCE=a clone of slime: that too)
 	@for host in $(HOSTS); do \
 		echo "tests/hosts/$$host"; \
 		OMP_NUM_THREADS=1 $(VENV_HOST)$$host/bin/python -m pytest -o addopts='$(VLLM_ADDOPTS)' \
@@ -143,6 +143,7 @@ $(READY_TRL): $(READY) tests/algo/trainers/oldest_trl.txt
 # Each trainer has an environment of its own. The project goes in last and without its dependencies,
 # since it asks for Triton, which a CPU does not need; what a requirements file wants in without its
 # dependencies stands there behind "# --no-deps".
+$(VENV_HOST)skyrl/.ready: PYTHON = python3.12
 $(VENV_HOST)%/.ready: tests/hosts/%/requirements.txt pyproject.toml
 	$(call make-venv,$(@D))
 	@echo "[2/3] installing torch"

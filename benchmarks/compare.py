@@ -21,7 +21,7 @@ class Ratio:
 
     peer: str
     value: float
-    spread: float  # relative: how far the readings of both lie apart
+    spread: float  # relative: how far the readings of each are apart
 
     def __str__(self) -> str:
         return f"{self.value:.2f} of {self.peer}'s"
@@ -88,7 +88,7 @@ def baseline(record: Record, folder: Path = RESULTS) -> tuple[Path, Record] | No
 def fallen(record: Record, old: Record) -> list[str]:
     """Where ours fell back behind the fastest peer of both runs, or takes more memory.
 
-    A ratio counts as fallen if it rose by more than the readings of either run lie apart.
+    A ratio counts as fallen if it rose by more than the spread of either run's readings.
     """
     before = {row.case: row for row in rows(old)}
     lines = []

@@ -31,7 +31,7 @@ class Bar:
         group: Heading under which it stands, such as an op.
         label: Such as a size.
         time: Our time over the other's.
-        time_note: What stands behind the bar, beside the ratio.
+        time_note: Text behind the bar, beside the ratio.
         memory: The same of the peak memory; None where it was not measured.
         memory_note: The same of the peak memory.
     """
@@ -120,7 +120,7 @@ def put(axes: Axes, at: int, ratio: float | None, note: str) -> None:
     if ratio is None:
         return
     better = ratio <= 1
-    end = min(max(ratio, NARROW), WIDE)  # what lies beyond is said by the number
+    end = min(max(ratio, NARROW), WIDE)  # the number says what is beyond
     axes.barh(at, end - 1, left=1, height=0.7, color=BETTER if better else WORSE)
     offset, side = (-3, "right") if better else (3, "left")
     text = {"textcoords": "offset points", "va": "center", "fontsize": 8}

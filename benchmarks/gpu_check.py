@@ -31,7 +31,7 @@ TOTAL_SECONDS = {False: 550.0, True: 110.0}  # quick or not
 TEST_SECONDS = 200.0  # of one suite, at most
 STEP_SECONDS = {"cpu": 180.0, "cuda": 90.0}  # of one benchmark of whole steps, at most
 # The project's options without those of plug-ins that may be missing; warnings of another torch
-# are no failure.
+# do not fail it.
 PYTEST = (
     "-q",
     "-p",
@@ -56,7 +56,7 @@ def suites(options: argparse.Namespace) -> dict[str, list[str]]:
     device = [DEVICE_TESTS, "-m", marker, *chosen]
     if options.quick or options.small:
         return {"on the device": device}
-    # the interpreter is no news where the kernels run, and Triton 3.6's fails with NumPy 2.4
+    # the interpreter says nothing new where the kernels run, and Triton 3.6's fails with NumPy 2.4
     ignored = (DEVICE_TESTS, "tests/kernels/test_triton_interpreter.py")
     rest = ["tests/kernels", *(f"--ignore={path}" for path in ignored), "-m", "not gpu"]
     if importlib.util.find_spec("xdist"):

@@ -206,7 +206,7 @@ def readings_of(
             with may_fail(figures[name]):
                 took = seconds_of(partial(steps, op.peers[name], turn, count), device)
                 readings[name].append(1e3 * took / count)
-            for batch in batches:  # no peer's gradients lie in another's memory
+            for batch in batches:  # peers do not share memory for gradients
                 batch.clear()
     return readings
 

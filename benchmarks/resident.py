@@ -24,7 +24,7 @@ def resident(name: str) -> int:
 
 
 def peak_during(step: Callable[[], object]) -> int:
-    """Peak of this process during a step, above what stands before it."""
+    """Peak of this process during a step, above its level before."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as peak:
@@ -64,7 +64,7 @@ def _send(
 
 
 def peak_in_fresh_process(case: Case, peer: str) -> int | None:
-    """Peak of a peer's step above what stands before it."""
+    """Peak of a peer's step above its level before."""
     return in_fresh_process(_peak, case, peer, torch.get_num_threads())
 
 
@@ -72,7 +72,7 @@ def _peak(case: Case, peer: str, threads: int) -> int:
     torch.set_num_threads(threads)
     op, cpu = op_of(case), torch.device("cpu")
     batch = op.make(case, 1, cpu)
-    # one step first, so that imports, thread pools and compilers are no part of the peak: a short
+    # one step first, so that imports, thread pools and compilers do not count in the peak: a short
     # one, but of the same shape for a compiled peer, which compiles per shape
     warm = batch
     if not peer.endswith("compile") and case.tokens > 64 * SEQUENCES:

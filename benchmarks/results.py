@@ -53,7 +53,7 @@ def add(record: Record, figures: list[Figure]) -> None:
 
 
 def recorded(folder: Path = RESULTS) -> list[tuple[Path, Record]]:
-    """All recorded runs of the kernels, oldest first; other benchmarks' lie beside them."""
+    """All recorded runs of the kernels, oldest first; other benchmarks' files are left out."""
     found = ((path, json.loads(path.read_text())) for path in folder.glob("20*.json"))
     kernels = [(path, record) for path, record in found if record.get("ceilings")]
     return sorted(kernels, key=lambda run: run[1]["date"])

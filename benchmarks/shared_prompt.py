@@ -94,7 +94,7 @@ def _peak(form: str, case: Case) -> int:
     problem = make_problem(case)
     groups = [[[1, 2]] * case.refinements] * case.prompts
     small = replace(problem, prompts=[[1, 2]] * case.prompts, completions=groups)
-    step(form, small)  # imports, thread pools and gradients are no part of the peak
+    step(form, small)  # so that imports, thread pools and gradients do not count in the peak
     return peak_during(lambda: step(form, problem))
 
 

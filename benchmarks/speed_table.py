@@ -29,7 +29,7 @@ def newest(folder: Path = RESULTS) -> dict[str, tuple[Path, Record]]:
 
 
 def readme_part(record: Record, path: str) -> str:
-    """What stands between README's markers: the five headlines of one run on a GPU."""
+    """The text between README's markers: the five headlines of one run on a GPU."""
     measured = {row.case: row for row in rows(record)}
     lines = [["op", "size", "igrpo", "fastest peer", "ratio"]]
     for case in cases.headlines():

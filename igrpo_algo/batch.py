@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import check_count, check_shape, check_tensor, describe
+from igrpo_kernels.checks import check_callable, check_count, check_shape, check_tensor, describe
 
 from .advantages.of_groups import standardize_by_group
 from .layouts import PackedRow, PaddedRows, pack_sequences, pad_sequences
@@ -255,6 +255,9 @@ def training_batch(
         raise TypeError(f"rollouts must be Rollouts, got {describe(rollouts)}")
     if not len(rollouts):
         raise ValueError("rollouts must hold at least one prompt, got none")
+    check_callable("advantages", advantages)
+    if encode is not None:
+        check_callable("encode", encode)
     trained = [
         [rollout.stages[number] for rollout in rollouts]
         for number in _check_stages(stages, rounds=len(rollouts[0].refinements))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from igrpo_kernels.checks import check_count, check_tensor
+from igrpo_kernels.checks import check_count, check_list, check_tensor
 
 Layout = TypeVar("Layout", bound="PaddedRows | PackedRow")
 
@@ -133,6 +133,13 @@ class PackedRow:
         return torch.tensor([value for row in values for value in row], dtype=torch.float32)
 
 
+def _sizes(prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[int]:
+    """Count the tokens of each prompt with its completion."""
+    check_list("prompts", prompts)
+    check_list("completions", completions)
+    return [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+
+
 def pad_sequences(
     prompts: Sequence[list[int]],
     completions: Sequence[list[int]],
@@ -156,7 +163,8 @@ def pad_sequences(
         >>> rows.input_ids, rows.mask
         (tensor([[5, 6, 7], [5, 8, 0]]), tensor([[False,  True], [ True, False]]))
     """
-    sizes = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    check_count("pad_token_id", pad_token_id, at_least=0)
+    sizes = _sizes(prompts, completions)
     layouts = []
     for batch in fill(sizes, max_tokens, cost=lambda rows: len(rows) * max(rows)):
         rows = [torch.tensor([*prompts[i], *completions[i]]) for i in batch]

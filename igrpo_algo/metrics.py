@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import check_count, check_number, check_rank, check_shape, describe
+from igrpo_kernels.checks import (
+    check_callable,
+    check_count,
+    check_number,
+    check_rank,
+    check_shape,
+    describe,
+)
 
 from .advantages.moments import GroupedRewards, to_scores
 from .thinking import strip_thinking
@@ -239,7 +246,12 @@ def repeats_draft(
         >>> repeats_draft("It is 5.", "<think>2 + 3</think> It is 5.")
         True
     """
-    kept = refinement if strip is None else strip(refinement)
+    for name, text in (("draft", draft), ("refinement", refinement)):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a string, got {describe(text)}")
+    kept = refinement if strip is None else check_callable("strip", strip)(refinement)
+    if not isinstance(kept, str):
+        raise TypeError(f"strip must return a string, got {describe(kept)}")
     return kept.strip() == draft.strip()
 
 

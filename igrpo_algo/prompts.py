@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from igrpo_kernels.checks import describe
+from igrpo_kernels.checks import check_callable, check_list, describe
 
 from .thinking import MARK_TOKENS
 
@@ -40,6 +40,7 @@ def encode_prompt(
         The ids.
 
     Raises:
+        TypeError: The prompt is neither a string, nor messages, nor token ids.
         ValueError: The template leaves out the assistant's message that the model should continue.
 
     Examples:
@@ -51,9 +52,11 @@ def encode_prompt(
         ([104, 105], [104, 105])
     """
     if isinstance(prompt, str):
-        return _encode_text(prompt, tokenizer)
+        return _encode_text(prompt, check_callable("tokenizer", tokenizer))
+    if not isinstance(prompt, list) or not prompt:
+        raise TypeError(f"prompt must be a string or a non-empty list, got {describe(prompt)}")
     if not isinstance(prompt[0], Mapping):
-        return [int(token) for token in prompt]
+        return list(check_ids("prompt", prompt))
     is_open = prompt[-1].get("role") == "assistant"
     ids = tokenizer.apply_chat_template(
         prompt,
@@ -79,6 +82,9 @@ def decode_completion(ids: Sequence[int], tokenizer: Any) -> str:
     Returns:
         The text.
     """
+    check_ids("ids", ids)
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        raise TypeError(f"tokenizer must be one of transformers, got {describe(tokenizer)}")
     known = map(tokenizer.convert_tokens_to_ids, sorted(MARK_TOKENS))
     marks = {token for token in known if token != getattr(tokenizer, "unk_token_id", None)}
     if marks.isdisjoint(ids):
@@ -86,6 +92,28 @@ def decode_completion(ids: Sequence[int], tokenizer: Any) -> str:
     added = tokenizer.added_tokens_decoder
     hidden = {token for token, entry in added.items() if entry.special} - marks
     return str(tokenizer.decode([token for token in ids if token not in hidden]))
+
+
+def check_entries(name: str, value: Any, kinds: tuple[type, ...], what: str) -> None:
+    """Raise TypeError unless `value` is a list of these types; a bool is not a number."""
+    for kind in set(map(type, check_list(name, value))):
+        if kind is bool or not issubclass(kind, kinds):
+            place = next(place for place, each in enumerate(value) if type(each) is kind)
+            raise TypeError(f"{name}[{place}] must be {what}, got {describe(value[place])}")
+
+
+def check_ids(name: str, value: Any) -> Any:
+    """Return token ids if they are a list of int, none of them negative.
+
+    Raises:
+        TypeError: They are not a list (or a tuple) of int.
+        ValueError: One is negative, or takes more than 64 bits.
+    """
+    check_entries(name, value, (int,), "an int")
+    if value and not 0 <= min(value) <= max(value) < 2**63:
+        wrong = min(value) if min(value) < 0 else max(value)
+        raise ValueError(f"{name} must lie in [0, 2**63), got {describe(wrong)}")
+    return value
 
 
 def check_prompts(prompts: object) -> list[Prompt]:
@@ -98,7 +126,11 @@ def check_prompts(prompts: object) -> list[Prompt]:
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts must be a list of prompts, got {describe(prompts)}")
     for index, prompt in enumerate(prompts):
-        if half := _lone_surrogate(prompt):
+        try:
+            half = _lone_surrogate(prompt)
+        except RecursionError:
+            raise ValueError(f"prompts[{index}] is nested too deeply") from None
+        if half:
             raise ValueError(
                 f"prompts[{index}] holds {half!r}, half of a character, which no tokenizer takes"
             )

@@ -26,7 +26,7 @@ def prompt_seeds(seed: int | Sequence[int] | None, count: int) -> list[int] | No
     if (
         isinstance(seed, str)
         or not isinstance(seed, Sequence)
-        or not all(isinstance(each, int) for each in seed)
+        or not all(type(each) is int for each in seed)
     ):
         raise TypeError(f"seed must be an int or a list of them, got {describe(seed)}")
     if len(seed) != count:

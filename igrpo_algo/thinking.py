@@ -4,6 +4,7 @@ Rewards, drafts and tokenizers read the same table, so that they agree on what t
 """
 
 import re
+from reprlib import repr as shown  # short, of anything
 
 THINKING_MARKS = (
     ("<think>", "</think>"),  # DeepSeek, Qwen, GLM and most others
@@ -40,7 +41,7 @@ def strip_thinking(text: str, *, open: str | None = None, close: str | None = No
 
     Args:
         text: A completion.
-        open: The mark before the thinking; None, for both, stands for all `THINKING_MARKS`.
+        open: The mark before the thinking; None, for both, means all `THINKING_MARKS`.
         close: The mark after it.
 
     Returns:
@@ -58,7 +59,7 @@ def strip_thinking(text: str, *, open: str | None = None, close: str | None = No
     """
     for name, value in (("text", text), ("open", open), ("close", close)):
         if not isinstance(value, str) and (name == "text" or value is not None):
-            raise TypeError(f"{name} must be a str, got {type(value).__name__} {value!r}")
+            raise TypeError(f"{name} must be a str, got {type(value).__name__} {shown(value)}")
     if open is None and close is None:
         for pair in THINKING_MARKS:
             text = _strip(text, *pair)
@@ -69,7 +70,7 @@ def strip_thinking(text: str, *, open: str | None = None, close: str | None = No
 
 
 def text_after_thinking(text: str) -> str | None:
-    """Return what stands behind the last thinking; None for thinking that never ends.
+    """Return what follows the last thinking; None for thinking that never ends.
 
     Unlike `strip_thinking`, this drops what was said before a block too: of two answers, the one
     after more thinking counts.
@@ -80,6 +81,8 @@ def text_after_thinking(text: str) -> str | None:
         >>> text_after_thinking("It is 4. <think>No, ") is None
         True
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {type(text).__name__} {shown(text)}")
     for open, close in THINKING_MARKS:
         text = text.rpartition(close)[2]
         if open in text:

@@ -37,7 +37,9 @@ def _check_denominator(denominator: float | Tensor | None) -> None:
         if on_cpu and not (denominator >= 0).all():
             raise ValueError(f"denominator must be >= 0, got {denominator.item()}")
     elif denominator is not None:
-        check_number("denominator", denominator, at_least=0.0)
+        number = check_number("denominator", denominator, at_least=0.0)
+        if 0 < number < 2.0**-126:  # its reciprocal is infinite in float32
+            raise ValueError(f"denominator must be 0 or >= {2.0**-126:.3g}, got {number}")
 
 
 def _reciprocal(denominator: float | Tensor, like: Tensor) -> Tensor:

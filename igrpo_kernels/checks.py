@@ -5,6 +5,7 @@ Public functions call these once on entry; helpers that receive checked values d
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,11 @@ def describe(value: object) -> str:
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     if isinstance(value, int) and value.bit_length() > 256:  # Python may refuse to print it
         return f"an int of {value.bit_length()} bits"
-    shown, kind = repr(value), type if isinstance(value, type) else type(value)
+    kind = type if isinstance(value, type) else type(value)
+    try:
+        shown = repr(value)
+    except Exception:  # an object's own, or nested too deeply
+        return f"{kind.__name__} that cannot be shown"
     return f"{kind.__name__} {shown if len(shown) <= 80 else shown[:77] + '...'}"
 
 
@@ -28,6 +33,10 @@ def check_tensor(name: str, value: object) -> Tensor:
         raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}")
     if value.device.type == "meta":
         raise TypeError(f"{name} must hold values, got {describe(value)} on the meta device")
+    if value.layout not in (torch.strided, torch.jagged):
+        raise TypeError(f"{name} must be dense, got {describe(value)} that is {value.layout}")
+    if value.is_floating_point() and value.element_size() == 1:
+        raise TypeError(f"{name} must have at least 16 bits, got {describe(value)}")
     return value
 
 
@@ -110,20 +119,43 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
     bounds = [
-        (f">= {at_least}", at_least is None or value >= at_least),
-        (f"> {above}", above is None or value > above),
-        (f"<= {at_most}", at_most is None or value <= at_most),
+        (">=", at_least, at_least is None or value >= at_least),
+        (">", above, above is None or value > above),
+        ("<=", at_most, at_most is None or value <= at_most),
     ]
-    broken = [text for text, holds in bounds if not holds]
+    broken = [f"{sign} {bound}" for sign, bound, holds in bounds if not holds]
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ValueError(f"{name} must fit 64 bits, or be a float, got {describe(value)}")
-    if not broken and not math.isfinite(value):
+    if (
+        not broken and not abs(value) < math.inf
+    ):  # a compiler traces it, where it breaks at isfinite
         broken = ["finite"]
     elif not broken and abs(value) > LARGEST_FLOAT32:
         broken = ["in the range of float32"]
     if broken:
         raise ValueError(f"{name} must be {' and '.join(broken)}, got {value!r}")
     return float(value)
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Return `value` if it is True or False; raise TypeError otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+    return value
+
+
+def check_callable(name: str, value: Any) -> Any:
+    """Return `value` if it can be called; raise TypeError otherwise."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {describe(value)}")
+    return value
+
+
+def check_list(name: str, value: Any) -> Any:
+    """Return `value` if it is a sequence, and not text; raise TypeError otherwise."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a list, got {describe(value)}")
+    return value
 
 
 def check_count(name: str, value: object, *, at_least: int = 1) -> int:

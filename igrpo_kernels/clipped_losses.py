@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .checks import check_floating
+from .checks import check_floating, check_number
 from .kl import K3
 from .loss_terms import TokenInputs, TokenObjective
 from .row_selection import working_dtype
@@ -55,6 +55,10 @@ def clipped_policy_loss(
         >>> clipped_policy_loss(new, torch.tensor([1.0]), old_logprobs=old)
         tensor([[-1.2000, -0.9000]])
     """
+    check_number("clip_low", clip_low, at_least=0.0)
+    check_number("clip_high", clip_high, at_least=0.0)
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip, at_least=1 + clip_high)
     sequences = Sequences.of(check_floating("logprobs", logprobs), mask, cu_seqlens)
     dtype = working_dtype(logprobs.dtype)
     inputs = TokenInputs.of(sequences, dtype, advantages, old_logprobs=old_logprobs)

@@ -4,8 +4,8 @@ The gradients are taken in the forward, while a chunk's exponentials are at hand
 products per row (6 TVH operations) where computing the logits again in the backward takes four.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 from .head_arguments import HeadBatch, without_autocast
 from .head_softmax import SoftmaxChunk, holds_sequences, is_one_chunk, softmax_chunks
 from .linear_head import HeadGradients, LinearHead
+from .loss_from_logprobs import PolicyLoss
 from .loss_terms import TokenInputs, TokenObjective, named_means
 from .row_checks import check_rows
-from .row_selection import Rows, rows_where, working_dtype
+from .row_selection import Rows, rows_where
 from .row_statistics import RowStatistics
 from .upstream import times_upstream
 
@@ -100,6 +101,12 @@ class RowLosses:
         sums = terms.sums(inputs.sequences)
         return Share(loss, slopes[0], slopes[1], list(terms.logged), sums)
 
+    def of_no_rows(self, entropy: bool) -> Share:
+        """Return a share of zero, which knows the names of what is logged."""
+        none = self.weights.new_empty(0)
+        nothing = RowStatistics.zeros(none, none.dtype, entropy=entropy)
+        return self.share(range(0), nothing, gradients=False)
+
 
 @dataclass(frozen=True)
 class FusedLoss:
@@ -108,12 +115,10 @@ class FusedLoss:
     Attributes:
         losses: The losses of the rows.
         head: The head.
-        targets: Target of each row. Shape [N].
+        targets: Target of each row. Shape [...], of N elements.
         rows: The rows that count and whose loss may differ from zero.
         more: Further rows, which the metrics alone want.
         with_entropy: Whether to take the entropy too.
-        metrics: Where `run` puts the means of what is logged.
-        scores: Where it puts log-prob and entropy of each row, 0 where it computed none. [N] each.
     """
 
     losses: RowLosses
@@ -122,8 +127,6 @@ class FusedLoss:
     rows: Rows
     more: Rows
     with_entropy: bool
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    scores: list[Tensor | None] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -141,7 +144,7 @@ class FusedLoss:
         more: Rows = range(0)
         if every and marked is not None:
             more = rows_where(count, batch.mask, ~marked)
-        return cls(losses, head, targets.flatten(), rows, more, entropy)
+        return cls(losses, head, targets, rows, more, entropy)
 
     @property
     def holds_sequences(self) -> bool:
@@ -149,14 +152,15 @@ class FusedLoss:
         owner = self.losses.owner
         return owner is None or holds_sequences(self.head, self.rows, owner)
 
-    def loss(self, hidden: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor) -> PolicyLoss:
         """Return the loss, through which the gradient flows to hidden, weight and bias."""
         with without_autocast(hidden.device):
             if not torch.is_grad_enabled():
                 return self.run(hidden, [False] * 3)[0]
-            return FusedLossFunction.apply(hidden, self.head.weight, self.head.bias, self)
+            loss, found = FusedLossFunction.apply(hidden, self.head.weight, self.head.bias, self)
+        return found._replace(loss=loss)
 
-    def run(self, hidden: Tensor, needed: list[bool]) -> tuple[Tensor, list[Tensor]]:
+    def run(self, hidden: Tensor, needed: list[bool]) -> tuple[PolicyLoss, list[Tensor]]:
         """Return the loss and the gradients that are needed, of hidden, weight and bias."""
         keeps = any(needed)
         one_chunk = is_one_chunk(self.head, self.rows, keeps=keeps)
@@ -170,15 +174,16 @@ class FusedLoss:
             shares.append(self.losses.share(rows, softmax.statistics, gradients=False))
             found.append((rows, softmax.statistics))
         if not shares:
-            none = hidden.new_empty(0, dtype=working_dtype(hidden.dtype))
-            nothing = RowStatistics.zeros(none, none.dtype, entropy=self.with_entropy)
-            shares = [self.losses.share(range(0), nothing, gradients=False)]
-            found = [(range(0), nothing)]
-        first, count = shares[0], len(self.rows) + len(self.more)
-        sums = sum((share.sums for share in shares[1:]), first.sums)
-        self.metrics.update(named_means(first.names, sums, count))
-        self.scores[:] = self._scores(found)
-        return sum((share.loss for share in shares[1:]), first.loss), gradients.finish()
+            shares = [self.losses.of_no_rows(self.with_entropy)]
+        sums = sum((share.sums for share in shares[1:]), shares[0].sums)
+        metrics = named_means(shares[0].names, sums, len(self.rows) + len(self.more))
+        loss = sum((share.loss for share in shares[1:]), shares[0].loss)
+        logprobs = self._by_row([(rows, some.logprobs) for rows, some in found])
+        entropy = None
+        if self.with_entropy:
+            pairs = ((rows, some.entropy) for rows, some in found)
+            entropy = self._by_row([(rows, part) for rows, part in pairs if part is not None])
+        return PolicyLoss(loss, metrics, logprobs, entropy), gradients.finish()
 
     def _share(self, chunk: SoftmaxChunk, gradients: HeadGradients | None) -> Share:
         """Take a chunk from log-probs to its share in the loss, and in the gradients if given."""
@@ -199,24 +204,18 @@ class FusedLoss:
             gradients.add(rows, hidden, found)
         return share
 
-    def _scores(self, found: list[tuple[Rows, RowStatistics]]) -> Iterator[Tensor | None]:
-        """Lay the log-probs of all chunks out by row, and then the entropies."""
-        for name in ("logprobs", "entropy"):
-            parts = [(rows, getattr(statistics, name)) for rows, statistics in found]
-            if parts[0][1] is None:
-                yield None
-                continue
-            every = parts[0][1].new_zeros(len(self.targets))
-            for rows, part in parts:
-                where = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
-                every[where] = part.detach()
-            yield every
+    def _by_row(self, parts: Iterable[tuple[Rows, Tensor]]) -> Tensor:
+        """Lay out what the rows computed have come to; 0 elsewhere. Shape of the targets."""
+        flat = self.losses.weights.new_zeros(self.targets.numel())
+        for rows, part in parts:
+            flat[slice(rows.start, rows.stop) if isinstance(rows, range) else rows] = part
+        return flat.view(self.targets.shape)
 
     def _chunks(self, hidden: Tensor, rows: Rows, *, keeps: bool) -> Iterator[SoftmaxChunk]:
         return softmax_chunks(
             self.head,
             hidden,
-            self.targets,
+            self.targets.flatten(),
             rows,
             owner=self.losses.owner if rows is self.rows else None,
             entropy=self.with_entropy,
@@ -230,17 +229,17 @@ class FusedLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, fused: FusedLoss
-    ) -> Tensor:
-        """Return the loss. `weight` and `bias` are those of the pass' head."""
+    ) -> tuple[Tensor, PolicyLoss]:
+        """Return the loss, and all else. `weight` and `bias` are those of the pass' head."""
         ctx.needed = list(ctx.needs_input_grad[:3])
-        loss, gradients = fused.run(hidden, ctx.needed)
+        found, gradients = fused.run(hidden, ctx.needed)
         ctx.save_for_backward(*gradients)
         ctx.dtype = hidden.dtype
-        return loss
+        return found.loss, found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
         """Multiply by the upstream scalar."""
         found = iter(times_upstream(ctx.saved_tensors, grad_loss))
         return *(next(found).to(ctx.dtype) if need else None for need in ctx.needed), None

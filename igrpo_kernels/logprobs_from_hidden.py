@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import check_flag
 from .head_arguments import HeadBatch, without_autocast
 from .head_softmax import SoftmaxChunk, is_one_chunk, softmax_chunks
 from .linear_head import HeadGradients, LinearHead
@@ -119,6 +120,8 @@ def linear_token_logprobs(
         >>> linear_token_logprobs(hidden, weight, torch.tensor([0, 3]))
         tensor([-1.2143, -2.2143])
     """
+    check_flag("return_entropy", return_entropy)
+    check_flag("skip_zero_rows", skip_zero_rows)
     options = temperature, softcap, logit_scale, shard, chunk_bytes
     batch = HeadBatch.of(hidden, weight, bias, targets, mask, *options)
     logprobs, entropy = score(batch, entropy=return_entropy, skip_zero_rows=skip_zero_rows)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import check_floating
+from .checks import check_flag, check_floating
 from .relative_softmax import SoftmaxRows, exponentials, softmax_of_logits
 from .row_checks import NAMESPACE, check_rows, check_targets, row_temperature
 from .row_selection import Rows, nonzero, row_pieces, rows_where, take, working_dtype
@@ -91,6 +91,8 @@ def token_logprobs(
     check_floating("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {list(logits.shape)}")
+    check_flag("return_entropy", return_entropy)
+    check_flag("inplace_backward", inplace_backward)
     targets, mask = check_targets(targets, mask, logits.shape[:-1])
     per_row = row_temperature(temperature, targets, working_dtype(logits.dtype))
     if inplace_backward and logits.requires_grad and torch.is_grad_enabled():

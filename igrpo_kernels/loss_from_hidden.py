@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .aggregates import Aggregate
+from .compiled_loss import can_carry, carry
 from .fused_loss import FusedLoss, RowLosses
 from .head_arguments import HeadBatch
 from .kl import K3, KlEstimator
@@ -49,7 +50,14 @@ def linear_policy_loss(
     exponentials relative to the target's logit to log-probs, loss and the gradients of hidden,
     weight and bias, which the backward multiplies by the upstream scalar. Surrogates over sequences
     (GSPO, GMPO, VESPO) get whole sequences. The definition's two passes run where a sequence is
-    larger than a chunk, for surrogates over the batch (Clip-Cov, KL-Cov) and under torch.compile.
+    larger than a chunk and for surrogates over the batch (Clip-Cov, KL-Cov).
+
+    Under torch.compile the pass is one op, without a graph break. The numbers of surrogate and KL,
+    coefficients, softcap and logit_scale are baked into the graph: another value compiles again,
+    where another temperature, or a denominator given as a tensor, does not. There the two passes
+    also run for surrogates and estimators that are not this package's, and for those over sequences
+    unless T rows of fp32 logits (packed: L) fit a chunk. Multiplying by the upstream scalar takes a
+    pass over the gradients.
 
     Rows without a gradient cost nothing: masked ones; those of zero advantage or zero importance
     weight (for a surrogate over sequences, whole sequences of them), unless KL or entropy has a
@@ -132,15 +140,15 @@ def linear_policy_loss(
         per_token_weights=surrogate.folds_importance_weights,
         legend="of targets",
     )
-    if surrogate.scope != "batch" and not torch.compiler.is_compiling():
+    if surrogate.scope != "batch":
         losses = RowLosses(objective, inputs, aggregate.weights(inputs.sequences, batch.dtype))
-        fused = FusedLoss.of(batch, losses, wants_entropy, all_metrics, skip_zero_rows)
-        if fused.holds_sequences:
-            loss = fused.loss(batch.hidden)
-            logprobs, entropy = (
-                None if values is None else values.view(targets.shape) for values in fused.scores
-            )
-            return PolicyLoss(loss, fused.metrics, logprobs, entropy)
+        how = wants_entropy, all_metrics, skip_zero_rows
+        if not torch.compiler.is_compiling():
+            fused = FusedLoss.of(batch, losses, *how)
+            if fused.holds_sequences:
+                return fused.loss(batch.hidden)
+        elif can_carry(objective, batch.head, longest=targets.shape[-1]):
+            return carry(batch, losses, *how)
     logprobs, entropy = score(batch, entropy=wants_entropy, skip_zero_rows=skip_zero_rows)
     result = average(objective, aggregate, inputs, logprobs, entropy)
     found = None if entropy is None else entropy.detach()

@@ -22,9 +22,10 @@ class PolicyLoss(NamedTuple):
         metrics: Detached 0-d tensors, means over the counted tokens: `logprob` and `ratio`; where
             the surrogate clips `clip_fraction_low` and `clip_fraction_high`; where given `kl`,
             `entropy` and `importance_weight`.
-        logprobs: From hidden states: the detached log-prob of each target, 0 on rows that were not
-            computed. Shape of `targets`.
-        entropy: From hidden states: likewise, where it was computed.
+        logprobs: From hidden states: the detached log-prob of each target, those of
+            `linear_token_logprobs`; 0 on rows that were not computed. `all_metrics=True` computes
+            every row that counts. Shape of `targets`.
+        entropy: From hidden states: likewise, where it was asked for. Shape of `targets`.
     """
 
     loss: Tensor

@@ -5,7 +5,15 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import check_integral, check_mask, check_number, check_shape, require_within
+from .checks import (
+    check_integral,
+    check_mask,
+    check_number,
+    check_shape,
+    check_tensor,
+    describe,
+    require_within,
+)
 
 # The ops of a copy of this folder under another name get their own namespace
 NAMESPACE = (__package__ or "igrpo_kernels").replace(".", "_")
@@ -34,6 +42,9 @@ def row_temperature(
         if torch.compiler.is_compiling():
             return torch.full((1,), number, dtype=dtype, device=targets.device)
         return number
+    check_tensor("temperature", temperature)
+    if temperature.dtype == torch.bool or temperature.is_complex():
+        raise TypeError(f"temperature must hold numbers, got {describe(temperature)}")
     if temperature.numel() != 1:
         check_shape("temperature", temperature, targets.shape, "of targets, or one number,")
     return temperature.detach().reshape(-1).to(dtype)

@@ -67,6 +67,8 @@ class VocabularyShard:
     group_name: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sizes, tuple):
+            raise TypeError(f"sizes must be a tuple of int, got {describe(self.sizes)}")
         for size in self.sizes:
             check_count("sizes", size, at_least=0)
         check_count("rank", self.rank, at_least=0)

@@ -77,7 +77,7 @@ def public_names(package: str) -> dict[str, str]:
             module = f"{package}.{node.module}" if node.level else node.module
             if module.startswith("igrpo_"):
                 names |= {alias.name: f"{module}.{alias.name}" for alias in node.names}
-    for name, path in names.items():  # what a package of the package hands on
+    for name, path in names.items():  # re-exported from a folder of its own
         inner = path.removesuffix(f".{name}")
         if (ROOT / inner.replace(".", "/")).is_dir():
             names[name] = public_names(inner)[name]

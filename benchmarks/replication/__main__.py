@@ -4,21 +4,32 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks.replication.arms import ARMS
-from benchmarks.replication.models import SHIPPED, SIZES
+from benchmarks.replication.models import PRETRAINED, SHIPPED, SIZES
 from benchmarks.replication.sweep import plan, sweep
-from benchmarks.replication.tasks import TASKS
+from benchmarks.replication.tasks import ALL_TASKS, TASKS
 from benchmarks.replication.training import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "benchmarks/results/replication"
+WEIGHTS = ROOT / "runs/replication-weights"
 SMOKE = Settings(
     steps=6, prompts=8, evaluations=1, held_out=64, samples=2, rounds=2, warm_up_steps=60
 )
+
+REAL = Settings(steps=100, prompts=32, learning_rate=1e-5)
+
+
+def positive(text: str) -> int:
+    """Read a count."""
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a count from 1 on, got {text!r}")
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,10 +40,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("what", nargs="?", choices=["run", "map"], default="run")
     options.add_argument("--smoke", action="store_true", help="every arm, tiny: ten minutes")
     options.add_argument("--arm", action="append", choices=ARMS, help="repeatable; default: all")
-    options.add_argument("--task", action="append", choices=TASKS, help="repeatable; default: all")
-    options.add_argument("--size", choices=SIZES, default=SHIPPED, help="width x layers")
-    options.add_argument("--seeds", type=int, help="default: 5, with --smoke 1")
-    options.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8))
+    options.add_argument("--task", action="append", choices=ALL_TASKS, help="repeatable")
+    options.add_argument("--size", choices=[*SIZES, PRETRAINED], default=SHIPPED)
+    options.add_argument("--seeds", type=positive, help="default: 5, with --smoke 1")
+    options.add_argument("--workers", type=positive, default=min(os.cpu_count() or 1, 8))
     options.add_argument("--folder", type=Path, help="of the records")
     return options
 
@@ -45,10 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         write_page(folder)
         return 0
-    settings = SMOKE if options.smoke else Settings()
+    pretrained = options.size == PRETRAINED
+    settings = SMOKE if options.smoke else REAL if pretrained else Settings()
     runs = plan(
         options.arm or ARMS,
-        options.task or TASKS,
+        options.task or (["words"] if pretrained else TASKS),
         options.seeds or (1 if options.smoke else 5),
         options.size,
     )
@@ -58,13 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs,
             settings,
             folder,
-            ROOT / "runs/replication-weights",
+            WEIGHTS,
             workers=options.workers,
             console=console,
         )
     except ValueError as error:
         console.print(str(error))
         return 2
+    except BrokenExecutor:
+        console.print("A worker was killed; the same command goes on with the runs that are open.")
+        return 1
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on with the runs that have not ended.")
         return 130

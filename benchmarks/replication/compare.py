@@ -17,6 +17,12 @@ LEVEL = 0.03
 """Two arms are level if the whole interval of their difference lies within three points."""
 
 
+SEEDS_NEEDED = 3
+"""Fewer pairs give no verdict: two that happen to agree would make an interval of no width."""
+GAIN_NEEDED = 0.05
+"""A task on which GRPO itself gains less than this decides nothing."""
+
+
 class Verdict(StrEnum):
     """What an interval says of an arm beside GRPO."""
 
@@ -66,6 +72,27 @@ def pairs(mine: Mapping[int, Record], other: Mapping[int, Record]) -> list[int]:
     return sorted(mine.keys() & other.keys())
 
 
+def is_compared(arms: ByArm, arm: str, baseline: str) -> bool:
+    """Say whether enough seeds of an arm and of what it is compared with have finished."""
+    return len(pairs(finished(arms, arm), finished(arms, baseline))) >= SEEDS_NEEDED
+
+
+def gain(arms: ByArm, arm: str = "grpo") -> float:
+    """Give what training added to single-shot accuracy, in the mean; NaN without runs."""
+    runs = finished(arms, arm).values()
+    gains = [single_shot(record) - record["curve"][0]["sampled"] for record in runs]
+    return sum(gains) / len(gains) if gains else math.nan
+
+
+def telling(maps: Mapping[str, ByArm]) -> dict[str, ByArm]:
+    """Keep the tasks on which GRPO learns, so that being level with it means something."""
+    return {
+        place: arms
+        for place, arms in maps.items()
+        if is_compared(arms, "grpo", "grpo") and gain(arms) >= GAIN_NEEDED
+    }
+
+
 def judge(gap: Interval) -> Verdict:
     """Say what an interval allows to say.
 
@@ -92,8 +119,8 @@ def interpolate(points: Sequence[tuple[float, float]], at: float) -> float:
     """Read a curve between its points; NaN outside of them.
 
     Examples:
-        >>> interpolate([(0, 0.1), (10, 0.5)], 5), interpolate([(0, 0.1), (10, 0.5)], 11)
-        (0.3, nan)
+        >>> interpolate([(0, 0.25), (10, 0.75)], 5), interpolate([(0, 0.25), (10, 0.75)], 11)
+        (0.5, nan)
     """
     for (before, low), (after, high) in pairwise(points):
         if before <= at <= after and before < after:
@@ -139,6 +166,6 @@ def never_behind(maps: Mapping[str, ByArm], arm: str, baseline: str) -> bool:
         for arms in maps.values()
         for value in (single_shot, refined)
     ]
-    measured = all(len(pairs(finished(a, arm), finished(a, baseline))) > 1 for a in maps.values())
+    measured = all(is_compared(arms, arm, baseline) for arms in maps.values())
     settled = not {Verdict.BEHIND, Verdict.OPEN} & {*verdicts}
     return measured and settled and Verdict.AHEAD in verdicts

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen3ForCausalLM
 
-from benchmarks.replication.tasks import Task, ask
+from benchmarks.replication.tasks import Task
 from benchmarks.replication.training import build_sampler
 from igrpo_algo import DraftRules, Rollouts, TextSplice, two_stage_rollout
-from igrpo_algo.cli.demo.chain import TEMPLATE
 from igrpo_algo.drafts.markers import marker_tokens
 from igrpo_algo.drafts.select import SelectedDrafts
 from igrpo_algo.metrics import (
@@ -53,7 +51,7 @@ def of_step(rollouts: Rollouts) -> dict[str, float]:
 
 
 def of_model(
-    model: Qwen3ForCausalLM, tokenizer: Any, task: Task, problems: Sequence[Any], *,
+    model: Any, tokenizer: Any, task: Task, problems: Sequence[Any], *,
     seed: int, samples: int, rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a model: single-shot (greedy, sampled, pass@k), and draft-then-refine.
@@ -69,8 +67,9 @@ def of_model(
         samples: Answers to each problem. With one, greedy decoding is left out.
         rounds: Of refinement.
     """
-    prompts, sampler = [ask(problem) for problem in problems], build_sampler(model, tokenizer, task)
-    splice = TextSplice(TEMPLATE, special_tokens=marker_tokens(tokenizer))
+    prompts = [task.ask(problem) for problem in problems]
+    sampler = build_sampler(model, tokenizer, task)
+    splice = TextSplice(task.template, special_tokens=marker_tokens(tokenizer))
     chains = two_stage_rollout(
         prompts, sampler, task.reward, num_drafts=1, num_refinements=1, rounds=rounds,
         columns={"problem": problems}, rules=DraftRules(latest, splice=splice), seed=seed,

@@ -1,16 +1,18 @@
-"""Tiny Qwen3 models of a few sizes, warmed up on a teacher that errs; made once, then kept."""
+"""The models: tiny Qwen3 warmed up on a teacher that errs, or SmolLM2; made once, then kept."""
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+import torch
+from transformers import PreTrainedTokenizerFast
 
 from igrpo_algo.cli.demo.model import build_model, build_tokenizer, load_model, save_weights
 from igrpo_algo.cli.demo.warmup import WarmUp, warm_up
 from igrpo_algo.files import write_whole
 
+from . import smollm
 from .tasks import Task
 
 HELD_OUT_SEED = 0
@@ -26,11 +28,15 @@ class Size:
 
 SIZES = {"64x2": Size(64, 2), "128x3": Size(128, 3), "256x4": Size(256, 4)}
 SHIPPED = "64x2"
+PRETRAINED = "smollm2"
 
 
 def warm_weights(task: Task, size: str, path: Path, *, held_out: int, settings: WarmUp) -> None:
     """Write the warmed weights of a task and size, if they are not there."""
     if path.exists():
+        return
+    if size == PRETRAINED:
+        smollm.load(path)
         return
     if task.weights is not None and size == SHIPPED:
         write_whole(path, task.weights.read_bytes())
@@ -48,8 +54,11 @@ def warm_weights(task: Task, size: str, path: Path, *, held_out: int, settings: 
     save_weights(model, path)
 
 
-def load(task: Task, size: str, path: Path) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """Load a warmed model and its tokenizer."""
+def load(task: Task, size: str, path: Path) -> tuple[Any, PreTrainedTokenizerFast]:
+    """Load a warmed or pretrained model and its tokenizer."""
+    if size == PRETRAINED:
+        model, own = smollm.load(path)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu"), own
     tokenizer, rung = build_tokenizer(task.words), SIZES[size]
     return load_model(path, tokenizer, width=rung.width, layers=rung.layers), tokenizer
 

@@ -1,6 +1,7 @@
 """`docs/method/replication.md`: the map, written from the records."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from benchmarks.replication import compare, prose
 from benchmarks.replication.arms import ARMS, baseline_of
 from benchmarks.replication.compare import ByArm, Record, Verdict, difference, finished, judge
 from benchmarks.replication.plot import draw
-from benchmarks.replication.tasks import TASKS
+from benchmarks.replication.tasks import ALL_TASKS, TASKS
 from benchmarks.speed_page import table
 from igrpo_algo.cli.intervals import Interval
 from igrpo_algo.files import write_whole
@@ -55,11 +56,12 @@ def build_page(maps: Maps) -> str:
 
 def ordered(maps: Maps) -> list[tuple[str, ByArm]]:
     """Give the places, those of a task together, in the order of the tasks."""
-    return sorted(maps.items(), key=lambda item: list(TASKS).index(item[0].partition("-")[0]))
+    return sorted(maps.items(), key=lambda item: list(ALL_TASKS).index(item[0].partition("-")[0]))
 
 
 def takeaway(maps: Maps) -> str:
     """Say first what to take away, from the numbers."""
+    maps = compare.telling(maps)
     others = [arm for arm in ARMS if ARMS[arm].num_drafts]
     good = [arm for arm in others if compare.never_behind(maps, arm, baseline_of(arm))]
     if good:
@@ -69,9 +71,9 @@ def takeaway(maps: Maps) -> str:
     if best is None:
         return "**Nothing has been measured yet.**"
     return (
-        "**No form of iGRPO was level with or ahead of GRPO everywhere on these tasks**, so there "
-        f"is no preset that we recommend by these numbers. The closest is *{ARMS[best].label}*: "
-        f"{gaps_in_words(maps, best)}."
+        "**No form of iGRPO was shown to be never behind GRPO here, and ahead somewhere**, "
+        "so no preset is recommended by these numbers. The closest, by its worst mean difference, "
+        f"is *{ARMS[best].label}*; in points: {gaps_in_words(maps, best)}."
     )
 
 
@@ -91,7 +93,7 @@ def gaps_of(maps: Maps, arm: str) -> dict[tuple[str, str], Interval]:
     return {
         (place, name): difference(arms, arm, baseline_of(arm), value)
         for place, arms in ordered(maps)
-        if compare.pairs(finished(arms, arm), finished(arms, baseline_of(arm)))
+        if compare.is_compared(arms, arm, baseline_of(arm))
         for name, value in measures.items()
     }
 
@@ -117,7 +119,19 @@ def basis(maps: Maps) -> str:
         )
     total = sum(int(row[2]) for row in rows[1:])
     text = prose.BASIS.format(total=total, planned=planned * len(TASKS), arms=len(ARMS))
-    return f"{text}\n\n{table(rows)}{failures(maps)}"
+    return f"{text} {machines(maps)}\n\n{table(rows)}{failures(maps)}"
+
+
+def machines(maps: Maps) -> str:
+    """Say what the runs were made on, and how many on each."""
+    made = Counter(
+        f"{record['machine']['device']} ({record['machine']['threads']} thread), torch "
+        f"{record['machine']['torch']}, {record['machine']['sampler']}"
+        for arms in maps.values()
+        for runs in arms.values()
+        for record in runs.values()
+    )
+    return "Made on: " + "; ".join(f"{name}: {count} runs" for name, count in made.items()) + "."
 
 
 def failures(maps: Maps) -> str:
@@ -149,14 +163,15 @@ def section(place: str, arms: ByArm) -> str:
             row.append(percent(mean([value(record) for record in runs.values()])))
             row += [""] * 2 if arm == baseline_of(arm) else beside_grpo(arms, arm, value)
         rows.append(row)
-    title = TASKS[place.partition("-")[0]].title
-    return f"**{place}**: {title}\n\n{table(rows)}"
+    title = ALL_TASKS[place.partition("-")[0]].title
+    note = "" if place in compare.telling({place: arms}) else prose.NOTHING_LEARNED
+    return f"**{place}**: {title}.{note}\n\n{table(rows)}"
 
 
 def beside_grpo(arms: ByArm, arm: str, value) -> list[str]:
     """Give the difference and the verdict."""
-    if len(compare.pairs(finished(arms, arm), finished(arms, baseline_of(arm)))) < 2:
-        return ["", "fewer than 2 seeds"]
+    if not compare.is_compared(arms, arm, baseline_of(arm)):
+        return ["", f"fewer than {compare.SEEDS_NEEDED} seeds"]
     gap = difference(arms, arm, baseline_of(arm), value)
     verdict = judge(gap)
     bold = verdict in (Verdict.AHEAD, Verdict.BEHIND)
@@ -205,7 +220,10 @@ def first_warning(runs: Sequence[Record]) -> str:
     steps = [record["warnings"][0]["step"] for record in runs if record["warnings"]]
     if not steps:
         return "none"
-    return f"step {min(steps)} to {max(steps)}, {len(steps)} of {len(runs)} runs"
+    span = (
+        f"step {min(steps)}" if min(steps) == max(steps) else f"steps {min(steps)} to {max(steps)}"
+    )
+    return f"{span}, {len(steps)} of {len(runs)} runs"
 
 
 def more(arms: ByArm) -> list[list[str]]:

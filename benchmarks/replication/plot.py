@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from benchmarks.draw import save
 from benchmarks.replication import compare
 from benchmarks.replication.arms import ARMS, baseline_of
-from benchmarks.replication.compare import ByArm, Verdict, difference, finished, judge
+from benchmarks.replication.compare import ByArm, Verdict, difference, judge
 
 COLORS = {
     Verdict.AHEAD: "#009E73",
@@ -27,7 +27,8 @@ def draw(maps: Mapping[str, ByArm], path: Path) -> None:
     arms = [
         arm
         for arm in ARMS
-        if arm != baseline_of(arm) and any(_pairs(maps[place], arm) > 1 for place in places)
+        if arm != baseline_of(arm)
+        and any(compare.is_compared(maps[place], arm, baseline_of(arm)) for place in places)
     ]
     figure = Figure(figsize=(3 + 2.2 * 2 * max(1, len(places)), 1.4 + LINE * len(arms)), dpi=150)
     figure.set_layout_engine("constrained")
@@ -49,7 +50,7 @@ def _draw_panel(axes: Axes, arms: ByArm, names: list[str], measure: str) -> None
     axes.axvspan(-100 * compare.LEVEL, 100 * compare.LEVEL, color="0.93", linewidth=0)
     axes.axvline(0, color="0.4", linewidth=0.8)
     for row, arm in enumerate(names):
-        if _pairs(arms, arm) < 2:
+        if not compare.is_compared(arms, arm, baseline_of(arm)):
             continue
         gap = difference(arms, arm, baseline_of(arm), MEASURES[measure])
         color = COLORS[judge(gap)]
@@ -57,7 +58,3 @@ def _draw_panel(axes: Axes, arms: ByArm, names: list[str], measure: str) -> None
         axes.plot(100 * gap.mean, row, "o", color=color, markersize=4)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(labelsize=8, left=False)
-
-
-def _pairs(arms: ByArm, arm: str) -> int:
-    return len(compare.pairs(finished(arms, arm), finished(arms, baseline_of(arm))))

@@ -5,7 +5,7 @@ SEEDS = 5
 HEAD = """# Replication: where iGRPO is ahead, level and behind
 
 Written by `python -m benchmarks.replication map` from the records in
-`benchmarks/results/replication/`; `make replication` does the runs that are missing. Models of 91
+`benchmarks/results/replication/`; `make replication` does the runs that are missing. Models of 88
 to 98 thousand weights, trained from scratch, on a CPU: they show mechanisms, and say nothing
 about how well a large pretrained model revises.
 """
@@ -26,13 +26,16 @@ ADVICE = """## Advice in five lines
 BASIS = """{total} finished runs of {planned} planned: {arms} arms, three tasks, five seeds each.
 All seeds of a task start from the same warmed weights; a seed draws its problems and its samples.
 Accuracy is that of sampled answers to 500 held-out problems that no training saw. What is missing
-has not been measured yet."""
+has not been measured yet, nor have the larger sizes (`--size 128x3`, `256x4`). Training is short,
+80 steps of 16 problems, and no arm has levelled off: what is compared is how fast they learn."""
 
 MAP = """Differences are to GRPO of eight completions with the same loss and as many updates, at
 equal completions ("half the completions" excepted), paired by seed, with 95 % intervals by
 Student's t over seeds; a bootstrap over five seeds would be too narrow. *Ahead* and *behind*: the
 interval leaves zero out. *Level*: it lies within three points of zero. *Open*: it allows
 either."""
+
+NOTHING_LEARNED = " GRPO itself gained less than five points here, so this decides nothing."
 
 COSTS = """Where an arm had spent more than its baseline or less, both are read from their curves
 at the cost that both had reached. CPU seconds are those of sampling and training on one core of a

@@ -7,7 +7,6 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,16 @@ import torch
 
 from benchmarks.replication.arms import ARMS
 from benchmarks.replication.measures import mean_of, of_model, of_step
-from benchmarks.replication.models import held_out_problems, load, warm_weights
-from benchmarks.replication.tasks import TASKS
-from benchmarks.replication.training import DivergenceError, Settings, Step, build_sampler, train
+from benchmarks.replication.models import PRETRAINED, held_out_problems, load, warm_weights
+from benchmarks.replication.tasks import ALL_TASKS
+from benchmarks.replication.training import (
+    SAMPLER,
+    DivergenceError,
+    Settings,
+    Step,
+    build_sampler,
+    train,
+)
 from igrpo_algo.cli.demo.warmup import WarmUp
 from igrpo_algo.early_warning import EarlyWarning
 from igrpo_algo.files import write_whole
@@ -105,9 +111,10 @@ def measure(run: Run, settings: Settings, weights: Path) -> Iterator[tuple[str, 
     Every point says what it had cost: completions, tokens sampled and trained, and the seconds and
     CPU seconds of sampling and training (evaluations left out).
     """
-    task, arm = TASKS[run.task], ARMS[run.arm]
+    task, arm = ALL_TASKS[run.task], ARMS[run.arm]
     path = warm_path(run.task, run.size, settings, weights)
     model, tokenizer = load(task, run.size, path)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     sampler = build_sampler(model, tokenizer, task)
     problems = held_out_problems(task, settings.held_out)
     spent = dict.fromkeys(
@@ -124,7 +131,6 @@ def measure(run: Run, settings: Settings, weights: Path) -> Iterator[tuple[str, 
     for number in range(1, settings.steps + 1):
         wall, cpu = time.perf_counter(), time.process_time()
         step = next(steps)
-        stop_with_the_sweep()
         spent["seconds"] += time.perf_counter() - wall
         spent["cpu_seconds"] += time.process_time() - cpu
         for name, count in counts(step).items():
@@ -139,13 +145,6 @@ def measure(run: Run, settings: Settings, weights: Path) -> Iterator[tuple[str, 
             yield "curve", {"step": number, **spent, **evaluate(samples=1, rounds=1)}
     final = {"step": settings.steps, **spent}
     yield "final", final | evaluate(samples=settings.samples, rounds=settings.rounds)
-
-
-def stop_with_the_sweep() -> None:
-    """End a worker whose sweep has ended, however that ended."""
-    sweep = parent_process()
-    if sweep is not None and not sweep.is_alive():
-        raise SystemExit("the sweep has ended")
 
 
 def counts(step: Step) -> dict[str, int]:
@@ -166,6 +165,8 @@ def counts(step: Step) -> dict[str, int]:
 
 def warm_path(task: str, size: str, settings: Settings, weights: Path) -> Path:
     """Where the warmed weights of a task and size lie."""
+    if size == PRETRAINED:
+        return weights / size
     name = f"{task}-{size}-{settings.warm_up_steps}-{settings.held_out}"
     return weights / f"{name}.safetensors"
 
@@ -173,7 +174,7 @@ def warm_path(task: str, size: str, settings: Settings, weights: Path) -> Path:
 def warm(task: str, size: str, settings: Settings, weights: Path) -> None:
     """Make the warmed weights of a task and size, if they are not there."""
     warm_weights(
-        TASKS[task],
+        ALL_TASKS[task],
         size,
         warm_path(task, size, settings, weights),
         held_out=settings.held_out,
@@ -184,7 +185,12 @@ def warm(task: str, size: str, settings: Settings, weights: Path) -> None:
 def machine() -> dict[str, Any]:
     """Say what a run was made on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "sampler": SAMPLER.__name__,
+    }
 
 
 def describe(error: Exception) -> str:

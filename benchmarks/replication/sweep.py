@@ -1,9 +1,10 @@
 """Many runs side by side, in processes of one thread each; what has ended is never done again."""
 
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -46,8 +47,10 @@ def sweep(
     todo = [run for run in planned if runs.is_open(run, settings, folder)]
     console.print(f"{len(todo)} of {len(planned)} runs to go, {settings.steps} steps each")
     failures = 0
+    if not todo:
+        return failures
     with (
-        ProcessPoolExecutor(workers, get_context("spawn"), initializer=use_one_thread) as pool,
+        ProcessPoolExecutor(workers, get_context("spawn"), initializer=prepare_worker) as pool,
         Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -78,7 +81,19 @@ def sweep(
     return failures
 
 
-def use_one_thread() -> None:
-    """Keep a worker to one core: a tiny model gains nothing from two."""
+def prepare_worker() -> None:
+    """Keep a worker to one core, since a tiny model gains nothing from two; end it with its sweep.
+
+    A pool's workers outlive a parent that was killed, and wait for work forever.
+    """
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=end_with_the_sweep, daemon=True).start()
+
+
+def end_with_the_sweep() -> None:
+    """Wait until the sweep has ended, however it did; then end this process."""
+    sweep = parent_process()
+    assert sweep is not None
+    sweep.join()
+    os._exit(1)

@@ -5,22 +5,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Qwen3ForCausalLM, get_constant_schedule_with_warmup
+from transformers import get_constant_schedule_with_warmup
 
 from benchmarks.replication.arms import Arm
-from benchmarks.replication.tasks import Task, ask
+from benchmarks.replication.tasks import Task
 from igrpo_algo import DraftRules, Rollouts, training_batch, two_stage_rollout
 from igrpo_algo.batch import DRAFTS
-from igrpo_algo.cli.demo.chain import TEMPLATE
-from igrpo_algo.engines.transformers import TransformersSampler
+from igrpo_algo.engines.static import StaticSampler
 from igrpo_algo.seeds import derive_seed
 from igrpo_algo.trainers.trl.config import IGRPOConfig
 from igrpo_algo.trainers.trl.draft_options import rules_of
 from igrpo_algo.trainers.trl.loss_options import aggregate_of, surrogate_of, with_denominator
 from igrpo_kernels import linear_policy_loss
 
+SAMPLER = StaticSampler
 WARMUP_STEPS = 5
 BATCH_SIZE = 1024
+MICRO_TOKENS = 16_384  # of a forward pass, padding included
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Step:
 
 def configure(arm: Arm, settings: Settings, task: Task) -> IGRPOConfig:
     """Give an arm's configuration: the one that would train it with `IGRPOTrainer`."""
-    splice: dict[str, Any] = {"draft_template": TEMPLATE} if arm.num_drafts else {}
+    splice: dict[str, Any] = {"draft_template": task.template} if arm.num_drafts else {}
     return IGRPOConfig(
         "runs/replication",
         per_device_train_batch_size=settings.prompts * arm.num_refinements,
@@ -82,10 +83,10 @@ def configure(arm: Arm, settings: Settings, task: Task) -> IGRPOConfig:
 
 
 def build_sampler(
-    model: Qwen3ForCausalLM, tokenizer: Any, task: Task, *, temperature: float = 1.0
-) -> TransformersSampler:
+    model: Any, tokenizer: Any, task: Task, *, temperature: float = 1.0
+) -> StaticSampler:
     """Build what draws all completions of a run."""
-    return TransformersSampler(
+    return SAMPLER(
         model,
         tokenizer,
         max_new_tokens=task.answer_tokens,
@@ -95,7 +96,7 @@ def build_sampler(
 
 
 def train(
-    model: Qwen3ForCausalLM, sampler: TransformersSampler, task: Task, arm: Arm,
+    model: Any, sampler: StaticSampler, task: Task, arm: Arm,
     settings: Settings, seed: int, held_out: frozenset[Any],
 ) -> Iterator[Step]:  # fmt: skip
     """Train a model in place; yield what each step sampled."""
@@ -107,7 +108,7 @@ def train(
     for step in range(settings.steps):
         batch = problems[step * settings.prompts : (step + 1) * settings.prompts]
         rollouts = two_stage_rollout(
-            [ask(problem) for problem in batch],
+            [task.ask(problem) for problem in batch],
             sampler,
             task.reward,
             num_drafts=args.num_drafts,
@@ -127,9 +128,7 @@ def train(
         yield Step(rollouts, tokens)
 
 
-def accumulate_gradients(
-    model: Qwen3ForCausalLM, rollouts: Rollouts, args: IGRPOConfig, *, pad: int
-) -> int:
+def accumulate_gradients(model: Any, rollouts: Rollouts, args: IGRPOConfig, *, pad: int) -> int:
     """Add the gradient of refinements + draft_loss_coef * drafts; count the tokens it came from."""
     weights = dict.fromkeys(range(1, 1 + len(rollouts[0].refinements)), 1.0)
     if args.draft_loss_coef:
@@ -139,7 +138,7 @@ def accumulate_gradients(
         batch = training_batch(rollouts, stages=(stage,))
         batch = batch.keep(batch.advantages != 0)
         tokens += sum(len(completion.token_ids) for completion in batch.completions)
-        for micro in batch.padded(pad):
+        for micro in batch.padded(pad, max_tokens=MICRO_TOKENS):
             micro = micro.to(model.device)
             hidden = model.get_decoder()(**micro.model_inputs()).last_hidden_state
             loss = linear_policy_loss(

@@ -43,7 +43,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Workload:
-    """The answers that P prompts would get, whoever asks and whenever.
+    """The answers that P prompts would get, independent of when they are asked.
 
     Attributes:
         question: Tokens of a question.
@@ -200,7 +200,7 @@ class SimulatedEngine:
             self.steps += (elapsed - paid) / self.costs.step(len(self._running))
 
     def _advance(self) -> None:
-        """Finish who is done, admit who waits, and come back when the next one is done."""
+        """Finish requests that are done, admit waiting ones, return when the next is done."""
         self._account()
         while self._running and self._running[0].end <= self.steps + 1e-6:
             self._finish(heapq.heappop(self._running))

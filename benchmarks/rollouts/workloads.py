@@ -18,7 +18,7 @@ def make_workload(
     sigma: float = 0.8,
     shared: float = 0.0,
 ) -> Workload:
-    """Draw lognormal lengths, cut at `most`, and who is right.
+    """Draw lognormal lengths, cut at `most`, and which samples are right.
 
     Args:
         prompts: P.

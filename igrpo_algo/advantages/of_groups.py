@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import check_number, check_rank, check_shape
+from igrpo_kernels.checks import check_list, check_number, check_rank, check_shape, check_tensor
 
 from .moments import GroupedRewards, check_ddof, divide, to_scores, weighted_moments
 
@@ -281,5 +281,10 @@ def _check_several(
     kinds = scores.shape[-1]
     if weights is None:
         return scores, scores.new_ones(kinds)
+    if isinstance(weights, Tensor):
+        check_tensor("weights", weights)
+    else:
+        for index, number in enumerate(check_list("weights", weights)):
+            check_number(f"weights[{index}]", number)
     weight = torch.as_tensor(weights, dtype=scores.dtype, device=scores.device).detach()
     return scores, check_shape("weights", weight, [kinds], "[K]")

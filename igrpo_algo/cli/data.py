@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from igrpo_kernels.checks import check_count, check_flag, describe
+
 from ..rewards.answers import extract_gold
 
 Row = dict[str, Any]
@@ -85,8 +87,11 @@ def load_prompts(
         ...     load_prompts(file.name)
         [{'prompt': [{'role': 'user', 'content': '6 * 7?'}], 'answer': '42'}]
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be >= 1, got {limit}")
+    if not isinstance(source, str | Path):
+        raise TypeError(f"source must be a path or a name on the hub, got {describe(source)}")
+    if limit is not None:
+        check_count("limit", limit)
+    check_flag("chat", chat)
     rows = list(itertools.islice(_read(source, split, config), limit))
     if not rows:
         raise ValueError(f"{source} holds no rows")
@@ -119,6 +124,7 @@ def prepare_prompt(
         >>> prepare_prompt("6 * 7?", system_prompt="Be brief.", chat=False)
         'Be brief.\n\n6 * 7?'
     """
+    check_flag("chat", chat)
     if not isinstance(question, str):
         return _prepare_messages(question, system_prompt, chat)
     if not question.strip():
@@ -136,7 +142,9 @@ def _prepare_messages(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m
         for m in question
     ):
-        raise TypeError(f"a prompt must be a string or a list of messages, got {question!r}")
+        raise TypeError(
+            f"a prompt must be a string or a list of messages, got {describe(question)}"
+        )
     if not question:
         raise ValueError("a prompt must not be empty")
     if all(message["role"] != "user" for message in question):
@@ -192,6 +200,8 @@ def _choose_columns(
     """Choose the named columns, or else the first known question and all known answers."""
     there = sorted(columns)
     for argument, name in (("question", question_column), ("answer", answer_column)):
+        if not isinstance(name, str | None):
+            raise TypeError(f"{argument}_column must be a string or None, got {describe(name)}")
         if name is not None and name not in there:
             raise ValueError(f"{source}: {argument}_column {name!r} is not among {there}")
     question = question_column or next((name for name in QUESTION_COLUMNS if name in there), None)

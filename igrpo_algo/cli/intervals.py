@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
 
-from igrpo_kernels.checks import check_number, describe
+from igrpo_kernels.checks import check_list, check_number, describe
 
 
 class Interval(NamedTuple):
@@ -57,7 +57,7 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Inter
     from scipy import stats
 
     _check_confidence(confidence)
-    scored = [value for value in values if not math.isnan(value)]
+    scored = [value for value in check_list("values", values) if not math.isnan(value)]
     mean, margin = fmean(scored) if scored else math.nan, math.nan
     if len(scored) > 1:
         quantile = float(stats.t.ppf((1 + confidence) / 2, len(scored) - 1))
@@ -91,7 +91,7 @@ def bounded_mean_interval(scores: Sequence[float], *, confidence: float = 0.95) 
         Interval(mean=0.0, low=0.0, high=0.657...)
     """
     _check_confidence(confidence)
-    scored = [score for score in scores if not math.isnan(score)]
+    scored = [score for score in check_list("scores", scores) if not math.isnan(score)]
     if outside := [score for score in scored if not 0 <= score <= 1]:
         raise ValueError(f"scores must be from 0 to 1 or NaN, got {outside[0]}")
     if not scored:

@@ -20,8 +20,8 @@ def write_json(path: Path, value: object) -> None:
 class MetricsFile:
     """A jsonl file that grows by whole lines.
 
-    Each `append` writes the file anew and renames it (`write_whole`): a kill can tear even one line
-    that is written in place. A torn last line, as other writers leave it, is cut off when the file
+    Each `append` rewrites the whole file (`write_whole`): a kill can tear even one line that is
+    written in place. A torn last line, as other writers leave it, is cut off when the file
     is opened. Numbers that are not finite are written as null.
 
     Args:

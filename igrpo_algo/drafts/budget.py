@@ -10,7 +10,16 @@ from typing import Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from igrpo_kernels.checks import check_count, check_integral, check_rank, describe
+from igrpo_kernels.checks import (
+    check_callable,
+    check_count,
+    check_integral,
+    check_rank,
+    describe,
+)
+
+from ..prompts import check_ids
+from .markers import check_text
 
 TokenIds = TypeVar("TokenIds", list[int], Tensor)
 Keep = Literal["tail", "head"]
@@ -41,8 +50,8 @@ def truncate_draft(draft_ids: TokenIds, max_tokens: int, *, keep: Keep = "tail")
     """
     if isinstance(draft_ids, Tensor):
         check_rank("draft_ids", check_integral("draft_ids", draft_ids), 1, "[T]")
-    elif not isinstance(draft_ids, list):
-        raise TypeError(f"draft_ids must be a list or a tensor, got {describe(draft_ids)}")
+    else:
+        check_ids("draft_ids", draft_ids)
     check_count("max_tokens", max_tokens, at_least=0)
     if check_keep(keep) == "head":
         return draft_ids[:max_tokens]
@@ -93,7 +102,7 @@ def fit_draft(
         The draft's text, the prompt's ids, and the number of draft tokens cut.
 
     Raises:
-        TypeError: `max_prompt_tokens` is not an int.
+        TypeError: `draft` is no string, a callable is none, or `max_prompt_tokens` is not an int.
         ValueError: `max_prompt_tokens` is negative, or `keep` is neither "tail" nor "head".
 
     Examples:
@@ -102,6 +111,9 @@ def fit_draft(
         >>> fit_draft("so it is 2", render, encode=encode, decode=decode, max_prompt_tokens=15)[::2]
         ('t is 2', 4)
     """
+    check_text("draft", draft)
+    for name, function in (("render", render), ("encode", encode), ("decode", decode)):
+        check_callable(name, function)
     check_count("max_prompt_tokens", max_prompt_tokens, at_least=0)
     check_keep(keep)
     prompt_ids = render(draft)
@@ -122,6 +134,6 @@ def fit_draft(
 
 def check_keep(keep: Keep) -> Keep:
     """Return `keep` if it is "tail" or "head"; raise ValueError otherwise."""
-    if keep not in ("tail", "head"):
-        raise ValueError(f"keep must be 'tail' or 'head', got {keep!r}")
+    if not isinstance(keep, str) or keep not in ("tail", "head"):
+        raise ValueError(f"keep must be 'tail' or 'head', got {describe(keep)}")
     return keep

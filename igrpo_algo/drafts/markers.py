@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection
 from functools import lru_cache
 from itertools import chain, count
+from reprlib import repr as shown  # short, of anything
 from typing import Any
 
 from ..thinking import THINKING_MARKS
@@ -100,6 +101,9 @@ def marker_tokens(tokenizer: Any, chat_template: str | None = None) -> tuple[str
     Returns:
         The strings, each once, sorted.
 
+    Raises:
+        TypeError: `tokenizer` is not one of transformers, or `chat_template` is not a string.
+
     Examples:
         >>> from types import SimpleNamespace
         >>> template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
@@ -110,6 +114,11 @@ def marker_tokens(tokenizer: Any, chat_template: str | None = None) -> tuple[str
         ... )
         ('</s>', '<|user|>')
     """
+    for name in ("all_special_tokens", "added_tokens_decoder", "chat_template"):
+        if not hasattr(tokenizer, name):
+            raise TypeError(f"tokenizer must have {name}, got {shown(tokenizer)}")
+    if not isinstance(chat_template, str | None):
+        raise TypeError(f"chat_template must be a string or None, got {shown(chat_template)}")
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     template = tokenizer.chat_template if chat_template is None else chat_template
     sources = template.values() if isinstance(template, dict) else [template or ""]
@@ -124,13 +133,15 @@ def marker_tokens(tokenizer: Any, chat_template: str | None = None) -> tuple[str
 def check_text(name: str, value: object) -> None:
     """Raise TypeError if `value` is not a string."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name} must be a str, got {type(value).__name__} {shown(value)}")
 
 
 def check_markers(name: str, value: object) -> frozenset[str]:
     """Return `value` as a set if it is a collection of strings, each with a character or more."""
     if isinstance(value, str) or not isinstance(value, Collection):
-        raise TypeError(f"{name} must be a collection of str, got {type(value).__name__} {value!r}")
+        raise TypeError(
+            f"{name} must be a collection of str, got {type(value).__name__} {shown(value)}"
+        )
     for marker in value:
         check_text(f"each of {name}", marker)
         if not marker:

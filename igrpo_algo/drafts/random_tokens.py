@@ -11,7 +11,7 @@ class RandomTokens:
 
     The tokens are uniform over the vocabulary without its special tokens; as text in a prompt, a
     tokenizer may read some of them otherwise. The same draft gives the same ones, on every rank.
-    Give it to `TextSplice` in the place of `strip_thinking`.
+    Give it to `TextSplice` in place of `strip_thinking`.
 
     Attributes:
         tokenizer: Hugging Face's interface: called on text, `decode`, `get_vocab`,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from igrpo_kernels.checks import (
     check_floating,
+    check_list,
     check_number,
     check_rank,
     check_shape,
@@ -219,7 +220,7 @@ class DraftRules:
             ranks = scores.masked_fill(rewards.isnan(), torch.nan)
         elif self.selection_score is not None:
             raise ValueError("scores must be given: selection_score ranks the drafts")
-        if len(seeds) != len(rewards):
+        if len(check_list("seeds", seeds)) != len(rewards):
             raise ValueError(f"seeds must hold P = {len(rewards)} seeds, got {len(seeds)}")
         draws = random_ties(1 + rewards.shape[1], seeds=seeds).to(rewards.device)
         index = self._select(ranks, lengths, draws[:, 1:])
@@ -261,7 +262,8 @@ class DraftRules:
         elif self.ties is Ties.SHORTEST:
             if lengths is None:
                 raise ValueError("lengths must be given: Ties.SHORTEST compares them")
-            ties = shortest_first(check_shape("lengths", lengths, ranks.shape, "[P, N]"))
+            check_shape("lengths", check_tensor("lengths", lengths), ranks.shape, "[P, N]")
+            ties = shortest_first(lengths)
         selected = self.select(ranks, tie_scores=ties)
         index = check_tensor("the index that select returns", getattr(selected, "index", None))
         wrong = (index < -1) | (index >= ranks.shape[1])

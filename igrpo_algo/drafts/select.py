@@ -131,7 +131,7 @@ def select_best_wrong_draft(
         As `select_best_draft`.
 
     Raises:
-        TypeError: `rewards` is not floating point, `tie_scores` is no tensor of real numbers, or
+        TypeError: `rewards` is not floating point, `tie_scores` is not a tensor of real numbers, or
             `success_reward` no number.
         ValueError: The shapes are not [P, N], or N is 0.
 

@@ -8,11 +8,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from igrpo_kernels.checks import check_count
+from torch import Tensor
 
-from ..prompts import Prompt, check_chat_template_kwargs, encode_prompt
+from igrpo_kernels.checks import check_callable, check_count, describe
+
+from ..prompts import Prompt, check_chat_template_kwargs, check_ids, encode_prompt
 from ..thinking import strip_thinking
 from .budget import Keep, check_keep, fit_draft, truncate_draft
+from .markers import check_markers
 from .text import DEFAULT_TEMPLATE, DraftTemplate, splice_cleaned
 
 
@@ -28,6 +31,12 @@ class Draft(Protocol):
     def token_ids(self) -> list[int]:
         """Its tokens as sampled."""
         ...
+
+
+def check_draft(draft: object) -> None:
+    """Raise TypeError unless a splice can read the draft."""
+    if not isinstance(getattr(draft, "text", None), str) or not hasattr(draft, "token_ids"):
+        raise TypeError(f"draft must have a text and token_ids, got {describe(draft)}")
 
 
 class Spliced(NamedTuple):
@@ -86,6 +95,7 @@ class TokenBudget:
         for name in ("max_draft_tokens", "max_prompt_tokens"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        check_callable("tokenizer", self.tokenizer)
         check_keep(self.keep)
         check_chat_template_kwargs(self.chat_template_kwargs)
 
@@ -139,6 +149,15 @@ class TextSplice:
     special_tokens: Collection[str] = ()
     budget: TokenBudget | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.template, DraftTemplate):
+            raise TypeError(f"template must be a DraftTemplate, got {describe(self.template)}")
+        if self.strip is not None:
+            check_callable("strip", self.strip)
+        check_markers("special_tokens", self.special_tokens)
+        if not isinstance(self.budget, TokenBudget | None):
+            raise TypeError(f"budget must be a TokenBudget or None, got {describe(self.budget)}")
+
     def __call__(self, prompt: Prompt, draft: Draft) -> Spliced:
         """Return the spliced prompt.
 
@@ -146,8 +165,9 @@ class TextSplice:
             TypeError: The prompt is a list of token ids.
             ValueError: A conversation has no user message.
         """
-        if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], Mapping):
             raise TypeError("prompt is a list of token ids: pass splice=TokenSplice(...)")
+        check_draft(draft)
         text, cut = draft.text if self.strip is None else self.strip(draft.text), 0
         if self.budget is not None:
             text, cut = self._fit(prompt, text, self.budget)
@@ -187,7 +207,7 @@ class TokenSplice:
     The ids stay those that the model sampled, so an engine's prefix cache can hold them.
 
     Attributes:
-        before_ids: What stands between question and draft.
+        before_ids: Between question and draft.
         after_ids: What follows the draft, the assistant's turn included.
         special_ids: Control tokens, dropped from the draft (its stop token, say).
         max_draft_tokens: Most tokens of the draft; None sets no limit.
@@ -211,6 +231,13 @@ class TokenSplice:
         for name in ("max_draft_tokens", "max_prompt_tokens"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        check_ids("before_ids", self.before_ids)
+        check_ids("after_ids", self.after_ids)
+        if isinstance(self.special_ids, str) or not isinstance(self.special_ids, Collection):
+            raise TypeError(
+                f"special_ids must be a collection of int, got {describe(self.special_ids)}"
+            )
+        check_ids("special_ids", list(self.special_ids))
         check_keep(self.keep)
 
     def __call__(self, prompt: Prompt, draft: Draft) -> Spliced:
@@ -219,8 +246,10 @@ class TokenSplice:
         Raises:
             TypeError: The prompt is not a list of token ids.
         """
-        if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
+        if isinstance(prompt, str) or (isinstance(prompt, list) and isinstance(prompt[0], Mapping)):
             raise TypeError("prompt is not a list of token ids: pass splice=TextSplice(...)")
+        check_ids("prompt", prompt)
+        check_draft(draft)
         ids = [token for token in draft.token_ids if token not in self.special_ids]
         room = len(ids) if self.max_draft_tokens is None else self.max_draft_tokens
         if self.max_prompt_tokens is not None:
@@ -231,3 +260,11 @@ class TokenSplice:
             return Spliced(prompt, "", len(ids))
         spliced = [*prompt, *self.before_ids, *kept, *self.after_ids]
         return Spliced(spliced, draft.text, len(ids) - len(kept))
+
+
+def check_special_ids(special_ids: Collection[int]) -> Collection[int]:
+    """Return the ids of control tokens if they are a collection of int."""
+    if isinstance(special_ids, str | bytes | Tensor) or not isinstance(special_ids, Collection):
+        raise TypeError(f"special_ids must be a collection of int, got {describe(special_ids)}")
+    check_ids("special_ids", list(special_ids))
+    return special_ids

@@ -13,6 +13,7 @@ torch.
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from reprlib import repr as shown  # short, of anything
 from typing import Any, TypeVar
 
 from .markers import check_markers, check_text, neutralize
@@ -52,7 +53,7 @@ class DraftTemplate:
         for name in ("before", "after"):
             check_text(name, getattr(self, name))
         if not isinstance(self.delimiters, tuple):
-            raise TypeError(f"delimiters must be a tuple of str, got {self.delimiters!r}")
+            raise TypeError(f"delimiters must be a tuple of str, got {shown(self.delimiters)}")
         for delimiter in check_markers("delimiters", self.delimiters):
             if delimiter not in self.before and delimiter not in self.after:
                 raise ValueError(
@@ -128,7 +129,7 @@ def splice_cleaned(
     """Splice as `splice_prompt` does; give the prompt, and the draft as it reads in its place."""
     check_text("draft", draft)
     if not isinstance(template, DraftTemplate):
-        raise TypeError(f"template must be a DraftTemplate, got {template!r}")
+        raise TypeError(f"template must be a DraftTemplate, got {shown(template)}")
     markers = {*check_markers("special_tokens", special_tokens), *template.delimiters}
     before, after = template.before, template.after
 
@@ -153,7 +154,7 @@ def _last_user_turn(messages: object) -> int:
         )
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise TypeError(f"prompt[{index}] must be a message (a dict), got {message!r}")
+            raise TypeError(f"prompt[{index}] must be a message (a dict), got {shown(message)}")
     roles = [message.get("role") for message in messages]
     if "user" not in roles:
         raise ValueError(f"prompt must have a user message to take the draft, got roles {roles}")

@@ -15,7 +15,7 @@ Everything here is detached, in float32 (float64 for float64 inputs).
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import check_floating, check_number, check_shape
+from igrpo_kernels.checks import check_floating, check_number, check_shape, check_tensor
 from igrpo_kernels.sequences import Sequences
 from igrpo_kernels.surrogates.base import exp_ratio
 
@@ -303,5 +303,9 @@ def high_entropy_mask(entropy: Tensor, threshold: Tensor | float) -> Tensor:
         tensor([[0., 1.]])
     """
     check_floating("entropy", entropy)
+    if isinstance(threshold, Tensor):
+        check_tensor("threshold", threshold)
+    else:
+        threshold = check_number("threshold", threshold)
     dtype = torch.promote_types(entropy.dtype, torch.float32)
     return (entropy.detach() >= threshold).to(dtype)

@@ -65,7 +65,7 @@ def igrpo_loss(
     """
     check_number("clip_low", clip_low, at_least=0.0)
     check_number("clip_high", clip_high, at_least=0.0)
-    if ref_logprobs is not None and kl_coef == 0.0:
+    if check_number("kl_coef", kl_coef, at_least=0.0) == 0.0 and ref_logprobs is not None:
         raise ValueError("ref_logprobs has no effect with kl_coef=0.0")
     return policy_loss(
         logprobs,

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from igrpo_kernels.checks import describe
+
 from ..thinking import text_after_thinking
 from .rules import STATED, WRITTEN, apply_rules
 
@@ -54,7 +56,7 @@ def completion_text(completion: CompletionLike) -> str:
         return content if isinstance(content, str) else "".join(b.get("text", "") for b in content)
     except (TypeError, KeyError, IndexError, AttributeError):
         raise TypeError(
-            f"completion must be a string or a list of messages, got {completion!r}"
+            f"completion must be a string or a list of messages, got {describe(completion)}"
         ) from None
 
 
@@ -118,10 +120,12 @@ def extract_gold(value: object, *, name: str = "an answer") -> str | None:
         >>> extract_gold("It is $2+2=\\boxed{4}$."), extract_gold(" 1,234 "), extract_gold(7)
         ('4', '1,234', '7')
     """
-    if value is None or value != value:  # NaN is how a table spells a missing number
+    if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise TypeError(f"{name} must be a string, a number or None, got {value!r}")
+        raise TypeError(f"{name} must be a string, a number or None, got {describe(value)}")
+    if value != value:  # NaN is how a table spells a missing number
+        return None
     try:
         text = str(value)
     except ValueError as error:

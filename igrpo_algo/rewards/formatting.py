@@ -1,6 +1,8 @@
 """Rewards for the form of a completion: thinking first, then the answer, each between its tags."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+from igrpo_kernels.checks import check_flag, describe
 
 from .answers import CompletionLike, completion_text
 
@@ -31,8 +33,11 @@ def format_reward(
         >>> format_reward(["<think>6 * 7</think> <answer>42</answer>", "<answer>42</answer>"])
         [1.0, 0.0]
     """
-    prefix = "<think>" if think_opened else ""
-    return [float(_is_formatted(prefix + completion_text(c))) for c in completions]
+    prefix = "<think>" if check_flag("think_opened", think_opened) else ""
+    if isinstance(completions, str | bytes) or not isinstance(completions, Collection):
+        raise TypeError(f"completions must be a list, got {describe(completions)}")
+    texts = map(completion_text, completions)
+    return [float(_is_formatted(prefix + text)) for text in texts]
 
 
 def opened_format_reward(completions: Sequence[CompletionLike], **columns: object) -> list[float]:

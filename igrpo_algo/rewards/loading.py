@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from igrpo_kernels.checks import describe
+
 from .formatting import format_reward, opened_format_reward
 from .matching import exact_match_reward, math_reward
 
@@ -40,6 +42,8 @@ def load_reward(name: str) -> Callable[..., Any]:
         >>> load_reward("igrpo_algo.rewards:math_reward").__name__
         'math_reward'
     """
+    if not isinstance(name, str):
+        raise TypeError(f"reward must be a string, got {describe(name)}")
     if name in BUILT_IN_REWARDS:
         return BUILT_IN_REWARDS[name]
     module_name, colon, path = name.partition(":")

@@ -2,7 +2,9 @@ r"""Rewards that compare a completion's final answer with a reference."""
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+
+from igrpo_kernels.checks import describe
 
 from .answers import CompletionLike, completion_text, extract_answer, extract_gold, normalize_answer
 from .judge import NoVerdictError, shared_judge
@@ -276,6 +278,9 @@ def _references(
         raise ValueError(
             f"{reward} needs a column 'answer' or 'solution', got {sorted(columns) or 'no columns'}"
         )
+    for name, column in (("completions", completions), *given.items()):
+        if isinstance(column, str | bytes) or not isinstance(column, Collection):
+            raise TypeError(f"{name} must be a list, got {describe(column)}")
     golds: list[str | None] = [None] * len(completions)
     for name, column in given.items():
         if len(column) != len(completions):

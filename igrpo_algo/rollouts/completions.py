@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import describe
+from igrpo_kernels.checks import LARGEST_FLOAT32, check_count, check_list, describe
+
+from ..prompts import check_entries, check_ids
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Completion:
             "cancelled" (early selection), "skipped" (its prompt was), or what the sampler says.
 
     Raises:
-        ValueError: `logprobs` and `token_ids` differ in length, or a log-prob is not finite.
+        TypeError: A field has another type.
+        ValueError: A token id is negative, `logprobs` and `token_ids` differ in length, or a
+            log-prob is not finite.
 
     Examples:
         >>> Completion([5, 2], "four", [-0.1, -0.2]).finish_reason
@@ -39,16 +43,28 @@ class Completion:
     finish_reason: str = "stop"
 
     def __post_init__(self) -> None:
-        if self.logprobs is not None and len(self.logprobs) != len(self.token_ids):
+        check_ids("token_ids", self.token_ids)
+        for name in ("text", "finish_reason"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a string, got {describe(getattr(self, name))}")
+        if self.logprobs is not None:
+            self._check_logprobs(self.logprobs)
+
+    def _check_logprobs(self, logprobs: Sequence[float]) -> None:
+        check_entries("logprobs", logprobs, (int, float), "a number")
+        if len(logprobs) != len(self.token_ids):
             raise ValueError(
-                f"logprobs must hold one number per token: {len(self.logprobs)} log-probs "
+                f"logprobs must hold one number per token: {len(logprobs)} log-probs "
                 f"for {len(self.token_ids)} token_ids"
             )
-        if self.logprobs is not None and not all(map(math.isfinite, self.logprobs)):
-            place = next(i for i, each in enumerate(self.logprobs) if not math.isfinite(each))
+        bound = LARGEST_FLOAT32
+        if logprobs and not (
+            -bound <= min(logprobs) <= max(logprobs) <= bound and all(map(math.isfinite, logprobs))
+        ):
+            place = next(i for i, each in enumerate(logprobs) if not abs(each) <= bound)
             raise ValueError(
-                f"logprobs must be finite, got {self.logprobs[place]} for token {place}: does the "
-                "model give NaN?"
+                f"logprobs must be finite, got {logprobs[place]} for token {place}: does the model "
+                "give NaN?"
             )
 
 
@@ -92,7 +108,7 @@ def pad_completions(completions: Sequence[Completion], *, pad_token_id: int = 0)
 
     Args:
         completions: B completions.
-        pad_token_id: What stands in masked slots of `ids`.
+        pad_token_id: Fills the masked slots of `ids`.
 
     Returns:
         Ids, mask and sampler log-probs, on the CPU.
@@ -102,6 +118,7 @@ def pad_completions(completions: Sequence[Completion], *, pad_token_id: int = 0)
         tensor([[7, 8],
                 [9, 0]])
     """
+    check_count("pad_token_id", pad_token_id, at_least=0)
     packed = pack_completions(completions)
     lengths = packed.cu_seqlens.diff().long()
     width = int(lengths.max()) if len(completions) else 0
@@ -125,6 +142,9 @@ def pack_completions(completions: Sequence[Completion]) -> Packed:
         >>> pack_completions([Completion([7, 8], "a"), Completion([9], "b")]).cu_seqlens
         tensor([0, 2, 3], dtype=torch.int32)
     """
+    for index, completion in enumerate(check_list("completions", completions)):
+        if not isinstance(completion, Completion):
+            raise TypeError(f"completions[{index}] is no Completion, but {describe(completion)}")
     ids = [token for completion in completions for token in completion.token_ids]
     ends = accumulate((len(completion.token_ids) for completion in completions), initial=0)
     cu_seqlens = torch.tensor(list(ends), dtype=torch.int32)

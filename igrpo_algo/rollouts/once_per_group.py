@@ -48,12 +48,14 @@ class OncePerGroup:
     A group is known by its key while its drafts are on their way; whoever asks for the key later
     starts anew, so that a prompt of the next epoch does not get the draft of an old policy. All
     samples of a group must therefore ask before its first draft is done: in one event loop, and
-    started together, as trainers start them.
+    started together, as trainers start them. Where they may come later, and a key never comes
+    again for another group, `keep` the Stage-2 prompts of finished groups.
 
     Args:
         rules: How a draft is chosen and spliced.
         num_drafts: N.
         seed: Of random ties, random drafts and dropout.
+        keep: How many finished groups to keep: the last ones.
 
     Raises:
         TypeError: `rules` is not `DraftRules`, or a count is not an int.
@@ -79,11 +81,13 @@ class OncePerGroup:
         rules: DraftRules = DraftRules(),  # frozen
         num_drafts: int = 4,
         seed: int = 0,
+        keep: int = 0,
     ) -> None:
         self.rules = check_rules(rules)
         self.num_drafts = check_count("num_drafts", num_drafts)
         self.seed = check_count("seed", seed, at_least=0)
-        self._flights: SingleFlight[StageTwoPrompt] = SingleFlight(keep=1)
+        self.keep = check_count("keep", keep, at_least=0)
+        self._flights: SingleFlight[StageTwoPrompt] = SingleFlight(keep=max(keep, 1))
 
     async def prompt(
         self,
@@ -124,7 +128,8 @@ class OncePerGroup:
                     columns=columns,
                 )
             finally:
-                self._flights.forget(key)
+                if not self.keep:
+                    self._flights.forget(key)
 
         return await self._flights.do(key, first_of_group)
 
@@ -227,3 +232,24 @@ def fit_to_tokenizer(
         )
     tokens = {*splice.special_tokens, *marker_tokens(tokenizer)}
     return replace(rules, splice=replace(splice, special_tokens=tokens, budget=budget))
+
+
+def refuse_templated(prompt: Prompt, tokenizer: Any, advice: str) -> None:
+    """Refuse a string to which a chat template was applied.
+
+    Args:
+        prompt: What the trainer calls the prompt.
+        tokenizer: The model's tokenizer.
+        advice: Which option of the trainer does that.
+
+    Raises:
+        ValueError: A control token stands in the string.
+    """
+    if not isinstance(prompt, str):
+        return
+    found = next((token for token in marker_tokens(tokenizer) if token in prompt), None)
+    if found is not None:
+        raise ValueError(
+            f"prompt is a string with {found!r} in it: a chat template was applied, and a draft "
+            f"would stand in the assistant's turn; {advice} and give chat messages"
+        )

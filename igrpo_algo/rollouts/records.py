@@ -12,6 +12,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from igrpo_kernels.checks import check_list, describe
+
 from ..drafts.rules import DraftChoice
 from ..prompts import Prompt
 from .completions import Completion
@@ -49,7 +51,8 @@ class Stage:
     ended: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
-        if len(self.rewards) != len(self.completions):
+        check_list("completions", self.completions)
+        if len(check_list("rewards", self.rewards)) != len(self.completions):
             raise ValueError(
                 f"rewards must hold one number per completion: {len(self.rewards)} rewards for "
                 f"{len(self.completions)} completions"
@@ -104,7 +107,7 @@ class Rollout:
 class Rollouts:
     """What happened to P prompts, prompt-major.
 
-    Tensors are made anew at each access, on the CPU; keep the ones you use in a loop. Refinements
+    Tensors are made at each access, on the CPU; keep those that you use in a loop. Refinements
     are those of the last round; `until_round` shows an earlier one.
 
     Row p * G + g of `refinements.padded()` is element [p, g] of every [P, G] tensor. A skipped
@@ -130,6 +133,9 @@ class Rollouts:
     rollouts: list[Rollout]
 
     def __post_init__(self) -> None:
+        for index, rollout in enumerate(check_list("rollouts", self.rollouts)):
+            if not isinstance(rollout, Rollout):
+                raise TypeError(f"rollouts[{index}] must be a Rollout, got {describe(rollout)}")
         for what, sizes in {
             "drafts": {len(rollout.drafts.completions) for rollout in self.rollouts},
             "rounds": {len(rollout.refinements) for rollout in self.rollouts},
@@ -144,6 +150,11 @@ class Rollouts:
     def of(cls, rollouts: Iterable[Rollout]) -> "Rollouts":
         """Collect rollouts in whatever order a stream gave them, and sort them by prompt."""
         return cls(sorted(rollouts, key=lambda rollout: rollout.index))
+
+    @classmethod
+    def concat(cls, parts: Iterable["Rollouts"]) -> "Rollouts":
+        """Join rollouts in the order given; each prompt keeps its `index`."""
+        return cls([rollout for part in parts for rollout in part])
 
     def __len__(self) -> int:
         return len(self.rollouts)

@@ -54,6 +54,8 @@ class Setup:
             for index, prompt in enumerate(self.prompts):
                 with located(f"prompts[{index}], before sampling"):
                     self.rules.splice(prompt, Completion([], ""))
+        if not isinstance(self.columns, Mapping | None):
+            raise TypeError(f"columns must be a dict of lists, got {describe(self.columns)}")
         columns, ranking = self.columns or {}, self.rules.selection_score
         self._reward = Scorer(self.reward, self.prompts, columns)
         self._ranking = ranking and Scorer(ranking, self.prompts, columns, "selection_score")

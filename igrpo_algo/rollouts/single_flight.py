@@ -37,10 +37,10 @@ class SingleFlight(Generic[Result]):
       result is kept, get the same result (the same object).
     - An exception reaches every caller that was waiting, and is not kept: the next one tries again.
     - Cancelling a caller does not cancel the others; when the last one that waits is cancelled, so
-      is the coroutine, and the next caller starts anew.
+      is the coroutine, and the next caller starts again.
     - The results of the last `keep` finished keys are kept; what is running is never dropped. A
-      key whose result was dropped starts anew, so a sibling that comes later than that gets another
-      draft: let `keep` be at least the number of groups in a training step.
+      key whose result was dropped starts again, so a sibling that comes later gets another draft:
+      let `keep` be at least the number of groups in a training step.
 
     The key must contain the training step, as in (step, prompt id): the same prompt in the next
     epoch would otherwise get the draft of an old policy.

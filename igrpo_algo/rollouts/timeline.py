@@ -48,7 +48,7 @@ def plot_rollout_timeline(
         rollouts: What `two_stage_rollout` returned, or `Rollouts.of` a stream.
         path: Where to write the picture, the whole of it or nothing; its ending is the format
             (png, svg, pdf). None writes no file.
-        title: What stands above it.
+        title: Above the picture.
 
     Returns:
         A `matplotlib.figure.Figure`; it belongs to no window and needs no closing.

@@ -1,4 +1,4 @@
-"""Attention over a row whose prompts stand once: the reference is each completion by itself.
+"""Attention over a row that has each prompt once: equal to each completion by itself.
 
 A prompt attends to itself; its completions attend, as a batch, to the prompt's keys and to their
 own. Nothing of the size of the row squared exists: completions of T tokens share one mask of size
@@ -102,7 +102,7 @@ def _attend(
 ) -> Tensor:
     """Attend causally within each of several sequences, after what they share.
 
-    Padding stands last, where no token sees it. Shape [sequences, tokens, heads, D].
+    Padding comes last, where no token sees it. Shape [sequences, tokens, heads, D].
     """
     query, key, value = (pad_sequence(list(x), batch_first=True) for x in zip(*states, strict=True))
     if after is not None:

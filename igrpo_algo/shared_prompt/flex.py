@@ -1,6 +1,6 @@
-"""Attention over a row whose prompts stand once, in one FlexAttention kernel, for GPUs.
+"""Attention over a row that has each prompt once, in one FlexAttention kernel, for GPUs.
 
-A token sees two ranges of keys: some of its prompt, and what stands before it in its own sequence.
+A token sees two ranges of keys: some of its prompt, and what precedes it in its own sequence.
 The mask and the table of blocks that FlexAttention may skip both follow from these ranges, so a row
 of many short groups costs one launch, and nothing of the size of the row squared exists.
 """

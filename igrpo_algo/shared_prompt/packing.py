@@ -56,8 +56,8 @@ class SharedPromptRow(PackedRow):
     def model_inputs(self) -> dict[str, Any]:
         """Give the keyword arguments of a transformers model that `enable_shared_prompt` was given.
 
-        The attention mask among them is empty and of four axes, which transformers hands on as it
-        is: no [S, S] mask is made, and attention that knows no `shared_prompt` fails on it.
+        The attention mask is empty and has four axes, so transformers passes it on as it is: no
+        [S, S] mask is made, and attention that does not take `shared_prompt` fails on it.
         """
         mask = torch.empty(1, 1, 0, 0, device=self.input_ids.device)
         return super().model_inputs() | {"attention_mask": mask, "shared_prompt": self}

@@ -24,11 +24,15 @@ from igrpo_kernels import Clip, SequenceMean, TokenMean
 from igrpo_kernels.surrogates import Surrogate
 
 from .. import policy_loss
-from ..drafts.markers import marker_tokens
 from ..drafts.rules import DraftRules
 from ..prompts import Prompt, decode_completion, encode_prompt
 from ..rollouts.completions import Completion
-from ..rollouts.once_per_group import OncePerGroup, StageTwoPrompt, fit_to_tokenizer
+from ..rollouts.once_per_group import (
+    OncePerGroup,
+    StageTwoPrompt,
+    fit_to_tokenizer,
+    refuse_templated,
+)
 from ..rollouts.scoring import Reward, Scorer
 from .versions import requires
 
@@ -82,7 +86,7 @@ def make_agent_executor(
             """Draw one refinement of the prompt."""
             if images:
                 raise ValueError("images can't be combined with drafts: leave --data.image_key out")
-            _check_without_template(prompt, hf_tokenizer)
+            refuse_templated(prompt, hf_tokenizer, "leave --data.apply_chat_template off")
             room = max_length - (sampling_params.max_tokens or 1)
             engine = _Engine(llm_engine, hf_tokenizer, sampling_params, room, max_length)
             columns = {"answer": label, "label": label}
@@ -171,18 +175,6 @@ def _as_openrlhf(
             "igrpo_conditioned": float(stage_two.draft != ""),
         },
     }
-
-
-def _check_without_template(prompt: Prompt, tokenizer: Any) -> None:
-    if not isinstance(prompt, str):
-        return
-    found = next((token for token in marker_tokens(tokenizer) if token in prompt), None)
-    if found is not None:
-        raise ValueError(
-            f"prompt is a string with {found!r} in it: a chat template was applied, and a draft "
-            "would stand in the assistant's turn; leave --data.apply_chat_template off and give "
-            "chat messages"
-        )
 
 
 class PolicyLoss(nn.Module):

@@ -72,6 +72,7 @@ class ClipCov(Surrogate):
         if not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {describe(self.generator)}")
         check_number("share", self.share, above=0.0, at_most=1.0)
+        check_number("min_covariance", self.min_covariance)
         check_number("max_covariance", self.max_covariance, above=self.min_covariance)
         Clip(self.low, self.high)
 

@@ -12,7 +12,6 @@ import igrpo_kernels.row_selection as row_selection
 from igrpo_kernels import (
     Clip,
     Reinforce,
-    SequenceClip,
     Sum,
     TokenMean,
     linear_policy_loss,
@@ -170,24 +169,6 @@ def test_views_and_autocast() -> None:
     for grad in torch.autograd.grad(fused.loss, leaves, retain_graph=True):
         assert grad.dtype == torch.float32
     assert_same(fused, composed, leaves, 1e-2)  # bf16 products
-
-
-@pytest.mark.parametrize("surrogate", [Clip(), SequenceClip()], ids=repr)
-def test_compiles_without_a_graph_break_liger_1364(surrogate: Any) -> None:
-    case = make_case(torch.float32)
-
-    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        moved = replace(case, hidden=hidden, weight=weight, bias=bias)
-        return moved.fused(surrogate=surrogate, aggregate=TokenMean(), entropy_coef=0.1).loss
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    got, wanted = compiled(*case.leaves), loss(*case.leaves)
-    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
-    pairs = zip(
-        torch.autograd.grad(got, case.leaves), torch.autograd.grad(wanted, case.leaves), strict=True
-    )
-    for grad, exact in pairs:
-        torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-6)
 
 
 def test_autocast_to_fp16_does_not_reach_the_gradients() -> None:

@@ -17,6 +17,7 @@ from igrpo_kernels import (
     linear_policy_loss,
     linear_token_logprobs,
 )
+from igrpo_kernels.surrogates import KlCov
 from tests.kernels.linear_policy_cases import (
     SEQUENCE_LEVEL,
     TOKEN_LEVEL,
@@ -125,6 +126,36 @@ def test_metrics_are_of_the_rows_computed_or_of_all(products: dict[str, list[int
     assert_same_metrics(everything, case.composed(**options), 1e-10)
     moving = replace(case, mask=case.mask * (case.advantages != 0)[:, None])
     assert_same_metrics(active, moving.composed(**options), 1e-10)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize(
+    ("surrogate", "rows"),
+    [(Clip(), None), (Clip(), 1), (SequenceClip(), None), (KlCov(share=0.2), None)],
+    ids=repr,
+)
+def test_log_probs_and_entropies_are_those_of_the_op_alone(
+    surrogate: Any, rows: int | None, entropy: bool
+) -> None:
+    case = make_case()
+    options = {"surrogate": surrogate, "aggregate": TokenMean(), "return_entropy": entropy}
+    options["chunk_bytes"] = None if rows is None else 4 * V * rows
+    head = {"bias": case.bias, "mask": case.mask, "return_entropy": True}
+    with torch.no_grad():
+        known = linear_token_logprobs(case.hidden, case.weight, case.targets, **head)
+    out, everything = case.fused(**options), case.fused(**options, all_metrics=True)
+    active = case.mask.bool() & (case.advantages != 0)[:, None]
+    computed = active if surrogate.scope != "batch" else case.mask.bool()
+    for name, wanted in zip(("logprobs", "entropy"), known, strict=True):
+        got, every = getattr(out, name), getattr(everything, name)
+        if name == "entropy" and not entropy:
+            assert got is every is None
+            continue
+        assert not got.requires_grad
+        assert got.shape == case.targets.shape
+        # how many rows stand beside a row may change its last bits
+        torch.testing.assert_close(got, wanted.where(computed, 0.0), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(every, wanted, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("surrogate", SEQUENCE_LEVEL, ids=repr)

@@ -127,7 +127,9 @@ def test_a_negative_kl_coef_is_refused(op: Op) -> None:
 def test_numbers_beyond_float32_name_their_argument(
     make: Callable[[float], object], number: float
 ) -> None:
-    names = "softcap|logit_scale|entropy_coef|kl_coef|high|max_ratio|k_positive|denominator|low"
+    names = (
+        "softcap|logit_scale|entropy_coef|kl_coef|high|max_ratio|k_positive|denominator|clip_low"
+    )
     with pytest.raises(ValueError, match=rf"^({names}) must be in the range of float32, got"):
         make(number)
 

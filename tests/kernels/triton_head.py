@@ -25,7 +25,7 @@ from tests.kernels.triton_problem import (
     TRANSFORMS,
     Problem,
     assert_close,
-    assert_close_in_norm,
+    assert_rows_close,
     both_products,  # noqa: F401  # runs by itself
 )
 
@@ -46,10 +46,8 @@ def test_rows_to_gradients(
     on_entropy = torch.randn(shape[0]) if entropy else None
     found = softmax.gradient_(upstream, on_entropy, dtype=torch.float32, scales_hidden=True)
     wanted = problem.gradient(upstream, on_entropy)
-    assert_close_in_norm(found.matrix * found.factors[:, None], wanted)
-    assert_close_in_norm(
-        found.matrix.t() @ found.scaled_hidden, wanted.t() @ problem.hidden.double()
-    )
+    assert_rows_close(found.matrix * found.factors[:, None], wanted)
+    assert_rows_close(found.matrix.t() @ found.scaled_hidden, wanted.t() @ problem.hidden.double())
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -60,7 +58,7 @@ def test_what_a_backward_knows_from_the_forward(name: str) -> None:
         assert forward.exponentials is None
         upstream = torch.randn(20), torch.randn(20) if entropy else None
         found = problem.run(known=forward.statistics).gradient_(*upstream, dtype=torch.float32)
-        assert_close_in_norm(found.matrix * found.factors[:, None], problem.gradient(*upstream))
+        assert_rows_close(found.matrix * found.factors[:, None], problem.gradient(*upstream))
 
 
 def test_forward_alone_keeps_nothing_of_the_size_of_the_logits(product: str) -> None:
@@ -94,7 +92,7 @@ def test_rows_out_of_range_are_done_again(entropy: bool) -> None:
     found = softmax.gradient_(*upstream, dtype=torch.float32)
     assert problem.bias is not None
     problem.bias.clamp_(min=-1e4)  # whose gradient torch knows
-    assert_close_in_norm(found.matrix * found.factors[:, None], problem.gradient(*upstream))
+    assert_rows_close(found.matrix * found.factors[:, None], problem.gradient(*upstream))
 
 
 def test_rows_in_range_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +161,7 @@ def test_bf16_exponentials_take_the_front_half_of_the_products(product: str) -> 
     upstream = torch.randn(20)
     found = softmax.gradient_(upstream, dtype=torch.bfloat16)
     # rounded once, and the interpreter truncates
-    assert_close_in_norm(
-        found.matrix * found.factors[:, None], problem.gradient(upstream, None), 8e-3
-    )
+    assert_rows_close(found.matrix * found.factors[:, None], problem.gradient(upstream, None), 8e-3)
 
 
 class WaitsError(Exception):
@@ -234,7 +230,7 @@ def test_slices_of_the_vocabulary(kind: str, cuts: list[int], entropy: bool) -> 
         grads.append(found.matrix * found.factors[:, None])
     if problem.bias is not None:
         problem.bias.clamp_(min=-1e4)
-    assert_close_in_norm(torch.cat(grads, 1), problem.gradient(*upstream))
+    assert_rows_close(torch.cat(grads, 1), problem.gradient(*upstream))
 
 
 def test_a_chunk_budget_below_one_row(product: str) -> None:

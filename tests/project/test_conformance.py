@@ -28,6 +28,7 @@ def test_every_difference_is_below_a_millionth(host: str) -> None:
 
 def test_every_host_with_tests_stands_in_the_record_in_the_version_that_is_installed() -> None:
     folders = {path.parent.name: path for path in (ROOT / "tests/hosts").glob("*/requirements.txt")}
+    del folders["unsloth"]  # a step is trained by its own loss: nothing to compare
     packages = {
         "nemo_rl": "nemo-rl",
         "swift": "ms-swift",

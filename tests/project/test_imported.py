@@ -1,6 +1,7 @@
-"""What happens on import, and that a copy of the kernels' folder works in another project."""
+"""What happens on import, and that copies of the folders work in another project."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ROOT / "igrpo_kernels"
-OF_VENDORED_TESTS = ("conftest.py", "head_cases.py", "linear_policy_cases.py", "loss_oracles.py")
+KERNELS, ALGO = ROOT / "igrpo_kernels", ROOT / "igrpo_algo"
+GUIDE = ROOT / "docs" / "use" / "vendoring.md"
+OF_VENDORED_TESTS = (
+    "conftest.py",
+    "head_cases.py",
+    "linear_policy_cases.py",
+    "loss_oracles.py",
+    "triton_problem.py",
+)
 VENDORED_TESTS = (
     "test_linear_policy_loss.py",
     "test_linear_token_logprobs.py",
@@ -18,7 +26,10 @@ VENDORED_TESTS = (
     "test_policy_loss_input.py",
     "test_sequences.py",
     "test_token_logprobs.py",
+    "triton_head.py",
+    "triton_head_ops.py",
     "triton_logits.py",
+    "triton_losses.py",
 )
 HEAVY = ["triton", "transformers", "trl", "matplotlib", "datasets", "accelerate"]
 
@@ -102,19 +113,55 @@ def test_a_vendored_copy_passes_the_kernel_tests(tmp_path: Path) -> None:
     """The folder under another name, its tests told that name, and this project out of reach."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(KERNELS, tmp_path / "otherpkg" / "_vendored", ignore=ignored)
-    tests = tmp_path / "tests"
-    (tests / "kernels").mkdir(parents=True)
-    gone = "import sys\nsys.modules['igrpo_kernels'] = sys.modules['igrpo_algo'] = None\n"
-    (tests / "conftest.py").write_text(gone + (ROOT / "tests" / "conftest.py").read_text())
-    for name in (*OF_VENDORED_TESTS, *VENDORED_TESTS):
-        source = (ROOT / "tests" / "kernels" / name).read_text()
-        renamed = source.replace("igrpo_kernels", "otherpkg._vendored")
-        (tests / "kernels" / name).write_text(renamed)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error"]
+    tests = [ROOT / "tests" / "kernels" / name for name in (*OF_VENDORED_TESTS, *VENDORED_TESTS)]
+    copy_tests(tmp_path, tests, {"igrpo_kernels": "otherpkg._vendored"})
     # NumPy's words for inf and NaN, which both sides of a select in a kernel may hold
-    command += ["-W", "ignore::RuntimeWarning:triton.runtime.interpreter"]
-    command += ["--import-mode=importlib", "-k", "not compile"]
-    command += [str(tests / "kernels" / name) for name in VENDORED_TESTS]
+    quiet = ["-W", "ignore::RuntimeWarning:triton.runtime.interpreter", "-k", "not compile"]
+    run_tests(tmp_path, ["kernels/" + name for name in VENDORED_TESTS], *quiet)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_guide_make_a_copy_that_passes_its_tests(tmp_path: Path) -> None:
+    """Both packages in another one's tree, made by the guide's own commands."""
+    (commands,) = re.findall(r"```bash\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    (tmp_path / "otherpkg").mkdir()
+    environment = os.environ | {"IGRPO": str(ROOT)}
+    subprocess.run(["bash", "-euc", commands], cwd=tmp_path, env=environment, check=True)
+    copied = tmp_path / "otherpkg" / "_igrpo"
+    assert {path.name for path in (copied / "igrpo_algo").iterdir()}.isdisjoint(
+        ("engines", "trainers", "cli")
+    )
+    folders = [ROOT / "tests" / "algo" / folder for folder in VENDORED_FOLDERS]
+    tests = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    tests += sorted((ROOT / "tests" / "algo").glob("test_*.py"))
+    pure = [path for path in tests if not NEEDS_MORE.search(path.read_text())]
+    assert len(pure) >= 30
+    where = "otherpkg._igrpo."
+    names = {name: where + name for name in ("igrpo_algo", "igrpo_kernels")}
+    copy_tests(tmp_path, pure, names)
+    run_tests(tmp_path, ["algo"], "-o", "markers=gpu\nslow", "-m", "not gpu and not slow")
+
+
+VENDORED_FOLDERS = ("advantages", "drafts", "losses", "rollouts", "shared_prompt")
+NEEDS_MORE = re.compile(r"igrpo_algo[./](engines|trainers|cli)|import (trl|transformers)|from trl")
+
+
+def copy_tests(tmp_path: Path, tests: list[Path], names: dict[str, str]) -> None:
+    """Copy tests that import the copies by their new names, and can't reach this project."""
+    gone = "import sys\nsys.modules['igrpo_kernels'] = sys.modules['igrpo_algo'] = None\n"
+    for path in (ROOT / "tests" / "conftest.py", *tests):
+        source = path.read_text()
+        for old, new in names.items():
+            source = re.sub(rf"(?<![\w.]){old}\b", new, source)
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(gone + source if copy.parent.name == "tests" else source)
+
+
+def run_tests(tmp_path: Path, paths: list[str], *options: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error"]
+    command += ["--import-mode=importlib", *options]
+    command += [str(tmp_path / "tests" / path) for path in paths]
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

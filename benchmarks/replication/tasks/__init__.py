@@ -4,7 +4,11 @@ from .chain import CHAIN
 from .packing import PACKING
 from .signs import SIGNS
 from .task import Task, ask
+from .words import WORD_TASKS
 
 TASKS: dict[str, Task] = {"chain": CHAIN, "signs": SIGNS, "packing": PACKING}
+"""For models that are trained from scratch."""
 
-__all__ = ["TASKS", "Task", "ask"]
+ALL_TASKS = TASKS | WORD_TASKS
+
+__all__ = ["ALL_TASKS", "TASKS", "WORD_TASKS", "Task", "ask"]

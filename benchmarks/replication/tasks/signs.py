@@ -1,10 +1,11 @@
 """Search with a checkable near miss: add or subtract each number, so that the last value is right.
 
-    question   7 5 3 6 2 1 to 2            (7, then +-5 +-3 +-6 +-2 +-1, modulo 16)
-    answer     12 9 3 1 2
+    question   7 2 3 1 3 1 to 1            (7, then +-2 +-3 +-1 +-3 +-1, modulo 8)
+    answer     1 6 7 2 1
 
 A greedy answer ends beside its target. As a draft it tells how far beside, and turning the sign of
-one number may mend it: it helps, and gives nothing away.
+one number may mend it: it helps, and gives nothing away. Modulo 12, with numbers up to 5, the short
+warm-up did not teach the sums, and 80 steps moved GRPO by less than two points.
 """
 
 import random
@@ -16,7 +17,7 @@ from igrpo_algo.cli.demo.model import write_words
 
 from .task import Task
 
-MODULUS, NUMBERS, LARGEST = 16, 5, 7
+MODULUS, NUMBERS, LARGEST = 8, 5, 3
 SLIP = 0.02  # how often the teacher writes any value in the place of a sum
 FORESIGHT = 0.5  # how often the teacher looks ahead, and how often it looks at a draft
 
@@ -46,8 +47,8 @@ def walk(start: int, numbers: Sequence[int], signs: Sequence[int]) -> list[int]:
     """Give the values on the way.
 
     Examples:
-        >>> walk(7, (5, 3, 6), (1, -1, 1))
-        [12, 9, 15]
+        >>> walk(7, (2, 3, 1), (1, -1, 1))
+        [1, 6, 7]
     """
     values, value = [], start
     for number, sign in zip(numbers, signs, strict=True):
@@ -60,8 +61,8 @@ def read_signs(text: str, problem: Signs) -> list[int] | None:
     """Give the sign of each step that an answer takes; None if it takes any other step.
 
     Examples:
-        >>> problem = Signs(7, (5, 3, 6), 15)
-        >>> read_signs("12 9 15", problem), read_signs("12 8 15", problem)
+        >>> problem = Signs(7, (2, 3, 1), 7)
+        >>> read_signs("1 6 7", problem), read_signs("1 5 6", problem)
         ([1, -1, 1], None)
     """
     values = read_values(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from igrpo_algo.cli.demo.chain import TEMPLATE
-from igrpo_algo.drafts.text import splice_prompt
+from igrpo_algo.drafts.text import DraftTemplate, splice_prompt
 
 Message = dict[str, str]
 
@@ -19,9 +19,14 @@ class Problem(Protocol):
     def __hash__(self) -> int: ...
 
 
+def ask(problem: Problem) -> list[Message]:
+    """Give the chat prompt of a problem."""
+    return [{"role": "user", "content": problem.question}]
+
+
 @dataclass(frozen=True)
 class Task:
-    """A task for models that are trained from scratch within minutes.
+    """A task, for models that are trained from scratch within minutes or for pretrained ones.
 
     Attributes:
         title: What it is, in a line.
@@ -31,6 +36,8 @@ class Task:
         score: Judges an answer: 1 is right, what lies between 0 and 1 is partly right.
         teach: Writes an answer of the warm-up's teacher, who errs, for a problem and a draft.
         weights: Warmed weights that are there already.
+        ask: Writes the chat prompt of a problem.
+        template: The words around a draft.
     """
 
     title: str
@@ -40,6 +47,8 @@ class Task:
     score: Callable[[str, Any], float]
     teach: Callable[[Any, str | None, random.Random], str]
     weights: Path | None = None
+    ask: Callable[[Any], list[Message]] = ask
+    template: DraftTemplate = TEMPLATE
 
     def reward(
         self, completions: Sequence[list[Message]], problem: Sequence[Any], **columns: object
@@ -67,13 +76,8 @@ class Task:
         problem = self.draw(rng)
         while problem in exclude:
             problem = self.draw(rng)
-        prompt, draft = ask(problem), None
+        prompt, draft = self.ask(problem), None
         if rng.random() < draft_share:
             draft = self.teach(problem, None, rng)
-            prompt = splice_prompt(prompt, draft, template=TEMPLATE)
+            prompt = splice_prompt(prompt, draft, template=self.template)
         return [*prompt, {"role": "assistant", "content": self.teach(problem, draft, rng)}]
-
-
-def ask(problem: Problem) -> list[Message]:
-    """Give the chat prompt of a problem."""
-    return [{"role": "user", "content": problem.question}]

@@ -78,7 +78,7 @@ def build_figure(rows: Sequence[Record], labels: Mapping[str, str], title: str) 
     Args:
         rows: The metrics file of all runs.
         labels: What to call each arm, in the order of the legend.
-        title: What stands above the panels.
+        title: Above the panels.
     """
     figure = Figure(figsize=(12, 6.6), dpi=150, layout="constrained")
     last = max((row["completions"] for row in rows), default=1)

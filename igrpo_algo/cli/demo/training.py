@@ -35,6 +35,7 @@ METRICS = {
     "reward": "reward",
     "frac_reward_zero_std": "zero_variance",
     "entropy": "entropy",
+    "entropy/nonzero_advantage": "entropy_nonzero_advantage",
     "completions/mean_length": "length",
     "igrpo/draft_reward": "draft_reward",
     "igrpo/best_draft_reward": "best_draft_reward",

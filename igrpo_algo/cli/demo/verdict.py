@@ -1,4 +1,4 @@
-"""The result of the finished runs, in numbers and in words, whoever wins."""
+"""The result of the finished runs, in numbers and in words."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from igrpo_kernels.checks import describe
+from igrpo_kernels.checks import LARGEST_FLOAT32, describe
 
 from .logprobs import PROCESSED, RAW
 
@@ -56,7 +56,7 @@ def read_card(listing: Any, wanted: str | None) -> Card:
     if name not in cards:
         raise LookupError(f"no model {wanted!r}, only {sorted(cards)}")
     card = cards[name]
-    return Card(name, field(card, "max_model_len", int), field(card, "root", str))
+    return Card(name, _count(card, "max_model_len"), field(card, "root", str))
 
 
 def read_completions(answer: Any, request: Mapping[str, Any], vocabulary: int) -> Answer:
@@ -80,9 +80,10 @@ def read_completions(answer: Any, request: Mapping[str, Any], vocabulary: int) -
     in_order = sorted(choices, key=lambda choice: choice["index"])
     drawn = [_drawn(choice, request, vocabulary) for choice in in_order]
     usage = field(answer, "usage", dict)
-    details = usage.get("prompt_tokens_details") or {"cached_tokens": 0}
-    cached = 0 if details.get("cached_tokens") is None else field(details, "cached_tokens", int)
-    return Answer(drawn, field(usage, "prompt_tokens", int), cached)
+    has_details = usage.get("prompt_tokens_details") is not None
+    details = field(usage, "prompt_tokens_details", dict) if has_details else {}
+    cached = 0 if details.get("cached_tokens") is None else _count(details, "cached_tokens")
+    return Answer(drawn, _count(usage, "prompt_tokens"), cached)
 
 
 def read_top_logprobs(answer: Any) -> dict[str, float]:
@@ -134,6 +135,12 @@ def field(record: Any, name: str, kind: type[Kind]) -> Kind:
     return value
 
 
+def _count(record: Any, name: str) -> int:
+    if (count := field(record, name, int)) < 0:
+        raise ValueError(f"{name} must be >= 0, got {describe(count)}")
+    return count
+
+
 def _drawn(choice: Any, request: Mapping[str, Any], vocabulary: int) -> Drawn:
     ids: list[Any] = field(choice, "token_ids", list)
     if len(ids) > request["max_tokens"]:
@@ -160,5 +167,5 @@ def _drawn(choice: Any, request: Mapping[str, Any], vocabulary: int) -> Drawn:
 def _check_logprobs(name: str, values: Sequence[Any]) -> None:
     for place, value in enumerate(values):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not -math.inf < value <= ROUNDING:  # NaN is not, either
+        if not is_number or not -LARGEST_FLOAT32 <= value <= ROUNDING:  # NaN is not, either
             raise ValueError(f"{name}[{place}] must be finite and <= 0, got {describe(value)}")

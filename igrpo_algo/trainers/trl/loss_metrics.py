@@ -44,19 +44,23 @@ def loss_metrics(
     *,
     surrogate: Surrogate,
     kl: KlEstimator,
+    skipping: bool,
 ) -> LossMetrics:
     """Measure the refinements of a micro-batch.
 
     A completion of zero advantage is clipped nowhere, so clip ratios are exact whether it was
-    computed or not; `entropy` and `ratio` are means over the tokens that were computed.
+    computed or not. Where such completions are left out, the other means are over the rest, and
+    their names say so: `entropy/nonzero_advantage`. The policy is most certain where all rewards
+    of a group are equal, so a mean without them under TRL's name would be another number.
 
     Args:
-        rows: The B rows that the loss computed, refinements alone.
-        all_rows: Those too that it left out, whose advantage is zero.
+        rows: The B refinements that are measured: those that were not left out.
+        all_rows: Those too that were, whose advantage is zero.
         logprobs: Log-probs of `rows`. Shape [B, T].
         entropy: Their entropy. Shape [B, T].
         surrogate: What clips.
         kl: The estimator of the KL that is logged where there is a reference.
+        skipping: Whether this run leaves out completions of zero advantage.
 
     Returns:
         This rank's part of `entropy`, `ratio`, `kl` (with a reference); of `clip_ratio/low_mean`,
@@ -83,6 +87,8 @@ def loss_metrics(
         means["kl"] = mean(kl(tokens, sequences.select(rows.ref_logprobs.float())))
     if isinstance(surrogate, Vespo):
         means["vespo/phi_seq_mean"] = mean(_weight_of_vespo(surrogate, tokens))
+    if skipping:
+        means = {f"{name}/nonzero_advantage": share for name, share in means.items()}
     _, low, high = surrogate(tokens)
     if high is None or low is None:
         return LossMetrics(means, {}, {})

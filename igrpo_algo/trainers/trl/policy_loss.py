@@ -150,15 +150,10 @@ class PolicyLossTrainer(ExactBookkeeping):
         if self.args.use_trl_loss:
             return super()._compute_loss(model, inputs)
         rows = LossRows.of(inputs, self._token_weights(inputs))
-        logprobs_first = (
-            self.top_entropy_quantile < 1.0
-            or self.off_policy_mask_threshold is not None
-            or self.entropy_coef != 0.0
-        )
-        if logprobs_first:
+        if self._takes_two_passes:
             computed = self._in_two_passes(model, rows)
         else:
-            computed = self._in_one_pass(model, rows)
+            computed = self._in_one_pass(model, rows.that_teach() if self._skips else rows)
         loss = computed.loss
         if computed.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * computed.aux_loss / self._accumulation
@@ -167,15 +162,27 @@ class PolicyLossTrainer(ExactBookkeeping):
         self._log_loss(rows, computed)
         return loss
 
-    def _in_one_pass(self, model: nn.Module, rows: LossRows) -> Computed:
-        if (
+    @property
+    def _takes_two_passes(self) -> bool:
+        return bool(
+            self.top_entropy_quantile < 1.0
+            or self.off_policy_mask_threshold is not None
+            or self.entropy_coef != 0.0
+        )
+
+    @property
+    def _skips(self) -> bool:
+        """Whether completions of zero advantage are left out."""
+        return bool(
             self.args.skip_zero_advantages
             and self.model.training
             and self.surrogate.scope != "batch"
             and self.beta == 0.0
             and not self.aux_loss_enabled
-        ):
-            rows = rows.that_teach()
+            and not self._takes_two_passes
+        )
+
+    def _in_one_pass(self, model: nn.Module, rows: LossRows) -> Computed:
         width = rows.mask.shape[1]
 
         def head(given: HeadInput) -> dict[str, Tensor | None]:
@@ -188,6 +195,7 @@ class PolicyLossTrainer(ExactBookkeeping):
                 importance_weights=rows.importance_weights,
                 temperature=self.temperature,
                 return_entropy=True,
+                all_metrics=True,  # else 0 for tokens that teach nothing, in what is logged below
                 **given.options(),
                 **self._terms(rows),
             )
@@ -292,6 +300,8 @@ class PolicyLossTrainer(ExactBookkeeping):
     def _log_loss(self, rows: LossRows, computed: Computed) -> None:
         """Log means over the tokens of all ranks, and the extremes over their sequences."""
         mine = ~computed.rows.is_draft
+        if self._skips:  # where nothing teaches, one row is computed that is not to be measured
+            mine &= computed.rows.advantages != 0
         part: LossMetrics = loss_metrics(
             computed.rows.take(mine),
             rows.take(~rows.is_draft),
@@ -299,6 +309,7 @@ class PolicyLossTrainer(ExactBookkeeping):
             computed.entropy[mine],
             surrogate=self.surrogate,
             kl=self.kl,
+            skipping=self._skips,
         )
         shares = torch.stack([torch.stack([s.total, s.size]) for s in part.means.values()])
         for name, (total, size) in zip(part.means, self.accelerator.reduce(shares), strict=True):

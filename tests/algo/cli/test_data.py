@@ -201,7 +201,7 @@ def test_system_prompt_stands_in_front(tmp_path: Path) -> None:
             "a.jsonl",
             '{"prompt": "a", "answer": [1]}',
             TypeError,
-            r"line 1, column 'answer': an answer must be a string, a number or None, got \[1\]",
+            r"line 1, column 'answer': an answer must be a string, a number or None, got list",
         ),
         ("a.json", '{"prompt": "a"}', ValueError, r"a\.json: wanted a list of objects, got dict"),
         ("a.json", "[", ValueError, r"a\.json: not JSON"),

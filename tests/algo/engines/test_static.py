@@ -240,14 +240,19 @@ def test_nan_of_a_broken_model_does_not_stay_in_the_cache(model, tokenizer, plac
     assert_same(captured.sample(prompts, 2, seed=0), plain.sample(prompts, 2, seed=0), atol=5e-5)
 
 
-def test_captures_are_few_and_every_token_but_the_first_is_a_replay(model, tokenizer, replays):
+def test_captures_are_few_and_every_token_but_the_first_is_a_replay(
+    model, tokenizer, replays, monkeypatch
+):
+    monkeypatch.setattr(static, "SLOT_STEP", 8)
     sampler = StaticSampler(model, tokenizer, max_new_tokens=7, stop_token_ids=[])
     for rows in (3, 2, 3):
         sampler.sample([[9, 8, 7]], rows, seed=0)
     assert replays.count == {"captured": 1, "replayed": 3 * 6}
     sampler.sample([[9, 8, 7]], 4, seed=0)  # more rows
-    sampler.sample([[9] * 57], 2, seed=0)  # as many slots as the first batch has
+    sampler.sample([[9] * 9], 2, seed=0)  # as many slots as there are
     assert replays.count["captured"] == 2
+    sampler.sample([[9] * 57], 2, seed=0)  # more slots
+    assert replays.count["captured"] == 3
     assert sampler._captured.state.mask.shape == (4, 64)
 
 

@@ -3,6 +3,7 @@
 import gzip
 import http.server
 import json
+import math
 import socket
 import threading
 import time
@@ -165,7 +166,17 @@ def test_servers_must_have_the_model_and_the_same_one(fake):
         ({"logprobs": {"token_logprobs": None}}, "token_logprobs must be a list, got NoneType"),
         *[
             ({"logprobs": {"token_logprobs": [-0.5, bad, -1]}}, r"token_logprobs\[1\] must be fin")
-            for bad in (float("nan"), float("-inf"), float("inf"), 0.5, None, "-1", True)
+            for bad in (
+                float("nan"),
+                -math.inf,
+                math.inf,
+                0.5,
+                None,
+                "-1",
+                True,
+                -(10**400),
+                -1e300,
+            )
         ],
         ({"index": 1}, r"the indices of n = 1 choices are \[1\]"),
         ({"index": None}, "index must be an int, got NoneType"),
@@ -198,7 +209,14 @@ def test_an_answer_with_another_number_of_completions_is_an_error(fake, drawn):
         sampler.sample(["ab"], 2)
 
 
-@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": "3"}])
+@pytest.mark.parametrize(
+    "usage",
+    [
+        *(None, {}, {"prompt_tokens": "3"}, {"prompt_tokens": -3}),
+        *({"prompt_tokens": 3, "prompt_tokens_details": bad} for bad in ("none", [1], 0)),
+        {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": -1}},
+    ],
+)
 def test_an_answer_without_usage_is_an_error(fake, usage):
     server = fake()
     sampler = make_sampler(server)

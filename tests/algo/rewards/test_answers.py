@@ -73,9 +73,9 @@ def test_extract_gold_reads_cells() -> None:
         None, None, None, "7", "2.5", "x+1",
     ]  # fmt: skip
     assert extract_gold(float("nan")) is None
-    with pytest.raises(TypeError, match=r"answer must be a string, a number or None, got \[1\]"):
+    with pytest.raises(TypeError, match="answer must be a string, a number or None, got list"):
         extract_gold([1])
-    with pytest.raises(TypeError, match="got True"):
+    with pytest.raises(TypeError, match="got bool True"):
         extract_gold(True)
     assert extract_gold(10**30) == "1" + "0" * 30
     assert extract_gold(1e308) == "1e+308"

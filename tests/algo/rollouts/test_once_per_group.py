@@ -82,6 +82,18 @@ def test_the_next_epoch_draws_new_drafts():
     assert host.drawn == [("q?", 0)] * 2
 
 
+def test_a_sample_that_comes_late_gets_the_draft_of_its_group_if_groups_are_kept():
+    host = Host(["1"], keep=1)
+    ((first, *_),) = host.groups("q?")
+    ((late,),) = host.groups("q?", samples=1)
+    assert late is first
+    assert len(host.drawn) == 1
+    host.groups("p?", "q?")  # the other group takes the one place that there is
+    assert len(host.drawn) == 2
+    host.groups("q?")
+    assert len(host.drawn) == 3
+
+
 def test_without_a_scored_draft_the_prompt_stays_plain():
     ((stage_two, *_),) = Host(["x", "y"]).groups("q?")
     assert (stage_two.prompt, stage_two.draft) == ("q?", "")

@@ -77,6 +77,7 @@ def test_join_index_iterate():
     assert Rollouts.of(iter([DROPPED, FIRST, SKIPPED])) == ALL
     assert ALL[-1] == DROPPED
     assert ALL[::2] == Rollouts([FIRST, DROPPED])
+    assert Rollouts.concat([ALL[:1], ALL[1:]]) == ALL
     assert list(ALL) == ALL.rollouts
     assert len(ALL) == 3
 
@@ -109,3 +110,25 @@ def test_earlier_rounds():
 def test_groups_of_other_sizes(change, match):
     with pytest.raises(ValueError, match=match):
         Rollouts([DROPPED, Rollout(**{**vars(FIRST), **change})])
+
+
+def test_a_broken_file_among_several_ends_their_joining(tmp_path):
+    """`map` would take a StopIteration from the loader for the end of the files."""
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        ALL.save(path)
+    paths[1].write_bytes(paths[1].read_bytes()[:-1])
+    with pytest.raises(ValueError, match=str(paths[1])):
+        Rollouts.concat(map(Rollouts.load, paths))
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "message"),
+    [
+        (None, "rollouts must be a list"),
+        ([FIRST, "b"], r"rollouts\[1\] must be a Rollout, got str"),
+    ],
+)
+def test_what_is_no_rollout_is_named(rollouts, message):
+    with pytest.raises(TypeError, match=message):
+        Rollouts(rollouts)

@@ -1,6 +1,8 @@
-"""One run, on however many ranks and however its weights are kept; writes where it ends.
+"""Some runs, on however many ranks and however the weights are kept; writes where each ends.
 
 Completions depend on the prompt alone, so a run's batches do not change with its ranks.
+
+    python one_run.py FOLDER HOW MICRO_BATCHES      # HOW: plain, fsdp2 or zero3
 """
 
 import json
@@ -22,10 +24,11 @@ from igrpo_algo.rollouts.completions import Completion
 from igrpo_algo.trainers.trl import IGRPOConfig, IGRPOTrainer
 from igrpo_algo.trainers.trl.sampler import whole_weights
 
-ADAPTERS = {
-    "none": None,
-    "off the head": {"target_modules": ["q_proj", "down_proj"]},
-    "head trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+RUNS: dict[str, dict[str, Any]] = {
+    "grpo": {"loss_type": "grpo"},
+    "drafts-trained": {"loss_type": "dapo", "draft_loss_coef": 1.0},
+    "adapter": {"adapter": {"target_modules": ["q_proj", "down_proj"]}},
+    "adapter-and-head": {"adapter": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}},
 }
 
 
@@ -48,27 +51,41 @@ class Fixed:
         return drawn
 
     def sync_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        self.seen.append(weights["lm_head.weight"].clone())
+        self.seen.append(torch.cat([weight.flatten() for weight in weights.values()]))
 
 
-def shard_on_cpus() -> None:
-    """Let accelerate shard: it does so on GPUs alone, so the ranks pass for GPUs."""
-    os.environ |= {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer",
-        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-        "ACCELERATE_TORCH_DEVICE": "cpu",
-    }
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+ZERO3 = {
+    "zero_optimization": {"stage": 3},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+
+
+def shard(kind: str) -> dict[str, Any]:
+    """Let accelerate shard the weights; it does so on GPUs alone, so the CPUs pass for GPUs."""
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    if kind == "fsdp2":
+        os.environ |= FSDP2
+        return {"use_cpu": False}
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo, nothing to compile
+    return {"use_cpu": False, "deepspeed": ZERO3}
 
 
-def main(folder: Path, given: dict[str, Any]) -> None:
-    warnings.simplefilter("ignore")
-    if given.pop("fsdp2", False):
-        shard_on_cpus()
-    adapter = ADAPTERS[given.pop("adapter", "none")]
+def train(folder: Path, adapter: dict[str, Any] | None = None, **given: Any) -> None:
+    folder.mkdir(exist_ok=True)
     options = base_options(folder) | {
         "optim": "sgd",  # a step in proportion to the gradient
         "learning_rate": 1.0,
@@ -90,15 +107,27 @@ def main(folder: Path, given: dict[str, Any]) -> None:
     with whole_weights(model, trainer._dist) as weights:
         kept = {name: value.detach().clone().contiguous() for name, value in weights.items()}
     if trainer.accelerator.is_main_process:
-        kept["synced"] = torch.stack(sampler.seen)
-        save_file(kept, folder / "weights.safetensors")
+        save_file(kept | {"synced": torch.stack(sampler.seen)}, folder / "weights.safetensors")
         logs = [log for log in trainer.state.log_history if "reward" in log]
         (folder / "logs.json").write_text(json.dumps(logs))
     trainer.accelerator.wait_for_everyone()
 
 
+def main(folder: Path, how: str, micro_batches: int) -> None:
+    """Take 8 refinements a step, in so many micro-batches on all ranks together."""
+    warnings.simplefilter("ignore")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    dealt = {
+        "per_device_train_batch_size": 8 // micro_batches,
+        "gradient_accumulation_steps": micro_batches // ranks,
+    }
+    sharded = {} if how == "plain" else shard(how)
+    for name, options in RUNS.items():
+        train(folder / name, **sharded, **dealt, **options)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     os._exit(0)  # a thread of torch's that is still there when Python ends aborts the process

@@ -1,5 +1,6 @@
 """Our loss inside the run against TRL's own, and both stages against two losses by hand."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,8 @@ def compare_with_trl(trainer: Any) -> list[dict[str, float]]:
         # The sums run in another order: float32 rounding of gradients of order 0.1.
         for mine_each, other_each in zip(mine, other, strict=True):
             torch.testing.assert_close(mine_each, other_each, rtol=1e-5, atol=2e-7)
+        # Every advantage is far from zero here, so the means over the others are those over all.
+        my_metrics = {k.removesuffix("/nonzero_advantage"): v for k, v in my_metrics.items()}
         assert my_metrics.keys() == other_metrics.keys() | {"ratio"}
         del my_metrics["ratio"]
         assert my_metrics == pytest.approx(other_metrics, rel=1e-4, abs=1e-7, nan_ok=True)
@@ -394,7 +397,9 @@ def test_completions_of_zero_advantage_are_not_computed(
         counts = rows_run(trainer)
         found[skip] = loss_and_gradients(trainer, trainer._compute_loss, batch)
         assert counts == [4 if skip else 8]
-        assert trainer._metrics["train"]["clip_ratio/low_mean"] == [0.0]
+        logged = trainer._metrics["train"]
+        assert logged["clip_ratio/low_mean"] == [0.0]
+        assert ("entropy" in logged, "entropy/nonzero_advantage" in logged) == (not skip, skip)
     assert max(float(gradient.abs().max()) for gradient in found[False][1:]) > 1e-3
     for mine, other in zip(found[True], found[False], strict=True):
         # Other batch sizes: float32 rounding of gradients of order 0.1.
@@ -412,8 +417,34 @@ def test_where_nothing_teaches_one_row_is_run_for_a_gradient_of_zero(
     counts = rows_run(trainer)
     loss, *gradients = loss_and_gradients(trainer, trainer._compute_loss, batch)
     assert counts == [1]
+    assert math.isnan(trainer._metrics["train"]["entropy/nonzero_advantage"][0])  # not logged
     assert float(loss) == 0.0
     assert not any(gradient.any() for gradient in gradients)
+
+
+def test_entropy_is_that_of_all_completions_or_says_of_which(make_trainer: MakeTrainer) -> None:
+    """By hand, over the logits: of all 8 completions, and of the 4 whose advantages teach."""
+    found = {}
+    for skip in (False, True):
+        trainer = make_trainer(reward_funcs=digit_reward, skip_zero_advantages=skip)
+        with torch.no_grad():
+            trainer.model.lm_head.weight.mul_(30)  # far enough from uniform
+        trainer._generate_single_turn = ScriptedSampler([["0"] * 8, EQUAL_AND_UNEQUAL])
+        trainer.model.train()
+        rows = [trainer.train_dataset[q] for q in (0, 1) for _ in range(4)]
+        batch = trainer._generate_and_score_completions(rows)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer._compute_loss(trainer.model, batch)
+        name = "entropy/nonzero_advantage" if skip else "entropy"
+        (found[skip],) = trainer._metrics["train"][name]
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    with torch.no_grad():
+        logits = trainer.model(ids, attention_mask=mask).logits[:, -2]
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    assert found[False] == pytest.approx(float(entropy.mean()), rel=1e-5)
+    assert found[True] == pytest.approx(float(entropy[4:].mean()), rel=1e-5)
+    assert abs(found[True] / found[False] - 1) > 1e-4
 
 
 @pytest.mark.parametrize("beyond", [{"beta": 0.1}, {"entropy_coef": 0.1}])

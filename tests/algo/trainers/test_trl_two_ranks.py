@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from one_run import RUNS
+from safetensors.torch import load_file
 from tiny_qwen import early_letters, third_party
 
 pytestmark = [third_party, pytest.mark.slow]
@@ -21,9 +25,13 @@ def launch(worker: str, *arguments: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     command += [str(HERE / worker), *arguments]
+    return run(command)
+
+
+def run(command: list[str], *, ends: bool = True) -> str:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert (done.returncode == 0) is ends, done.stderr[-3000:]
     return done.stdout
 
 
@@ -66,3 +74,53 @@ def test_a_sampler_draws_for_both_ranks(tmp_path: Path) -> None:
 def test_the_loss_in_a_wrapped_forward_is_that_of_the_whole_batch(wrapper: str) -> None:
     printed = launch("sharded_head.py", wrapper)
     assert sorted(printed.splitlines()) == ["rank 0 agrees", "rank 1 agrees"]
+
+
+LAYOUTS = {
+    # how weights are kept: ranks, and micro-batches on all of them together
+    "plain": (1, 1),
+    "accumulated": (1, 8),
+    "ddp": (2, 8),
+    "fsdp2": (2, 8),
+    "zero3": (2, 8),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every run of `one_run.py` in every layout; ZeRO-3 where DeepSpeed is installed."""
+    folders = {}
+    for layout, (ranks, micro_batches) in LAYOUTS.items():
+        if layout == "zero3" and find_spec("deepspeed") is None:
+            continue
+        folders[layout] = tmp_path_factory.mktemp(layout)
+        how = layout if layout in ("fsdp2", "zero3") else "plain"
+        arguments = (str(folders[layout]), how, str(micro_batches))
+        if ranks == 1:
+            run([sys.executable, str(HERE / "one_run.py"), *arguments])
+        else:
+            launch("one_run.py", *arguments)
+    return folders
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_the_same_however_it_is_dealt_out(runs: dict[str, Path], name: str) -> None:
+    """8 refinements at once on one process; one by one on it; on two ranks, a shard on each."""
+    found = {
+        layout: (
+            load_file(folder / name / "weights.safetensors"),
+            json.loads((folder / name / "logs.json").read_text()),
+        )
+        for layout, folder in runs.items()
+    }
+    weights, logs = found.pop("plain")
+    assert float((weights["synced"][0] - weights["synced"][-1]).abs().max()) > 1e-4
+    assert found.keys() >= {"accumulated", "ddp", "fsdp2"}
+    for other_weights, other_logs in found.values():
+        assert other_weights.keys() == weights.keys()
+        for key, value in weights.items():
+            # Three steps of plain gradient descent; sums in another order: float32 rounding.
+            torch.testing.assert_close(other_weights[key], value, rtol=1e-4, atol=1e-6, msg=key)
+        for mine, other in zip(other_logs, logs, strict=True):
+            for metric in ("reward", "grad_norm", "igrpo/uplift", "completions/mean_length"):
+                assert mine[metric] == pytest.approx(other[metric], rel=1e-4, abs=1e-6)

@@ -1,10 +1,14 @@
-"""The plugin that the test gives ms-swift: iGRPO, and a record of what each rank saw."""
+"""The plugin that the test gives ms-swift: a reward, a record of what each rank saw, and iGRPO.
+
+iGRPO stays as the plugin before this one set it up where IGRPO_DRAFTS is empty.
+"""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import swift.rlhf_trainers
 import torch
 from swift.rewards import ORM, orms
 
@@ -31,10 +35,9 @@ class Letters(ORM):
 
 
 orms["letters"] = Letters
-Trainer = use_igrpo(
-    DraftRules(splice=TextSplice(DraftTemplate("[", "]"))),
-    num_drafts=int(os.environ["IGRPO_DRAFTS"]),
-)
+if drafts := os.environ["IGRPO_DRAFTS"]:
+    use_igrpo(DraftRules(splice=TextSplice(DraftTemplate("[", "]"))), num_drafts=int(drafts))
+Trainer = swift.rlhf_trainers.GRPOTrainer
 theirs = {
     "encode": Trainer._prepare_batch_inputs,
     "logps": Trainer._get_per_token_logps_and_entropies,

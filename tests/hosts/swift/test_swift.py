@@ -20,6 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 from contract import Group
 from differences import note
 
+EXAMPLE = HERE.parents[2] / "examples" / "swift_plugin.py"
 COMMAND = Path(swift.__path__[0]) / "cli" / "rlhf.py"
 G = 4
 
@@ -52,13 +53,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, record: Path, *, ranks: int, drafts: int) -> list[list[dict[str, Any]]]:
-    """Run the command and return what the plugin wrote on each rank."""
+def train(
+    folder: Path, record: Path, *, ranks: int = 1, drafts: int | None = None
+) -> list[list[dict[str, Any]]]:
+    """Run the command and return what the plugin wrote on each rank; the example sets up iGRPO
+    where no number of drafts is given."""
     record.mkdir()
     options = {
         "rlhf_type": "grpo", "model": "model", "model_type": "qwen3",
         "template": "qwen3_nothinking", "use_vllm": "false", "use_hf": "true",
-        "external_plugins": HERE / "plugin.py", "reward_funcs": "letters",
+        "reward_funcs": "letters",
         "dataset": "data.jsonl", "num_generations": G,
         "per_device_train_batch_size": G // ranks, "gradient_accumulation_steps": 1,
         "max_completion_length": 8, "max_steps": 2, "torch_dtype": "float32", "use_cpu": "true",
@@ -72,13 +76,14 @@ def train(folder: Path, record: Path, *, ranks: int, drafts: int) -> list[list[d
     environment = {
         **os.environ,
         "IGRPO_RECORD": str(record),
-        "IGRPO_DRAFTS": str(drafts),
+        "IGRPO_DRAFTS": str(drafts or ""),
         "HF_HUB_OFFLINE": "1",
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE.parents[2]), os.environ.get("PYTHONPATH", "")]),
     }
     flat = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    flat += ["--external_plugins", *map(str, ([] if drafts else [EXAMPLE]) + [HERE / "plugin.py"])]
     done = subprocess.run(
         [*launch, str(COMMAND), *flat],
         cwd=folder,
@@ -120,3 +125,19 @@ def test_each_group_is_trained_under_its_best_draft_by_a_loss_that_is_ours(
         note("ms-swift", "gradient inside its trainer, one rank and two", entry["gradient_gap"])
         assert abs(theirs - ours) <= 1e-6
         assert entry["gradient_gap"] <= 1e-6
+
+
+def test_the_plugin_of_the_examples_trains_under_its_best_draft(
+    folder: Path, tmp_path: Path
+) -> None:
+    (entries,) = train(folder, tmp_path / "record")
+    scored = [entry for entry in entries if "scored" in entry]
+    trained = [entry["trained"] for entry in entries if "trained" in entry]
+    assert len(trained) == 2
+    for step, prompts in enumerate(trained):
+        drafts, refinements = scored[2 * step : 2 * step + 2]
+        assert (len(drafts["scored"]), len(refinements["scored"])) == (4, G)
+        best = drafts["scored"][drafts["rewards"].index(max(drafts["rewards"]))].strip()
+        (prompt,) = set(prompts)
+        assert re.match(r"(\d)\+\1\?\n", prompt)
+        assert best in prompt

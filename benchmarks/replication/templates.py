@@ -1,0 +1,157 @@
+"""How a model refines under each draft template, given the same drafts.
+
+    python -m benchmarks.replication.templates FOLDER      # SmolLM2 in FOLDER; one thread, minutes
+
+Drafts are sampled once; each template shows the same ones, and one refinement of each is sampled.
+So templates are compared pair by pair: the same question, draft and seed. Each is tried behind
+worked examples of answers alone, and behind examples of which one corrects a draft in its words.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from benchmarks import machine, results
+from benchmarks.cases import DTYPES
+from benchmarks.replication import smollm
+from benchmarks.replication.tasks.words import WordProblem, ask, draw, make_task, score
+from igrpo_algo.cli.intervals import mean_interval
+from igrpo_algo.drafts.text import (
+    DEFAULT_TEMPLATE,
+    PAPER_TEMPLATE,
+    DraftTemplate,
+    splice_prompt,
+)
+from igrpo_algo.engines.static import StaticSampler
+from igrpo_algo.rollouts.completions import Completion, Groups
+
+ONE_LINE = DraftTemplate(before="\nDraft: ", after="")
+TEMPLATES = {
+    "default": DEFAULT_TEMPLATE,
+    "one line": ONE_LINE,
+    "paper": PAPER_TEMPLATE,
+}
+
+
+def rights(groups: Groups, problems: Sequence[WordProblem]) -> list[list[float]]:
+    """Score the completions of each problem."""
+    return [
+        [score(each.text, problem) for each in group]
+        for group, problem in zip(groups, problems, strict=True)
+    ]
+
+
+def share(values: Sequence[float]) -> float | None:
+    """Average; None where there is nothing."""
+    return fmean(values) if values else None
+
+
+def refine(
+    sampler: StaticSampler,
+    problems: Sequence[WordProblem],
+    drafts: Groups,
+    template: DraftTemplate,
+    *,
+    corrects: bool,
+    seed: int,
+) -> Groups:
+    """Draw one refinement of each draft."""
+    shown = [
+        splice_prompt(
+            ask(problem, template if corrects else None),
+            draft.text,
+            template=template,
+            special_tokens=sampler.control_tokens,
+        )
+        for problem, group in zip(problems, drafts, strict=True)
+        for draft in group
+    ]
+    flat = [group[0] for group in sampler.sample(shown, 1, seed=seed)]
+    count = len(drafts[0])
+    return [flat[start : start + count] for start in range(0, len(flat), count)]
+
+
+def summarize(
+    refined: Sequence[Sequence[float]],
+    drafted: Sequence[Sequence[float]],
+    baseline: Sequence[Sequence[float]],
+    completions: Sequence[Completion],
+) -> dict[str, Any]:
+    """Accuracy after right and wrong drafts, and the difference from the default template."""
+    pairs = [pair for r, d in zip(refined, drafted, strict=True) for pair in zip(r, d, strict=True)]
+    gains = [fmean(one) - fmean(two) for one, two in zip(refined, baseline, strict=True)]
+    return {
+        "accuracy": share([refinement for refinement, _ in pairs]),
+        "after_right": share([refinement for refinement, draft in pairs if draft]),
+        "after_wrong": share([refinement for refinement, draft in pairs if not draft]),
+        "cut": fmean(each.finish_reason == "length" for each in completions),
+        "over_default": mean_interval(gains)._asdict(),
+    }
+
+
+def measure(
+    sampler: StaticSampler, options: argparse.Namespace, record: results.Record, output: Path
+) -> None:
+    """Sample the drafts, refine them under every template; record what is done so far."""
+    rng = random.Random(options.seed)
+    problems = [draw(rng, (options.level,)) for _ in range(options.problems)]
+    drafts = sampler.sample([ask(problem, None) for problem in problems], options.drafts, seed=0)
+    drafted = rights(drafts, problems)
+    found: dict[str, Any] = {"drafts": share([value for row in drafted for value in row])}
+    for corrects in (False, True):
+        rows: dict[str, Any] = {}
+        baseline: list[list[float]] = []
+        for name, template in TEMPLATES.items():
+            start = time.perf_counter()
+            refinements = refine(sampler, problems, drafts, template, corrects=corrects, seed=1)
+            refined = rights(refinements, problems)
+            baseline = baseline or refined  # the default comes first
+            flat = [each for group in refinements for each in group]
+            rows[name] = summarize(refined, drafted, baseline, flat)
+            print(
+                f"{corrects=} {name}: {rows[name]} ({time.perf_counter() - start:.0f} s)",
+                flush=True,
+            )
+        found["correction shown" if corrects else "answers shown"] = rows
+        results.write(record | found, output)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("weights", type=Path, help="the model's folder; made if it is missing")
+    parser.add_argument("--problems", type=int, default=48)
+    parser.add_argument("--drafts", type=int, default=2, help="of each problem")
+    parser.add_argument("--level", type=int, default=2, help="operations of a problem")
+    parser.add_argument("--seed", type=int, default=7, help="of the problems")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="the JSON; default: under results/")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    model, tokenizer = smollm.load(options.weights, dtype=DTYPES[options.dtype])
+    most = make_task((options.level,)).answer_tokens
+    sampler = StaticSampler(model, tokenizer, max_new_tokens=most, batch_size=96)
+    today, device = date.today().isoformat(), torch.device("cpu")
+    given: Mapping[str, Any] = {**vars(options), "weights": options.weights.name}
+    record: results.Record = {
+        "date": today,
+        "commit": machine.commit("igrpo_algo", "benchmarks/replication"),
+        "hardware": machine.hardware(device),
+        "versions": machine.versions(device),
+        "options": {name: value for name, value in given.items() if name != "output"},
+        "model": model.config.name_or_path or type(model).__name__,
+    }
+    output = options.output or results.RESULTS / f"{today}-templates.json"
+    measure(sampler, options, record, output)
+
+
+if __name__ == "__main__":
+    main()

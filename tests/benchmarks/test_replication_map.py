@@ -1,0 +1,167 @@
+"""The map: paired differences, equal costs, verdicts, and the page that is made of them."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from made_records import by_arm, record
+
+from benchmarks.replication import compare, page, prose
+from benchmarks.replication.compare import Verdict, judge, refined
+from igrpo_algo.cli.intervals import Interval
+
+GRPO = [(0.60, 0.50), (0.64, 0.52), (0.62, 0.54)]
+AHEAD = [(0.60, 0.60), (0.65, 0.63), (0.62, 0.64)]
+
+
+def test_differences_are_paired_by_seed() -> None:
+    arms = by_arm(grpo=GRPO, worst=AHEAD)
+    gap = compare.difference(arms, "worst", "grpo", refined)
+    assert gap.mean == pytest.approx((0.10 + 0.11 + 0.10) / 3)
+    # std of .10, .11, .10 is .01 / sqrt 3; t of 2 degrees of freedom is 4.3027.
+    assert gap.high - gap.mean == pytest.approx(4.3027 * 0.01 / 3, rel=1e-4)
+
+
+def test_seeds_without_a_partner_or_an_end_are_left_out() -> None:
+    arms = by_arm(grpo=GRPO, worst=AHEAD)
+    arms["worst"][1] = {"status": "died", "error": "MemoryError", "curve": [], "steps": []}
+    arms["grpo"][7] = record(0.9, 0.9)
+    gap = compare.difference(arms, "worst", "grpo", refined)
+    assert gap.mean == pytest.approx(0.10)
+    assert compare.pairs(*(compare.finished(arms, arm) for arm in ("worst", "grpo"))) == [0, 2]
+    assert math.isnan(compare.difference(arms, "best", "grpo", refined).mean)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.001, 0.2, Verdict.AHEAD),
+        (-0.2, -0.001, Verdict.BEHIND),
+        (-0.03, 0.03, Verdict.LEVEL),
+        (-0.01, 0.031, Verdict.OPEN),
+        (-0.031, 0.01, Verdict.OPEN),
+        (math.nan, math.nan, Verdict.OPEN),
+    ],
+)
+def test_verdicts(low: float, high: float, verdict: Verdict) -> None:
+    assert judge(Interval((low + high) / 2, low, high)) is verdict
+
+
+def test_a_curve_is_read_between_its_points() -> None:
+    points = [(0.0, 0.2), (10.0, 0.4), (10.0, 0.9), (20.0, 1.0)]
+    assert compare.interpolate(points, 5) == pytest.approx(0.3)
+    assert compare.interpolate(points, 15) == pytest.approx(0.95)
+    assert compare.interpolate(points, 20) == pytest.approx(1.0)
+    assert math.isnan(compare.interpolate(points, 20.1))
+
+
+def test_at_equal_cost_the_dearer_arm_is_read_earlier() -> None:
+    arms = by_arm(grpo=[(0.6, 0.5)] * 2, worst=[(0.6, 0.5)] * 2)
+    for each in arms["worst"].values():  # twice as dear: at step 5 it has spent what GRPO has at 10
+        for point in (*each["curve"], each["final"]):
+            point["cpu_seconds"] *= 2
+    gap = compare.difference_at_equal_cost(arms, "worst", "grpo", "cpu_seconds")
+    assert gap.mean == pytest.approx(0.4 - 0.6)
+    same = compare.difference_at_equal_cost(arms, "worst", "grpo", "completions", "refined")
+    assert same.mean == pytest.approx(0.0)
+
+
+def test_entropy_is_read_where_an_accuracy_is_first_reached() -> None:
+    made = record(0.6, 0.5)
+    assert compare.entropy_at(made, 0.3) == pytest.approx(1.0 - 0.125)
+    made["curve"].insert(1, {"sampled": 0.1, "entropy": 9.0})  # a dip is passed over
+    assert compare.entropy_at(made, 0.3) == pytest.approx(1.0 - 0.125)
+    assert math.isnan(compare.entropy_at(made, 0.7))
+
+
+@pytest.mark.parametrize(
+    ("second", "holds"),
+    [
+        (by_arm(grpo=GRPO, worst=GRPO), True),
+        (by_arm(grpo=GRPO, worst=[(0.5, 0.6)] * 3), False),  # behind single-shot
+        (by_arm(grpo=GRPO, worst=[(0.60, 0.6), (0.7, 0.6), (0.6, 0.6)]), False),  # open
+        (by_arm(grpo=GRPO, worst=AHEAD[:2]), False),  # two seeds say nothing
+        (by_arm(grpo=GRPO), False),
+    ],
+)
+def test_never_behind_and_somewhere_ahead(second, holds: bool) -> None:
+    first = by_arm(grpo=GRPO, worst=AHEAD)
+    assert (
+        compare.never_behind({"chain-64x2": first, "signs-64x2": second}, "worst", "grpo") is holds
+    )
+
+
+def test_level_everywhere_is_not_ahead() -> None:
+    assert not compare.never_behind({"chain-64x2": by_arm(grpo=GRPO, worst=GRPO)}, "worst", "grpo")
+
+
+def write(folder: Path, place: str, arms) -> None:
+    for arm, records in arms.items():
+        for seed, each in records.items():
+            path = folder / place / f"{arm}-{seed}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"arm": arm, "seed": seed, **each}))
+
+
+def test_the_page_from_records(tmp_path: Path) -> None:
+    arms = by_arm(grpo=GRPO, grpo_half=GRPO, worst=AHEAD, best=[(0.3, 0.3)] * 4)
+    arms["best"][3] |= {"status": "diverged", "error": "a reason", "curve": []}
+    arms["worst"][0]["warnings"] = [{"step": 4, "text": "..."}]
+    write(tmp_path, "chain-64x2", arms)
+    out, plot = tmp_path / "page.md", tmp_path / "plot.png"
+    page.write_page(tmp_path, out, plot)
+    text = out.read_text()
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "Never behind GRPO on these tasks, and ahead somewhere: *worst draft*" in text
+    assert "12 finished runs of 480 planned" in text
+    assert "- chain-64x2, best, seed 3: diverged (a reason)" in text
+    assert "Made on: x86_64 (1 thread), torch 2.13, Made: 13 runs." in text
+    assert "| chain-64x2 | 20.0 % | 12 | 1 | 0 | 147 |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| worst draft | 3 | 62.3 %"))
+    assert row.endswith("| 62.3 % | +10.3 [+8.9, +11.8] | **ahead** |")
+    assert "| step 4, 1 of 3 runs |" in text
+    assert "| **behind** |" in next(x for x in text.splitlines() if x.startswith("| best draft"))
+
+
+def test_no_preset_is_named_where_none_holds() -> None:
+    maps = {"chain-64x2": by_arm(grpo=GRPO, worst=[(0.5, 0.6)] * 3, best=[(0.3, 0.3)] * 3)}
+    text = page.takeaway(maps)
+    assert "No form of iGRPO was shown to be never behind GRPO" in text
+    assert "is *worst draft*; in points: chain-64x2 single-shot -12.0 [" in text
+    assert page.takeaway({}) == "**Nothing has been measured yet.**"
+
+
+def test_a_task_on_which_grpo_learns_nothing_decides_nothing() -> None:
+    flat = by_arm(grpo=[(0.24, 0.24)] * 3, worst=[(0.1, 0.1)] * 3)
+    assert compare.gain(flat) == pytest.approx(0.04)
+    maps = {"chain-64x2": by_arm(grpo=GRPO, worst=AHEAD), "signs-64x2": flat}
+    assert list(compare.telling(maps)) == ["chain-64x2"]
+    assert "ahead somewhere: *worst draft*" in page.takeaway(maps)
+    assert prose.NOTHING_LEARNED in page.section("signs-64x2", flat)
+    assert prose.NOTHING_LEARNED not in page.section("chain-64x2", maps["chain-64x2"])
+    assert math.isnan(compare.gain({}))
+
+
+@pytest.mark.parametrize("base", [0.0, 1.0])
+def test_a_task_that_teaches_nothing_is_marked(base: float) -> None:
+    arms = by_arm(grpo=GRPO)
+    for each in arms["grpo"].values():
+        each["curve"][0]["sampled"] = base
+    assert "(nothing can be learned from this)" in page.basis({"signs-64x2": arms})
+
+
+def test_numbers_of_the_paper_are_its_own() -> None:
+    """Table 1: the one average that is said to differ from its cells, and all differences."""
+    cells = {"base": [38.60, 54.40, 92.80, 90.00, 92.00, 39.10]}
+    assert sum(cells["base"]) / 6 == pytest.approx(67.82, abs=0.005)
+    assert "its six cells average 67.82" in prose.PAPER
+    for line in prose.PAPER.splitlines():
+        if line.startswith("| ") and "+" in line:
+            *_, grpo, ours, gap, _ = (cell.strip() for cell in line.split("|"))
+            assert float(ours) - float(grpo) == pytest.approx(float(gap), abs=0.0051)
+
+
+def test_the_page_is_what_the_records_give() -> None:
+    folder = page.ROOT / "benchmarks/results/replication"
+    assert page.PAGE.read_text() == page.build_page(compare.read_records(folder))
