@@ -16,6 +16,19 @@ conformance` writes this page.
 TAIL = """
 TRL 1.16.0 is compared in `make test`. Every row was run on a CPU, slime's from a clone of
 its source (`SLIME_SOURCE`). No other trainer was run.
+
+## Left out
+
+What verl's losses and estimators have and ours lack, and why:
+
+- `dro`: it is `Reinforce()` with `kl=K2()`, the log-probs as sampled as its reference and `kl_coef`
+  as its beta, as `tests/hosts/verl` checks. With a correction for the sampler it differs: verl
+  weighs the penalty too, here the weights belong to the surrogate alone.
+- `remax` with a given baseline: a subtraction. Pass `rewards - baseline` as advantages. Its greedy
+  completion would be one more sample of each prompt, which no stage of iGRPO draws.
+- `optimal_token_baseline`, and its form over turns: a baseline for every token, weighed by the sum
+  of squared probabilities over the vocabulary at each token. No log-prob op here returns that sum,
+  and the advantages here are of samples. `opo` is the same idea for a whole sample.
 """
 
 

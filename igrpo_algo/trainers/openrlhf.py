@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from openrlhf.utils.agent import AgentExecutorBase
 from torch import Tensor, nn
 
 from igrpo_kernels import Clip, SequenceMean, TokenMean
@@ -35,6 +34,10 @@ from ..rollouts.once_per_group import (
     refuse_templated,
 )
 from ..rollouts.scoring import Reward, Scorer
+from .versions import requires
+
+with requires("openrlhf", "0.11", "0.11"):
+    from openrlhf.utils.agent import AgentExecutorBase
 
 
 def make_agent_executor(

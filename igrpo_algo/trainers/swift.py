@@ -10,10 +10,8 @@ stages go through ms-swift's own generation, vLLM included. Evaluation is single
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-import swift.rlhf_trainers
 import torch
 from accelerate.utils import gather_object
-from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
 
 from igrpo_kernels.checks import check_count, describe
 
@@ -25,6 +23,11 @@ from ..rollouts.once_per_group import fit_to_tokenizer
 from ..seeds import derive_seed
 from .draft_layout import DraftLayout
 from .rendering import AsTokenizer
+from .versions import requires
+
+with requires("ms-swift", "4.6", "4.6"):
+    import swift.rlhf_trainers
+    from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
 
 
 class _Draft(NamedTuple):

@@ -23,16 +23,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 import torch
-from hydra.utils import get_object
-from tensordict import TensorDict
 from torch import Tensor
-from verl import DataProto
-from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker, register
-from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
-from verl.trainer.ppo.core_algos import register_policy_loss
-from verl.trainer.ppo.reward import load_reward_manager
 
 from igrpo_kernels import Clip, SequenceMean, Sum
 from igrpo_kernels.aggregates import Aggregate
@@ -42,6 +34,17 @@ from ..drafts.rules import DraftRules
 from ..prompts import decode_completion
 from ..rollouts.completions import Completion
 from ..rollouts.once_per_group import OncePerGroup, StageTwoPrompt, fit_to_tokenizer
+from .versions import requires
+
+with requires("verl", "0.9", "0.9"):
+    import ray
+    from hydra.utils import get_object
+    from tensordict import TensorDict
+    from verl import DataProto
+    from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker, register
+    from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+    from verl.trainer.ppo.core_algos import register_policy_loss
+    from verl.trainer.ppo.reward import load_reward_manager
 
 
 @register_policy_loss("igrpo")

@@ -15,7 +15,9 @@ from verl.workers.config import ActorConfig
 from verl.workers.config.actor import PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
+from igrpo_algo import policy_loss
 from igrpo_algo.trainers.verl import igrpo_loss
+from igrpo_kernels import K2, Reinforce, TokenMean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from differences import note_tensors
@@ -92,6 +94,32 @@ def test_loss_gradient_and_metrics_are_those_of_verl(
         note_tensors("verl", f"{name}; five aggregations, dual clip, weights", our, their)
         torch.testing.assert_close(our, their, atol=1e-7, rtol=1e-7)
     assert ours[2] == pytest.approx(theirs[2], abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_its_dro_is_reinforce_with_k2_against_the_policy_that_sampled(beta: float) -> None:
+    """-(A log pi - beta / 2 log(r)^2): two parts that are there already."""
+    batch = make_batch(1)
+    del batch["rollout_is_weights"]  # verl weighs the penalty by them too
+    config = make_config(policy_loss=PolicyLossConfig(loss_mode="dro", dro_beta=beta))
+    theirs = run("dro", batch, config)
+    leaf = batch["log_prob"].clone().requires_grad_()
+    result = policy_loss(
+        leaf,
+        batch["advantages"],
+        batch["response_mask"],
+        surrogate=Reinforce(),
+        aggregate=TokenMean(),
+        ref_logprobs=batch["old_log_prob"],
+        kl_coef=beta,
+        kl=K2(),
+    )
+    result.loss.backward()
+    # verl adds 1e-8 to its count of tokens.
+    ours = (result.loss, leaf.grad)
+    for name, their, our in zip(("loss", "gradient"), theirs, ours, strict=False):
+        note_tensors("verl", f"{name} of its dro, as Reinforce with K2", our, their)
+        torch.testing.assert_close(our.detach(), their, atol=1e-7, rtol=1e-7)
 
 
 def test_what_stands_in_masked_slots_has_no_effect() -> None:
