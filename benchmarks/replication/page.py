@@ -164,7 +164,9 @@ def section(place: str, arms: ByArm) -> str:
             row += [""] * 2 if arm == baseline_of(arm) else beside_grpo(arms, arm, value)
         rows.append(row)
     title = ALL_TASKS[place.partition("-")[0]].title
-    note = "" if place in compare.telling({place: arms}) else prose.NOTHING_LEARNED
+    note = prose.NOTHING_LEARNED if compare.gain(arms) < compare.GAIN_NEEDED else ""
+    if not compare.is_compared(arms, "grpo", "grpo"):
+        note = prose.TOO_FEW_SEEDS
     return f"**{place}**: {title}.{note}\n\n{table(rows)}"
 
 

@@ -37,6 +37,8 @@ either."""
 
 NOTHING_LEARNED = " GRPO itself gained less than five points here, so this decides nothing."
 
+TOO_FEW_SEEDS = " GRPO has too few seeds here yet: this decides nothing."
+
 COSTS = """Where an arm had spent more than its baseline or less, both are read from their curves
 at the cost that both had reached. CPU seconds are those of sampling and training on one core of a
 shared machine: compare arms, not machines. A draft in the prompt costs time, not sampled tokens;

@@ -141,6 +141,9 @@ def test_a_task_on_which_grpo_learns_nothing_decides_nothing() -> None:
     assert prose.NOTHING_LEARNED in page.section("signs-64x2", flat)
     assert prose.NOTHING_LEARNED not in page.section("chain-64x2", maps["chain-64x2"])
     assert math.isnan(compare.gain({}))
+    early = by_arm(grpo=GRPO[:2])
+    assert prose.TOO_FEW_SEEDS in page.section("signs-64x2", early)
+    assert compare.telling({"signs-64x2": early}) == {}
 
 
 @pytest.mark.parametrize("base", [0.0, 1.0])
