@@ -18,7 +18,8 @@ our largest. 30 % active: 60 % of the rows are unmasked, and half of the groups 
 zero. What changed after a run's commit is not in its figures.
 
 Not yet measured on a GPU: torch's linear cross entropy, Liger's CuTe and QuACK's kernels, the
-FlexAttention under shared prompts, and every commit after the one that a table names.
+FlexAttention under shared prompts (the H100's row below is of the attention before it), and every
+commit after the one that a table names.
 """
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "quack-kernels")
 

@@ -15,7 +15,7 @@ conformance` writes this page.
 """
 TAIL = """
 TRL 1.16.0 is compared in `make test`. Every row was run on a CPU, slime's from a clone of
-its source (`SLIME_SOURCE`). No other trainer was run.
+its source (`SLIME_SOURCE`). Unsloth has no row: a step there is trained by its own loss.
 
 ## Left out
 

@@ -12,8 +12,9 @@ about how well a large pretrained model revises.
 
 ADVICE = """## Advice in five lines
 
-1. Measure three numbers on your own model first, in 15 steps of the paper's form: `igrpo/copied`,
-   `igrpo/refinement_zero_std` beside `igrpo/draft_zero_std`, and `igrpo/uplift`.
+1. Measure three numbers on your own model first, in some 40 steps of the paper's form:
+   `igrpo/copied`, `igrpo/refinement_zero_std` beside `igrpo/draft_zero_std`, and `igrpo/uplift`.
+   Here the first warnings of that form came at steps 18 to 34.
 2. Copies above one half, or Stage 2 without variance far more often than Stage 1: don't train on
    refinements of the best draft alone.
 3. Train the drafts too (`draft_loss_coef`): they cost no further sampling, and without them half
@@ -23,7 +24,8 @@ ADVICE = """## Advice in five lines
 5. Judge by what you deploy: single-shot, or draft-then-refine. They do not rank the forms alike.
 """
 
-BASIS = """{total} finished runs of {planned} planned: {arms} arms, three tasks, five seeds each.
+BASIS = """{total} finished runs of {planned} planned. The plan is {arms} arms, three tasks, five
+seeds each; the tables have the arms with a finished run.
 All seeds of a task start from the same warmed weights; a seed draws its problems and its samples.
 Accuracy is that of sampled answers to 500 held-out problems that no training saw. What is missing
 has not been measured yet, nor have the larger sizes (`--size 128x3`, `256x4`). Training is short,

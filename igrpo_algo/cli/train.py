@@ -32,6 +32,12 @@ FREE_ON_RESUME = frozenset({
     "report_to", "run_name", "disable_tqdm",
 })  # fmt: skip
 
+# What the table at the end shows besides `igrpo/...`; a run logs one of the two entropies.
+IN_SUMMARY = frozenset({
+    "reward", "entropy", "entropy/nonzero_advantage", "frac_reward_zero_std",
+    "completions/mean_length",
+})  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Job:
@@ -274,9 +280,8 @@ def print_summary(summary: Record, output_dir: Path) -> None:
     table = Table("metric", "first", "last", title=f"{summary['steps']} steps")
     names = [
         name
-        for name in summary["last"]
-        if name in ("reward", "entropy", "frac_reward_zero_std", "completions/mean_length")
-        or name.startswith("igrpo/")
+        for name in summary["first"] | summary["last"]
+        if name in IN_SUMMARY or name.startswith("igrpo/")
     ]
     for name in names:
         values = (summary[when].get(name) for when in ("first", "last"))

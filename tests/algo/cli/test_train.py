@@ -95,7 +95,7 @@ def test_train_writes_metrics_summary_and_a_model(tiny_model: str, problems: str
     record = json.loads(Path("out/run.json").read_text())
     assert record["reward_weights"] == [1.0, 0.5]
     assert Path("out/model.safetensors").exists()
-    assert "reward" in done.output
+    assert {"reward", "entropy/nonzero_advantage", "igrpo/copied"} <= set(done.output.split())
 
 
 def environment() -> dict[str, str]:
