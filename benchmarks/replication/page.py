@@ -61,30 +61,38 @@ def ordered(maps: Maps) -> list[tuple[str, ByArm]]:
 
 def takeaway(maps: Maps) -> str:
     """Say first what to take away, from the numbers."""
-    maps = compare.telling(maps)
+    recorded, maps = maps, compare.telling(maps)
     others = [arm for arm in ARMS if ARMS[arm].num_drafts]
     good = [arm for arm in others if compare.never_behind(maps, arm, baseline_of(arm))]
     if good:
         names = ", ".join(f"*{ARMS[arm].label}*" for arm in good)
         return f"**Never behind GRPO on these tasks, and ahead somewhere: {names}.**"
-    best = closest(maps)
-    if best is None:
+    worst = worst_gaps(maps)
+    if not recorded:
         return "**Nothing has been measured yet.**"
+    if not worst:
+        return f"**No form has {compare.SEEDS_NEEDED} seeds on every task yet.**"
+    best = max(worst, key=worst.__getitem__)
+    which = (
+        f"Of the {len(worst)} forms with {compare.SEEDS_NEEDED} seeds on every task, the closest, "
+        "by its worst mean difference, is"
+        if len(worst) > 1
+        else f"The only form with {compare.SEEDS_NEEDED} seeds on every task yet is"
+    )
     return (
         "**No form of iGRPO was shown to be never behind GRPO here, and ahead somewhere**, "
-        "so no preset is recommended by these numbers. The closest, by its worst mean difference, "
-        f"is *{ARMS[best].label}*; in points: {gaps_in_words(maps, best)}."
+        f"so no preset is recommended by these numbers. {which} *{ARMS[best].label}*; "
+        f"in points: {gaps_in_words(maps, best)}."
     )
 
 
-def closest(maps: Maps) -> str | None:
-    """Name the arm whose worst difference to GRPO is the smallest; None if none was measured."""
-    worst = {
+def worst_gaps(maps: Maps) -> dict[str, float]:
+    """Give the worst mean difference to GRPO of each arm that was measured on every task."""
+    return {
         arm: min(gap.mean for gap in gaps_of(maps, arm).values())
         for arm in ARMS
         if ARMS[arm].num_drafts and len(gaps_of(maps, arm)) == 2 * len(maps) > 0
     }
-    return max(worst, key=worst.__getitem__, default=None)
 
 
 def gaps_of(maps: Maps, arm: str) -> dict[tuple[str, str], Interval]:

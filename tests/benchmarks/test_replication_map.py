@@ -129,6 +129,11 @@ def test_no_preset_is_named_where_none_holds() -> None:
     text = page.takeaway(maps)
     assert "No form of iGRPO was shown to be never behind GRPO" in text
     assert "is *worst draft*; in points: chain-64x2 single-shot -12.0 [" in text
+    assert "Of the 2 forms with 3 seeds on every task, the closest" in text
+    maps["chain-64x2"] |= by_arm(best=[(0.3, 0.3)] * 2)
+    assert "The only form with 3 seeds on every task yet is *worst draft*" in page.takeaway(maps)
+    few = {"chain-64x2": by_arm(grpo=GRPO, worst=GRPO[:2])}
+    assert page.takeaway(few).startswith("**No form has 3 seeds on every task yet")
     assert page.takeaway({}) == "**Nothing has been measured yet.**"
 
 

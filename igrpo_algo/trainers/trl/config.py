@@ -72,8 +72,9 @@ class IGRPOConfig(GRPOConfig):
         eval_with_draft: Evaluate draft-then-refine instead of single-shot.
         use_trl_loss: Take TRL's `_compute_loss` in place of `igrpo_kernels.linear_policy_loss`.
         skip_zero_advantages: Leave completions of zero advantage out of forward and backward, where
-            neither KL, entropy nor a mixture of experts needs them. In the place of `entropy` the
-            trainer then logs `entropy/nonzero_advantage`, the mean over the others.
+            neither KL, entropy nor a mixture of experts needs them. In the place of `entropy` and
+            `ratio` the trainer then logs `entropy/nonzero_advantage` and `ratio/nonzero_advantage`,
+            the means over the others.
 
     Raises:
         ValueError: A value out of range, or options that exclude each other.
