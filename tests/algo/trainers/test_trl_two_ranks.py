@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -73,7 +74,8 @@ def test_a_sampler_draws_for_both_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2-apart"])
 def test_the_loss_in_a_wrapped_forward_is_that_of_the_whole_batch(wrapper: str) -> None:
     printed = launch("sharded_head.py", wrapper)
-    assert sorted(printed.splitlines()) == ["rank 0 agrees", "rank 1 agrees"]
+    # two processes write: their lines may come together before their ends of line
+    assert sorted(re.findall(r"rank \d agrees", printed)) == ["rank 0 agrees", "rank 1 agrees"]
 
 
 LAYOUTS = {

@@ -37,9 +37,10 @@ def test_an_untested_version_is_a_warning_that_names_both(oldest: str, newest: s
 
 def test_a_tested_version_and_a_clone_say_nothing() -> None:
     minor = ".".join(HERE.split(".")[:2])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         with requires("pytest", minor, minor):  # later patches count as tested
             pass
         with requires("a-trainer", "1.0", "1.2"):  # imported, but not installed
             pass
+    assert said == []

@@ -287,6 +287,7 @@ def test_the_demo_end_to_end(tmp_path: Path, monkeypatch) -> None:
         "draft_reward",
         "best_draft_reward",
         "copy_rate",
+        "entropy_nonzero_advantage",
         "draft_zero_variance",
     }
     text = (tmp_path / "verdict.txt").read_text()
