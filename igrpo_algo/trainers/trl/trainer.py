@@ -75,8 +75,9 @@ class IGRPOTrainer(SampledTrainer):
         advantage: From rewards [P, G] to advantages [P, G]: any function of
             `igrpo_algo.advantages` or your own, in place of `args.scale_rewards`.
         sampler: What draws both stages in place of TRL's generation: any sampler of
-            `igrpo_algo.engines`, or your own. No prompt waits for another's drafts
-            (`stream_two_stage_rollout`); weights follow by its `sync_weights` after each update,
+            `igrpo_algo.engines`, or your own. With one that has `sample_one`, as vLLM's, no prompt
+            waits for another's drafts (`stream_two_stage_rollout`); the others draw stage by stage.
+            Weights follow by its `sync_weights` after each update,
             and its log-probs feed TRL's importance correction (`vllm_importance_sampling_...`).
             With several ranks each draws the prompts whose first row it holds.
         selection_func: A reward function, sync or async, that ranks drafts and is not trained on.
