@@ -93,7 +93,7 @@ def test_judge_survives_its_child_and_close(judge: MathJudge) -> None:
 
 
 def interrupt_soon(pid: int) -> None:
-    threading.Timer(0.3, os.kill, (pid, signal.SIGINT)).start()
+    threading.Timer(1.5, os.kill, (pid, signal.SIGINT)).start()  # the read waits by then
 
 
 def test_an_interrupted_question_is_not_answered_later(judge: MathJudge) -> None:
