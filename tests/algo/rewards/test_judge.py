@@ -118,7 +118,9 @@ def test_ctrl_c_in_the_terminal_leaves_the_child_alone(judge: MathJudge) -> None
 def test_a_missing_verdict_is_unscored_and_not_remembered(monkeypatch) -> None:
     judge = shared_judge()
     assert math_reward([r"\boxed{0.25}"], answer=["1/4"]) == [1.0]
-    monkeypatch.setattr(judge, "seconds", 1e-6)
+    assert judge._child is not None
+    judge._child.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(judge, "seconds", 0.1)
     assert math_reward([r"\boxed{0.2}"], answer=["1/5"]) == [None]
     monkeypatch.undo()
     assert math_reward([r"\boxed{0.2}"], answer=["1/5"]) == [1.0]
