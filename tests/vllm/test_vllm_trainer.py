@@ -92,7 +92,10 @@ def test_the_engine_in_this_process_follows_the_trainer(folders, tmp_path) -> No
 
 
 def test_servers_follow_the_trainer_and_one_may_die(folders, tmp_path) -> None:
-    servers = [VllmServer(folders[KIND], tmp_path / f"{number}.log") for number in range(2)]
+    servers = [
+        VllmServer(folders[KIND], tmp_path / f"{number}.log", "processed_logprobs")
+        for number in range(2)
+    ]
     try:
         for server in servers:
             server.wait()
