@@ -8,8 +8,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
-
 from igrpo_kernels.checks import check_callable, check_count, describe
 
 from ..prompts import Prompt, check_chat_template_kwargs, check_ids, encode_prompt
@@ -246,7 +244,9 @@ class TokenSplice:
         Raises:
             TypeError: The prompt is not a list of token ids.
         """
-        if isinstance(prompt, str) or (isinstance(prompt, list) and isinstance(prompt[0], Mapping)):
+        if isinstance(prompt, str) or (
+            isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping)
+        ):
             raise TypeError("prompt is not a list of token ids: pass splice=TextSplice(...)")
         check_ids("prompt", prompt)
         check_draft(draft)
@@ -260,11 +260,3 @@ class TokenSplice:
             return Spliced(prompt, "", len(ids))
         spliced = [*prompt, *self.before_ids, *kept, *self.after_ids]
         return Spliced(spliced, draft.text, len(ids) - len(kept))
-
-
-def check_special_ids(special_ids: Collection[int]) -> Collection[int]:
-    """Return the ids of control tokens if they are a collection of int."""
-    if isinstance(special_ids, str | bytes | Tensor) or not isinstance(special_ids, Collection):
-        raise TypeError(f"special_ids must be a collection of int, got {describe(special_ids)}")
-    check_ids("special_ids", list(special_ids))
-    return special_ids
