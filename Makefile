@@ -21,6 +21,7 @@ VENV_HOST := .venv-
 ALL_HOSTS := $(patsubst tests/hosts/%/requirements.txt,%,$(wildcard tests/hosts/*/requirements.txt))
 HOSTS ?= $(if $(SLIME_SOURCE),$(ALL_HOSTS),$(filter-out slime,$(ALL_HOSTS)))
 ARGS ?=
+RECORD ?=
 
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 CANDIDATES := python3 python python3.14 python3.13 python3.12 python3.11
@@ -54,10 +55,13 @@ test-trl: $(READY)  ## run TRL's own GRPO tests on our trainer (TRL_SOURCE=a clo
 conformance: $(HOSTS:%=$(VENV_HOST)%/.ready)  ## run this package inside the other trainers (HOSTS=verl: one of them; SLIME_SOURCE=a clone of slime: that too)
 	@for host in $(HOSTS); do \
 		echo "tests/hosts/$$host"; \
-		OMP_NUM_THREADS=1 $(VENV_HOST)$$host/bin/python -m pytest -o addopts='$(VLLM_ADDOPTS)' \
-			-W ignore tests/hosts/$$host $(ARGS); \
+		seen=$(CURDIR)/$(VENV_HOST)$$host/differences.json; \
+		rm -f $$seen; \
+		$(if $(RECORD),DIFFERENCES=$$seen) OMP_NUM_THREADS=1 $(VENV_HOST)$$host/bin/python -m pytest \
+			-o addopts='$(VLLM_ADDOPTS)' -W ignore tests/hosts/$$host $(ARGS); \
+		if test -f $$seen; then mv $$seen tests/hosts/$$host/; fi; \
 	done
-	@if test -n "$$RECORD"; then python3 tools/conformance_table.py; fi
+	@$(if $(RECORD),python3 tools/conformance_table.py)
 
 lint: $(READY)  ## check style, types, links and docs
 	$(BIN)/python -m ruff check .

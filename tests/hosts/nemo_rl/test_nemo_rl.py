@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 HOSTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOSTS), str(HOSTS / "nemo_rl" / "nemo_rl_0_6")]
 from contract import Group
-from differences import note_tensors
+from differences import COPY, note_tensors
 from nemo_rl.algorithms import grpo
 from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossConfig, ClippedPGLossFn
 from nemo_rl.algorithms.utils import calculate_baseline_and_std_per_prompt
@@ -301,7 +301,7 @@ def test_loss_and_gradient_are_those_of_nemo_rl(
     assert results[0][2] == results[1][2]
     names = ("loss", "gradient")
     for name, their, our in zip(names, *(each[:2] for each in results), strict=True):
-        what = f"{name}; both means, dual clip, KL, weights (a copy of its source)"
-        note_tensors("nemo-rl", what, our, their, VERSION)
+        what = f"{name}; both means, dual clip, KL, weights"
+        note_tensors("nemo-rl", what, our, their, version=VERSION, how=COPY)
         # NeMo-RL adds 1e-8 to its denominators; the rest is float64.
         torch.testing.assert_close(our, their, atol=1e-7, rtol=1e-7)
