@@ -146,16 +146,16 @@ $(READY_TRL): $(READY) tests/algo/trainers/oldest_trl.txt
 
 # Each trainer has an environment of its own. The project goes in last and without its dependencies,
 # since it asks for Triton, which a CPU does not need; what a requirements file wants in without its
-# dependencies stands there behind "# --no-deps".
+# dependencies stands there behind "# --no-deps". Few of all these files are ever imported, so none is
+# compiled beforehand.
 $(VENV_HOST)skyrl/.ready: PYTHON = python3.12
 $(VENV_HOST)%/.ready: tests/hosts/%/requirements.txt pyproject.toml
 	$(call make-venv,$(@D))
 	@echo "[2/3] installing torch"
-	@$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	@$(@D)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt torch
 	@echo "[3/3] installing $* and what its tests import"
-	@$(@D)/bin/python -m pip install --quiet --requirement $<
+	@$(@D)/bin/python -m pip install --quiet --no-compile --requirement $< filelock einops
 	@sed -n 's/^# --no-deps //p' $< | xargs --no-run-if-empty \
-		$(@D)/bin/python -m pip install --quiet --no-deps
-	@$(@D)/bin/python -m pip install --quiet filelock einops
-	@$(@D)/bin/python -m pip install --quiet --no-deps --editable .
+		$(@D)/bin/python -m pip install --quiet --no-compile --no-deps
+	@$(@D)/bin/python -m pip install --quiet --no-compile --no-deps --editable .
 	@touch $@

@@ -30,7 +30,7 @@ from slime.rollout import sglang_rollout
 from slime.rollout.data_source import RolloutDataSourceWithBuffer
 from slime.utils.misc import SingletonMeta
 from slime.utils.types import Sample
-from tiny_model import make_model, make_tokenizer
+from tiny_qwen3 import make_model, make_tokenizer
 
 from igrpo_algo.engines.transformers import TransformersSampler
 from igrpo_algo.trainers.slime import make_generate
