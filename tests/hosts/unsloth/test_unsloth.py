@@ -7,6 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from igrpo_algo import DraftRules
+from igrpo_algo.drafts.rules import Fallback
+from igrpo_algo.trainers.unsloth import make_trainer
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from contract import Group
@@ -47,3 +53,23 @@ def test_each_group_is_trained_under_its_best_draft(tmp_path: Path) -> None:
             refinements["rewards"],
             seen["advantages"][step],
         ).check(num_drafts=N, num_refinements=G)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rules": DraftRules(failed_below=1.0, when_failed=Fallback.SKIP)}, "when_failed must"),
+        ({"rules": DraftRules(selection_score=len)}, "selection_score must be None"),
+        ({"num_drafts": 0}, "num_drafts must be >= 1"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens must be >= 1"),
+    ],
+)
+def test_bad_arguments_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**given)
+
+
+@pytest.mark.parametrize("name", ["tools", "environment_factory", "rollout_func"])
+def test_options_that_contradict_drafts_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} can't be combined with drafts"):
+        make_trainer()(**{name: [len]})
