@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from igrpo_algo import DraftRules
 from igrpo_algo.drafts.rules import Fallback
-from igrpo_algo.trainers.swift import check_options, use_igrpo
+from igrpo_algo.trainers.swift import _check_options, use_igrpo
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -163,7 +163,7 @@ def test_options_that_contradict_drafts_are_refused(
     settings = {"multi_turn_scheduler": None, "async_generate": False} | settings
     state = {"enable_server_multi_turn": False, "use_gym_env": False} | state
     with pytest.raises(ValueError, match=f"{name} can't be combined with drafts"):
-        check_options(SimpleNamespace(args=SimpleNamespace(**settings), **state))
+        _check_options(SimpleNamespace(args=SimpleNamespace(**settings), **state))
 
 
 def test_bad_arguments_are_refused() -> None:
