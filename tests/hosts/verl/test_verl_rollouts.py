@@ -28,14 +28,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from contract import Group
 from on_cpu import Client, compute_score
+from patient_ray import start_ray
 from tiny_qwen3 import make_model, make_tokenizer
-
-# On a busy machine: start no worker that nobody asked for, and wait for those that start slowly.
-os.environ.update(
-    RAY_prestart_worker_first_driver="0",
-    RAY_worker_register_timeout_seconds="900",
-    RAY_health_check_failure_threshold="100",
-)
 
 G, N, WORKERS = 4, 3, 2
 QUESTIONS = ["1+1?", "2+2?", "3+3?"]
@@ -57,7 +51,7 @@ def cluster() -> Iterator[None]:
         "OMP_NUM_THREADS": "1",
         "VERL_LOGGING_LEVEL": "ERROR",
     }
-    ray.init(num_cpus=16, runtime_env={"env_vars": environment}, include_dashboard=False)
+    start_ray(16, environment)
     yield
     ray.shutdown()
 
