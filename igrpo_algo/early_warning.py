@@ -113,7 +113,8 @@ class EarlyWarning:
     def _template(self) -> str | None:
         if len(self._seen["uplift"]) != self.window:
             return None
-        loss, error, level = -self._mean("uplift"), self._error("uplift"), self._mean("draft_reward")
+        loss, error = -self._mean("uplift"), self._error("uplift")
+        level = self._mean("draft_reward")
         if not loss > max(TEMPLATE_BREAKS * abs(level), ERRORS * error):
             return None
         return (
