@@ -2,10 +2,11 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.replication import compare, prose
-from benchmarks.replication.arms import ARMS, MAIN, baseline_of
+from benchmarks.replication.arms import ARMS, MAIN, PLANNED, Arm, baseline_of
 from benchmarks.replication.compare import ByArm, difference, split
 from benchmarks.replication.models import SHIPPED
 from benchmarks.replication.plot import draw
@@ -123,30 +124,27 @@ def gaps_in_words(maps: Maps, arm: str) -> str:
 def basis(maps: Maps) -> str:
     """Say how many runs of how many the page rests on, and what became of the others."""
     rows = [["task and size", "base, single-shot", "finished", "diverged", "died", "not run"]]
-    planned = {place: planned_runs(place) for place in [*(f"{t}-{SHIPPED}" for t in TASKS), *maps]}
+    places = dict.fromkeys([*(f"{task}-{SHIPPED}" for task in TASKS), *maps])
+    planned = prose.SEEDS * sum(len(plan_of(place)) for place in places)
     for place, arms in ordered(maps):
         statuses = [record["status"] for runs in arms.values() for record in runs.values()]
         counts = [statuses.count(status) for status in ("finished", "diverged", "died")]
         base = base_accuracy(arms)
         mark = "" if 0 < base < 1 else " (nothing can be learned from this)"
-        rows.append(
-            [
-                place,
-                f"{percent(base)}{mark}",
-                *map(str, counts),
-                str(planned[place] - len(statuses)),
-            ]
+        missing = sum(
+            seed not in arms.get(arm, {}) for arm in plan_of(place) for seed in range(prose.SEEDS)
         )
+        rows.append([place, f"{percent(base)}{mark}", *map(str, [*counts, missing])])
     total = sum(int(row[2]) for row in rows[1:])
-    text = prose.BASIS.format(total=total, planned=sum(planned.values()), arms=len(ARMS))
+    text = prose.BASIS.format(total=total, planned=planned, arms=len(PLANNED))
     if {split(place)[1] for place in maps} <= {SHIPPED}:
         text += prose.NO_LADDER
     return f"{text} {machines(maps)}\n\n{table(rows)}{failures(maps)}"
 
 
-def planned_runs(place: str) -> int:
-    """Say how many runs are planned: all arms at the shipped size, the main arms at others."""
-    return prose.SEEDS * len(ARMS if split(place)[1] == SHIPPED else MAIN)
+def plan_of(place: str) -> Mapping[str, Arm]:
+    """Give the arms that are planned: all at the shipped size, the main ones at others."""
+    return PLANNED if split(place)[1] == SHIPPED else MAIN
 
 
 def machines(maps: Maps) -> str:

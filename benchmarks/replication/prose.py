@@ -26,7 +26,8 @@ ADVICE = """## Advice in five lines
 """
 
 BASIS = """{total} finished runs of {planned} planned. The plan is {arms} arms, three tasks, five
-seeds each; the tables have the arms with a finished run.
+seeds each; the tables have the arms with a finished run. An arm that shows a draft's thinking is
+not among them: no task here thinks before it answers, so it would be the best draft's run again.
 All seeds of a task start from the same warmed weights; a seed draws its problems and its samples.
 Accuracy is that of sampled answers to 500 held-out problems that no training saw. What is missing
 has not been measured yet. Training is short, 80 steps of 16 problems, and no arm has levelled off:
