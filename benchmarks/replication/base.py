@@ -49,13 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_options(parser)
     parser.add_argument("--problems", type=int, default=12, help="of each level")
     parser.add_argument("--samples", type=int, default=4, help="of each problem")
-    parser.add_argument("--level", type=int, nargs="+", choices=LEVELS, default=LEVELS)
+    parser.add_argument("--levels", type=int, nargs="+", choices=LEVELS, default=LEVELS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, tokenizer = smollm.load(options.weights, dtype=DTYPES[options.dtype])
     record, output = new_record(options, model, "base-accuracy")
     levels = json.loads(output.read_bytes())["levels"] if output.exists() else {}
-    for level in options.level:
+    for level in options.levels:
         if str(level) not in levels:
             levels[str(level)] = measure(model, tokenizer, level, options)
         everything = {
