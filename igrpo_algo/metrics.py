@@ -231,7 +231,7 @@ def copy_rate(
     copies = [
         repeats_draft(draft, refinement, strip=strip)
         for draft, group in zip(drafts, refinements, strict=True)
-        if draft
+        if draft not in (None, "")
         for refinement in group
     ]
     return sum(copies) / len(copies) if copies else float("nan")

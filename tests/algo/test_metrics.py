@@ -153,6 +153,8 @@ def test_bad_input_is_named() -> None:
         copy_rate("12", [["1"], ["2"]])
     with pytest.raises(TypeError, match=r"refinements must be a list .*, got NoneType None"):
         copy_rate(["1"], None)
+    with pytest.raises(TypeError, match="draft must be a string, got int 0"):
+        copy_rate([0], [["0"]])
     with pytest.raises(TypeError, match=r"refinements\[1\] must be a list, got str 'two'"):
         copy_rate(["1", "2"], [["1"], "two"])
 
