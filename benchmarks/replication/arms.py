@@ -98,6 +98,9 @@ MORE = {
 }
 
 ARMS = MAIN | MORE
+PLANNED = {name: arm for name, arm in ARMS.items() if name != "thinking-kept"}
+"""What is run by default. No task here thinks before it answers: an arm that shows the draft's
+thinking would be "best" once more. Ask for it by name on a task that does."""
 BASELINES = {"twice": "grpo-twice", "dapo": "dapo", "gspo": "gspo"}
 """By how an arm's name ends: the arm that it is compared with. All others: "grpo"."""
 
