@@ -15,7 +15,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from igrpo_kernels.checks import describe
+from igrpo_kernels.checks import check_callable, check_list, describe
 
 from ..prompts import Prompt
 from .completions import Completion
@@ -59,14 +59,11 @@ class Scorer:
     name: str = "reward"
 
     def __post_init__(self) -> None:
-        if not callable(self.reward):
-            raise TypeError(f"{self.name} must be callable, got {describe(self.reward)}")
+        check_callable(self.name, self.reward)
         for column, values in self.columns.items():
             if column in ("prompts", "completions"):
                 raise ValueError(f"columns must not be named {column!r}: the name is taken")
-            if isinstance(values, str) or not isinstance(values, Sequence):
-                raise TypeError(f"columns[{column!r}] must be a list, got {describe(values)}")
-            if len(values) != len(self.prompts):
+            if len(check_list(f"columns[{column!r}]", values)) != len(self.prompts):
                 raise ValueError(
                     f"columns[{column!r}] must hold one value per prompt: {len(values)} values "
                     f"for {len(self.prompts)} prompts"
