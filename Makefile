@@ -21,6 +21,7 @@ VENV_HOST := .venv-
 ALL_HOSTS := $(patsubst tests/hosts/%/requirements.txt,%,$(wildcard tests/hosts/*/requirements.txt))
 HOSTS ?= $(if $(SLIME_SOURCE),$(ALL_HOSTS),$(filter-out slime,$(ALL_HOSTS)))
 ARGS ?=
+RECORD ?=
 
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 CANDIDATES := python3 python python3.14 python3.13 python3.12 python3.11
@@ -54,10 +55,13 @@ test-trl: $(READY)  ## run TRL's own GRPO tests on our trainer (TRL_SOURCE=a clo
 conformance: $(HOSTS:%=$(VENV_HOST)%/.ready)  ## run this package inside the other trainers (HOSTS=verl: one of them; SLIME_SOURCE=a clone of slime: that too)
 	@for host in $(HOSTS); do \
 		echo "tests/hosts/$$host"; \
-		OMP_NUM_THREADS=1 $(VENV_HOST)$$host/bin/python -m pytest -o addopts='$(VLLM_ADDOPTS)' \
-			-W ignore tests/hosts/$$host $(ARGS); \
+		seen=$(CURDIR)/$(VENV_HOST)$$host/differences.json; \
+		rm -f $$seen; \
+		$(if $(RECORD),DIFFERENCES=$$seen) OMP_NUM_THREADS=1 $(VENV_HOST)$$host/bin/python -m pytest \
+			-o addopts='$(VLLM_ADDOPTS)' -W ignore tests/hosts/$$host $(ARGS); \
+		if test -f $$seen; then mv $$seen tests/hosts/$$host/; fi; \
 	done
-	@if test -n "$$RECORD"; then python3 tools/conformance_table.py; fi
+	@$(if $(RECORD),python3 tools/conformance_table.py)
 
 lint: $(READY)  ## check style, types, links and docs
 	$(BIN)/python -m ruff check .
@@ -142,16 +146,16 @@ $(READY_TRL): $(READY) tests/algo/trainers/oldest_trl.txt
 
 # Each trainer has an environment of its own. The project goes in last and without its dependencies,
 # since it asks for Triton, which a CPU does not need; what a requirements file wants in without its
-# dependencies stands there behind "# --no-deps".
+# dependencies stands there behind "# --no-deps". Few of all these files are ever imported, so none is
+# compiled beforehand.
 $(VENV_HOST)skyrl/.ready: PYTHON = python3.12
 $(VENV_HOST)%/.ready: tests/hosts/%/requirements.txt pyproject.toml
 	$(call make-venv,$(@D))
 	@echo "[2/3] installing torch"
-	@$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	@$(@D)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt torch
 	@echo "[3/3] installing $* and what its tests import"
-	@$(@D)/bin/python -m pip install --quiet --requirement $<
+	@$(@D)/bin/python -m pip install --quiet --no-compile --requirement $< filelock einops
 	@sed -n 's/^# --no-deps //p' $< | xargs --no-run-if-empty \
-		$(@D)/bin/python -m pip install --quiet --no-deps
-	@$(@D)/bin/python -m pip install --quiet filelock einops
-	@$(@D)/bin/python -m pip install --quiet --no-deps --editable .
+		$(@D)/bin/python -m pip install --quiet --no-compile --no-deps
+	@$(@D)/bin/python -m pip install --quiet --no-compile --no-deps --editable .
 	@touch $@

@@ -32,10 +32,10 @@ class Numbers:
     eos_token_id = None
     pad_token_id = 0
     chat_template = None
-    unk_token_id = None
 
-    def convert_tokens_to_ids(self, token: str) -> None:
-        """No token has a name."""
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Name the tokens by their ids."""
+        return list(map(str, ids))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Give the ids as text."""

@@ -123,22 +123,17 @@ def measure(
         results.write(record | found, output)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, record."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every measurement of a pretrained model asks for."""
     parser.add_argument("weights", type=Path, help="the model's folder; made if it is missing")
-    parser.add_argument("--problems", type=int, default=48)
-    parser.add_argument("--drafts", type=int, default=2, help="of each problem")
-    parser.add_argument("--level", type=int, default=2, help="operations of a problem")
     parser.add_argument("--seed", type=int, default=7, help="of the problems")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="the JSON; default: under results/")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    model, tokenizer = smollm.load(options.weights, dtype=DTYPES[options.dtype])
-    most = make_task((options.level,)).answer_tokens
-    sampler = StaticSampler(model, tokenizer, max_new_tokens=most, batch_size=96)
+
+
+def new_record(options: argparse.Namespace, model: Any, name: str) -> tuple[results.Record, Path]:
+    """Begin a record of a model, and say where it goes."""
     today, device = date.today().isoformat(), torch.device("cpu")
     given: Mapping[str, Any] = {**vars(options), "weights": options.weights.name}
     record: results.Record = {
@@ -147,10 +142,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "hardware": machine.hardware(device),
         "versions": machine.versions(device),
         "options": {name: value for name, value in given.items() if name != "output"},
-        "model": model.config.name_or_path or type(model).__name__,
+        "model": Path(model.config.name_or_path).name or type(model).__name__,
     }
-    output = options.output or results.RESULTS / f"{today}-templates.json"
-    measure(sampler, options, record, output)
+    return record, options.output or results.RESULTS / f"{today}-{name}.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add_options(parser)
+    parser.add_argument("--problems", type=int, default=48)
+    parser.add_argument("--drafts", type=int, default=2, help="of each problem")
+    parser.add_argument("--level", type=int, default=2, help="operations of a problem")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    model, tokenizer = smollm.load(options.weights, dtype=DTYPES[options.dtype])
+    most = make_task((options.level,)).answer_tokens
+    sampler = StaticSampler(model, tokenizer, max_new_tokens=most, batch_size=96)
+    measure(sampler, options, *new_record(options, model, "templates"))
 
 
 if __name__ == "__main__":

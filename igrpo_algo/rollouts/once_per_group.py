@@ -194,12 +194,16 @@ def _numbers(rewards: Any, count: int) -> list[float]:
     return numbers
 
 
-def check_rules(rules: DraftRules) -> DraftRules:
+def check_rules(rules: DraftRules, *, by_reward_alone: bool = False) -> DraftRules:
     """Refuse rules that leave prompts out of Stage 2, and what are no rules.
+
+    Args:
+        rules: How a draft is chosen and spliced.
+        by_reward_alone: Refuse a `selection_score` too, where the trainer has no place for it.
 
     Raises:
         TypeError: `rules` is not `DraftRules`.
-        ValueError: A fallback is `Fallback.SKIP`.
+        ValueError: A fallback is `Fallback.SKIP`, or the trainer can't rank drafts as they ask.
     """
     if not isinstance(rules, DraftRules):
         raise TypeError(f"rules must be DraftRules, got {describe(rules)}")
@@ -209,6 +213,10 @@ def check_rules(rules: DraftRules) -> DraftRules:
                 f"{name} must not be Fallback.SKIP: this trainer can't leave a prompt out of "
                 "Stage 2; take Fallback.PLAIN_PROMPT"
             )
+    if by_reward_alone and rules.selection_score is not None:
+        raise ValueError(
+            "selection_score must be None: this trainer ranks drafts by their training reward"
+        )
     return rules
 
 

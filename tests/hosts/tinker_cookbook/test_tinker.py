@@ -27,7 +27,7 @@ HOSTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOSTS))
 from contract import Group
 from differences import note_tensors
-from tiny_model import SPECIAL, make_model, make_tokenizer
+from tiny_qwen3 import SPECIAL, make_model, make_tokenizer
 
 from igrpo_algo import DraftRules, DraftTemplate, TextSplice, select_worst_draft
 from igrpo_algo.drafts.rules import Fallback

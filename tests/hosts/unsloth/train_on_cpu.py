@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.append(str(HERE.parents[1] / "models"))
 
 import unsloth  # noqa: F401  # isort: skip
 import torch
 import trl
-from tiny_model import make_model, make_tokenizer
+from tiny_qwen3 import make_model, make_tokenizer
 
 from igrpo_algo import DraftRules, DraftTemplate, TextSplice
 
@@ -66,7 +66,7 @@ def main(output: str) -> None:
         {"prompt": [{"role": "user", "content": f"{n}+{n}?"}], "answer": str(2 * n)}
         for n in range(4)
     ]
-    model = make_model().train()
+    model = make_model()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     trainer = example.train(
         model,

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from contract import Group
 from on_cpu import Client, compute_score
-from tiny_model import make_model, make_tokenizer
+from tiny_qwen3 import make_model, make_tokenizer
 
 G, N, WORKERS = 4, 3, 2
 QUESTIONS = ["1+1?", "2+2?", "3+3?"]
@@ -44,8 +44,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "VERL_LOGGING_LEVEL": "ERROR"}
+    folders = [str(HERE), str(HERE.parents[1] / "models"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        "PYTHONPATH": os.pathsep.join(folders),
+        "OMP_NUM_THREADS": "1",
+        "VERL_LOGGING_LEVEL": "ERROR",
+    }
     ray.init(num_cpus=16, runtime_env={"env_vars": environment}, include_dashboard=False)
     yield
     ray.shutdown()
