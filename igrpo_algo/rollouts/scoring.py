@@ -10,7 +10,7 @@ true attribute `wants_completion_ids`, it gets the tokens too, as `completion_id
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,9 @@ from ..prompts import Prompt
 from .completions import Completion
 
 Reward = Callable[..., Any]
+
+NO_LISTS = (str, bytes, Mapping, Set)
+"""Whose items are no scores in the order of the completions."""
 
 
 class RewardError(RuntimeError):
@@ -112,7 +115,7 @@ class Scorer:
             values = self.reward(prompts=prompts, completions=answers, **columns)
             if inspect.isawaitable(values):
                 values = await values
-            if isinstance(values, Iterable) and not isinstance(values, str):
+            if isinstance(values, Iterable) and not isinstance(values, NO_LISTS):
                 values = list(values)
         except ConnectionError:
             raise
@@ -136,6 +139,8 @@ class Scorer:
         if value is None:
             return math.nan
         try:
+            if isinstance(value, str | bytes):
+                raise TypeError("text, which float() would read")
             number = float(value)
         except (TypeError, ValueError) as error:
             raise TypeError(
