@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels.checks import (
+    check_callable,
     check_floating,
     check_integral,
     check_list,
@@ -161,12 +162,9 @@ class DraftRules:
 
     def __post_init__(self) -> None:
         for name in ("select", "splice"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be callable, got {describe(getattr(self, name))}")
-        if self.selection_score is not None and not callable(self.selection_score):
-            raise TypeError(
-                f"selection_score must be callable, got {describe(self.selection_score)}"
-            )
+            check_callable(name, getattr(self, name))
+        if self.selection_score is not None:
+            check_callable("selection_score", self.selection_score)
         fallbacks = ("when_failed", "when_solved", "when_unscored")
         for name, kind in (("ties", Ties), *((name, Fallback) for name in fallbacks)):
             if not isinstance(getattr(self, name), kind):
