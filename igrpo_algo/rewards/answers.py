@@ -103,7 +103,8 @@ def extract_gold(value: object, *, name: str = "an answer") -> str | None:
     r"""Return the reference answer that a data set's cell holds, or None for an empty cell.
 
     NaN counts as empty. If the cell is a worked solution, `extract_answer` finds its answer; text
-    that marks no answer is the answer itself; a number is written out.
+    that marks no answer is the answer itself; a number is written out, 7.0 as 7 (a table with empty
+    cells makes floats of whole numbers).
 
     Args:
         value: A string, a number or None.
@@ -126,6 +127,8 @@ def extract_gold(value: object, *, name: str = "an answer") -> str | None:
         raise TypeError(f"{name} must be a string, a number or None, got {describe(value)}")
     if value != value:  # NaN is how a table spells a missing number
         return None
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
     try:
         text = str(value)
     except ValueError as error:
