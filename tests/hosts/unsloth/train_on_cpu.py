@@ -31,12 +31,11 @@ if REWRITTEN:
 
 from tiny_qwen3 import make_model, make_tokenizer
 
-from igrpo_algo import DraftRules, DraftTemplate, TextSplice, policy_loss
-from igrpo_kernels import Clip, SequenceMean, token_logprobs
+from igrpo_algo import DraftRules, DraftTemplate, TextSplice
 
 theirs = trl.GRPOTrainer
 seen: dict[str, Any] = {"trainer": theirs.__name__}
-seen |= {"scored": [], "sampled": [], "advantages": [], "trained": [], "gaps": []}
+seen |= {"scored": [], "sampled": [], "advantages": [], "trained": []}
 generate, score, compute_loss = (
     theirs._generate,
     theirs._generate_and_score_completions,
@@ -58,37 +57,7 @@ def note_advantages(self: Any, inputs: Any) -> Any:
 def note_rows(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     rows = zip(inputs["prompt_ids"], inputs["prompt_mask"].bool(), strict=True)
     seen["trained"].append([self.processing_class.decode(ids[keep]) for ids, keep in rows])
-    loss = compute_loss(self, model, inputs, *args, **kwargs)
-    weights = list(model.parameters())
-    our_loss = paper_loss(model, inputs)
-    pairs = zip(
-        torch.autograd.grad(loss, weights, retain_graph=True),
-        torch.autograd.grad(our_loss, weights),
-        strict=True,
-    )
-    gradient = max((their - our).abs().max().item() for their, our in pairs)
-    seen["gaps"].append({"loss": abs(loss - our_loss).item(), "gradient": gradient})
-    return loss
-
-
-def paper_loss(model: Any, inputs: Any) -> torch.Tensor:
-    """Equation 5 of the batch, by our own log-probs; it was sampled from these weights."""
-    ids, mask = (
-        torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1)
-        for name in ("ids", "mask")
-    )
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    drawn = inputs["completion_ids"]
-    logprobs = token_logprobs(logits[:, -drawn.shape[1] - 1 : -1], drawn)
-    return policy_loss(
-        logprobs,
-        inputs["advantages"],
-        inputs["completion_mask"],
-        surrogate=Clip(),
-        aggregate=SequenceMean(),
-        old_logprobs=logprobs.detach(),
-    ).loss
+    return compute_loss(self, model, inputs, *args, **kwargs)
 
 
 theirs._generate = note_prompts

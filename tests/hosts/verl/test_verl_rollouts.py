@@ -163,6 +163,7 @@ def test_the_question_is_never_cut(model: Path, tmp_path: Path) -> None:
 def test_what_can_not_work_is_refused_before_sampling(model: Path, tmp_path: Path) -> None:
     wanted = {
         "actor_rollout_ref.rollout.full_determinism=true": "full_determinism must be off",
+        "actor_rollout_ref.rollout.multi_turn.enable=true": "multi_turn.enable must be off",
         "igrpo.num_drafts=0": "num_drafts",
         "+igrpo.drafts=3": "unexpected keyword argument 'drafts'",
     }
