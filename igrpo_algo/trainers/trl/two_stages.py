@@ -50,11 +50,8 @@ class TwoStageTrainer(StageTrainer):
         Each round chooses among all completions so far, on all ranks alike, and splices the choice
         into the original prompt.
         """
-        rows, stage, batch = (
-            [inputs[row] for row in layout.draft_rows],
-            Stage(layout.num_drafts),
-            None,
-        )
+        rows = [inputs[row] for row in layout.draft_rows]
+        stage, batch = Stage(layout.num_drafts), None
         with self.drafting():
             if self.trains_drafts:
                 batch = self.run_stage(rows, stage)
@@ -103,18 +100,14 @@ class TwoStageTrainer(StageTrainer):
     ) -> list[Refined]:
         """Give the Stage-2 prompt of each row on this rank."""
         table = enumerate(zip(choices.index.tolist(), choices.plain.tolist(), strict=True))
-        wanted = [(prompt, index) for prompt, (index, plain) in table if not plain]
-        mine = [
-            (key[0], pool.here[key].token_ids, pool.here[key].text)
-            for key in wanted
-            if key in pool.here
-        ]
+        wanted = {(prompt, index) for prompt, (index, plain) in table if not plain}
+        mine = [(key[0], pool.here[key]) for key in wanted & pool.here.keys()]
         # All that has to travel: each chosen draft, to the ranks that hold its prompt.
-        chosen = {prompt: Completion(ids, text) for prompt, ids, text in gather_object(mine)}
-        refined: dict[int, Refined] = {}
-        for row, prompt in zip(inputs, layout.row_prompts, strict=True):
-            if prompt not in refined:
-                refined[prompt] = self._splice(row["prompt"], chosen.get(prompt))
+        chosen: dict[int, Completion] = dict(gather_object(mine))
+        rows = dict(zip(layout.row_prompts, inputs, strict=True))
+        refined = {
+            prompt: self._splice(row["prompt"], chosen.get(prompt)) for prompt, row in rows.items()
+        }
         return [refined[prompt] for prompt in layout.row_prompts]
 
     @property
