@@ -2,14 +2,16 @@
 
     python -m benchmarks.replication.base FOLDER      # SmolLM2 in FOLDER; one thread, minutes
 
-A task needs headroom: what nobody gets right, or everybody, teaches nothing.
+A task needs headroom: what nobody gets right, or everybody, teaches nothing. Levels that the output
+has are not measured again.
 """
 
 import argparse
+import json
 import random
-import time
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -22,43 +24,48 @@ from igrpo_algo.cli.intervals import bounded_mean_interval
 from igrpo_algo.engines.static import StaticSampler
 
 
+def measure(model: Any, tokenizer: Any, level: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Give the share of right answers to each problem of a level, sampled and greedy."""
+    rng = random.Random(f"{options.seed} {level}")
+    problems = [draw(rng, (level,)) for _ in range(options.problems)]
+    found = {}
+    for name, temperature, count in (("sampled", 1.0, options.samples), ("greedy", 0.0, 1)):
+        sampler = StaticSampler(
+            model,
+            tokenizer,
+            max_new_tokens=make_task((level,)).answer_tokens,
+            batch_size=96,
+            temperature=temperature,
+        )
+        drawn = sampler.sample([ask(problem) for problem in problems], count, seed=0)
+        shares = [fmean(row) for row in rights(drawn, problems)]
+        found[name] = {**bounded_mean_interval(shares)._asdict(), "by_problem": shares}
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure level by level; print, record."""
+    """Measure the levels that are not recorded yet; print, record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_options(parser)
     parser.add_argument("--problems", type=int, default=12, help="of each level")
     parser.add_argument("--samples", type=int, default=4, help="of each problem")
+    parser.add_argument("--level", type=int, nargs="+", choices=LEVELS, default=LEVELS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, tokenizer = smollm.load(options.weights, dtype=DTYPES[options.dtype])
     record, output = new_record(options, model, "base-accuracy")
-    rng = random.Random(options.seed)
-    all_shares: dict[str, list[float]] = {"sampled": [], "greedy": []}
-    for level in LEVELS:
-        problems = [draw(rng, (level,)) for _ in range(options.problems)]
-        found = {}
-        for name, shares in all_shares.items():
-            start, greedy = time.perf_counter(), name == "greedy"
-            sampler = StaticSampler(
-                model,
-                tokenizer,
-                max_new_tokens=make_task((level,)).answer_tokens,
-                batch_size=96,
-                temperature=0.0 if greedy else 1.0,
-            )
-            count = 1 if greedy else options.samples
-            drawn = sampler.sample([ask(problem) for problem in problems], count, seed=0)
-            right = [fmean(row) for row in rights(drawn, problems)]
-            shares += right
-            found[name] = bounded_mean_interval(right)._asdict()
-            print(f"{level=} {name}: {found[name]} ({time.perf_counter() - start:.0f} s)")
-        record[f"words-{level}"] = found
-        results.write(record, output)
-    record["words"] = {
-        name: bounded_mean_interval(shares)._asdict() for name, shares in all_shares.items()
-    }
-    print(f"all levels: {record['words']}")
-    results.write(record, output)
+    levels = json.loads(output.read_bytes())["levels"] if output.exists() else {}
+    for level in options.level:
+        if str(level) not in levels:
+            levels[str(level)] = measure(model, tokenizer, level, options)
+        everything = {
+            name: bounded_mean_interval(
+                [share for found in levels.values() for share in found[name]["by_problem"]]
+            )._asdict()
+            for name in ("sampled", "greedy")
+        }
+        print(f"level {level}: {levels[str(level)]}\nso far: {everything}", flush=True)
+        results.write(record | {"levels": levels, "all levels": everything}, output)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ siblings wait for the same Stage-2 prompt.
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,6 +41,17 @@ class StageTwoPrompt:
     prompt: Prompt
     draft: str
     draft_rewards: tuple[float, ...]
+
+    @property
+    def mean_draft_reward(self) -> float:
+        """Mean reward of the drafts that have one; 0 where none has."""
+        known = [reward for reward in self.draft_rewards if not math.isnan(reward)]
+        return sum(known) / max(len(known), 1)
+
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether a draft stands in the prompt."""
+        return self.draft != ""
 
 
 class OncePerGroup:

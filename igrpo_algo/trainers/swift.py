@@ -8,7 +8,7 @@ stages go through ms-swift's own generation, vLLM included. Evaluation is single
 """
 
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -18,6 +18,7 @@ from igrpo_kernels.checks import check_count
 from ..advantages.of_groups import sum_rewards
 from ..drafts.rules import DraftChoices, DraftRules
 from ..prompts import decode_completion
+from ..rollouts.completions import Completion
 from ..rollouts.once_per_group import check_rules, fit_to_tokenizer
 from .draft_layout import DraftLayout
 from .gathered import choose_drafts, log_stages
@@ -27,31 +28,6 @@ from .versions import requires
 with requires("ms-swift", "4.6", "4.6"):
     import swift.rlhf_trainers
     from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
-
-
-def check_options(trainer: GRPOTrainer) -> None:
-    """Refuse what gives a draft no place, before anything is sampled.
-
-    Raises:
-        ValueError: The trainer takes turns, plays in an environment, or samples ahead.
-    """
-    takes_turns = trainer.args.multi_turn_scheduler or trainer.enable_server_multi_turn
-    contradicting = {
-        "multi_turn_scheduler": (takes_turns, "a draft is one answer, not a conversation"),
-        "use_gym_env": (trainer.use_gym_env, "a draft is one answer, not a game"),
-        "async_generate": (
-            trainer.args.async_generate,
-            "the refinements of a batch can't be sampled before its drafts are scored",
-        ),
-    }
-    for name, (is_on, reason) in contradicting.items():
-        if is_on:
-            raise ValueError(f"{name} can't be combined with drafts: {reason}")
-
-
-class _Draft(NamedTuple):
-    text: str
-    token_ids: list[int]
 
 
 def use_igrpo(
@@ -90,7 +66,7 @@ class _IGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_options(self)
+        _check_options(self)
 
     def _generate_completions(self, samples: list[Any]) -> list[Any]:
         if not self.model.training:
@@ -132,7 +108,7 @@ class _IGRPOTrainer(GRPOTrainer):
         for sample, prompt in zip(samples, layout.row_prompts, strict=True):
             if prompt in chosen:
                 question = [m for m in sample.messages if m["role"] != "assistant" or m["content"]]
-                sample.messages = rules.condition(question, _Draft(*chosen[prompt])).prompt
+                sample.messages = rules.condition(question, Completion(*chosen[prompt])).prompt
 
     def _render(self, messages: list[dict[str, Any]]) -> list[int]:
         with self.template.generate_context():
@@ -147,8 +123,23 @@ class _IGRPOTrainer(GRPOTrainer):
         return samples
 
 
-def _as_draft(sample: Any, tokenizer: Any) -> tuple[str, list[int]]:
+def _check_options(trainer: GRPOTrainer) -> None:
+    """Refuse what leaves no place for a draft, before anything is sampled."""
+    takes_turns = trainer.args.multi_turn_scheduler or trainer.enable_server_multi_turn
+    contradicting = {
+        "multi_turn_scheduler": (takes_turns, "a draft is one answer, not a conversation"),
+        "use_gym_env": (trainer.use_gym_env, "a draft is one answer, not a game"),
+        "async_generate": (
+            trainer.args.async_generate,
+            "the refinements of a batch can't be sampled before its drafts are scored",
+        ),
+    }
+    for name, (is_on, reason) in contradicting.items():
+        if is_on:
+            raise ValueError(f"{name} can't be combined with drafts: {reason}")
+
+
+def _as_draft(sample: Any, tokenizer: Any) -> tuple[list[int], str]:
     ids = list(sample.response_token_ids or [])
     content = sample.messages[-1]["content"]
-    text = content if isinstance(content, str) else decode_completion(ids, tokenizer)
-    return text, ids
+    return ids, content if isinstance(content, str) else decode_completion(ids, tokenizer)

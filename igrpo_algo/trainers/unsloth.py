@@ -56,10 +56,12 @@ def make_trainer(
         A subclass, with the arguments of `GRPOTrainer`.
 
     Raises:
-        TypeError: `rules` is not `DraftRules`, or `num_drafts` not an int.
-        ValueError: `num_drafts` is below 1, the rules leave prompts out of Stage 2 or have a
+        TypeError: `rules` is not `DraftRules`, or a count not an int.
+        ValueError: A count is below 1, the rules leave prompts out of Stage 2 or have a
             `selection_score`.
     """
+    if max_prompt_tokens is not None:
+        check_count("max_prompt_tokens", max_prompt_tokens)
     own = {
         "rules": check_rules(rules, by_reward_alone=True),
         "num_drafts": check_count("num_drafts", num_drafts),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.replication import runs, smollm, templates
+from benchmarks.replication import base, runs, smollm, templates
 from benchmarks.replication.models import PRETRAINED
 from benchmarks.replication.runs import Run
 from benchmarks.replication.tasks import WORD_TASKS, words
@@ -123,6 +123,23 @@ def test_a_run_of_the_pretrained_model_is_recorded_like_any_other(folder: Path, 
     assert (record["status"], record.get("error")) == ("finished", None)
     assert record["final"]["completions"] == 2 * 8
     assert set(record["final"]["pass_at_k"]) == {"1", "2"}
+
+
+def test_the_base_accuracy_is_measured_level_by_level(folder: Path, tmp_path, capsys) -> None:
+    output, threads = tmp_path / "base.json", torch.get_num_threads()
+    options = ["--problems", "2", "--samples", "2", "--dtype", "fp32", "--output", str(output)]
+    base.main([str(folder / PRETRAINED), *options, "--level", "2"])
+    first = json.loads(output.read_text())["levels"]
+    assert first["2"]["sampled"]["by_problem"] == [0.0, 0.0]
+    first["2"]["greedy"]["by_problem"] = [1.0, 1.0]  # what is recorded is not measured again
+    output.write_text(json.dumps({"levels": first}))
+    base.main([str(folder / PRETRAINED), *options, "--level", "2", "3"])
+    torch.set_num_threads(threads)
+    record = json.loads(output.read_text())
+    assert list(record["levels"]) == ["2", "3"]
+    assert record["all levels"]["greedy"]["mean"] == 0.5
+    assert record["all levels"]["sampled"]["mean"] == 0.0
+    assert "level 3" in capsys.readouterr().out
 
 
 def test_the_templates_are_measured_and_recorded(folder: Path, tmp_path, capsys) -> None:

@@ -103,6 +103,12 @@ def test_without_a_scored_draft_the_prompt_stays_plain():
     ((stage_two, *_),) = Host(["x", "y"]).groups("q?")
     assert (stage_two.prompt, stage_two.draft) == ("q?", "")
     assert all(map(math.isnan, stage_two.draft_rewards))
+    assert (stage_two.mean_draft_reward, stage_two.is_conditioned) == (0.0, False)
+
+
+def test_drafts_without_a_score_are_left_out_of_the_mean():
+    ((stage_two, *_),) = Host(["2", "x", "4"]).groups("q?")
+    assert (stage_two.mean_draft_reward, stage_two.is_conditioned) == (3.0, True)
 
 
 def test_the_rules_see_scores_of_their_own_columns_and_lengths():

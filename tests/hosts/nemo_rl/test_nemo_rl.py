@@ -25,6 +25,7 @@ from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossConfig, ClippedP
 from nemo_rl.algorithms.utils import calculate_baseline_and_std_per_prompt
 from nemo_rl.data.llm_message_utils import batched_message_log_to_flat_message
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict, EnvironmentReturn
+from patient_ray import start_ray
 from tiny_qwen3 import make_model, make_tokenizer
 
 from igrpo_algo import DraftRules, DraftTemplate, TextSplice, select_worst_draft
@@ -99,7 +100,7 @@ class Generation:
 def environment() -> Iterator[Any]:
     folders = [*sys.path[:2], str(HOSTS.parent / "models"), str(HOSTS.parents[1])]
     paths = {"PYTHONPATH": os.pathsep.join(folders)}
-    ray.init(num_cpus=1, include_dashboard=False, runtime_env={"env_vars": paths})
+    start_ray(1, paths)
     yield Letters.remote()
     ray.shutdown()
 

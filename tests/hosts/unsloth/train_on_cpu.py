@@ -1,24 +1,42 @@
-"""Train two steps as the example does, and write what was sampled and trained to seen.json."""
+"""Train two steps as the example does, and write what was sampled and trained to seen.json.
+
+`train_on_cpu.py FOLDER` runs Unsloth's CPU backend, which leaves TRL's trainer as it is.
+`train_on_cpu.py FOLDER rewritten` takes the trainer that Unsloth writes for a GPU. Its own switch
+for tests starts it without one and then rewrites nothing, so the rewriting is called here.
+"""
 
 import importlib.util
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parents[1] / "models"))
 
-import unsloth  # noqa: F401  # isort: skip
+REWRITTEN = sys.argv[2:] == ["rewritten"]
+if REWRITTEN:
+    os.environ |= {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_DISABLE": "1"}
+
+import unsloth  # isort: skip
 import torch
 import trl
+
+if REWRITTEN:
+    from unsloth.models.rl import patch_trl_rl_trainers
+
+    patch_trl_rl_trainers()
+
 from tiny_qwen3 import make_model, make_tokenizer
 
-from igrpo_algo import DraftRules, DraftTemplate, TextSplice
+from igrpo_algo import DraftRules, DraftTemplate, TextSplice, policy_loss
+from igrpo_kernels import Clip, SequenceMean, token_logprobs
 
 theirs = trl.GRPOTrainer
 seen: dict[str, Any] = {"trainer": theirs.__name__}
-seen |= {"scored": [], "sampled": [], "advantages": [], "trained": []}
+seen |= {"scored": [], "sampled": [], "advantages": [], "trained": [], "gaps": []}
 generate, score, compute_loss = (
     theirs._generate,
     theirs._generate_and_score_completions,
@@ -40,7 +58,37 @@ def note_advantages(self: Any, inputs: Any) -> Any:
 def note_rows(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     rows = zip(inputs["prompt_ids"], inputs["prompt_mask"].bool(), strict=True)
     seen["trained"].append([self.processing_class.decode(ids[keep]) for ids, keep in rows])
-    return compute_loss(self, model, inputs, *args, **kwargs)
+    loss = compute_loss(self, model, inputs, *args, **kwargs)
+    weights = list(model.parameters())
+    our_loss = paper_loss(model, inputs)
+    pairs = zip(
+        torch.autograd.grad(loss, weights, retain_graph=True),
+        torch.autograd.grad(our_loss, weights),
+        strict=True,
+    )
+    gradient = max((their - our).abs().max().item() for their, our in pairs)
+    seen["gaps"].append({"loss": abs(loss - our_loss).item(), "gradient": gradient})
+    return loss
+
+
+def paper_loss(model: Any, inputs: Any) -> torch.Tensor:
+    """Equation 5 of the batch, by our own log-probs; it was sampled from these weights."""
+    ids, mask = (
+        torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1)
+        for name in ("ids", "mask")
+    )
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    drawn = inputs["completion_ids"]
+    logprobs = token_logprobs(logits[:, -drawn.shape[1] - 1 : -1], drawn)
+    return policy_loss(
+        logprobs,
+        inputs["advantages"],
+        inputs["completion_mask"],
+        surrogate=Clip(),
+        aggregate=SequenceMean(),
+        old_logprobs=logprobs.detach(),
+    ).loss
 
 
 theirs._generate = note_prompts
@@ -67,6 +115,9 @@ def main(output: str) -> None:
         for n in range(4)
     ]
     model = make_model()
+    if REWRITTEN:  # as its `from_pretrained` does
+        for name in ("for_training", "for_inference"):
+            setattr(model, name, partial(getattr(unsloth.FastLanguageModel, name), model))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     trainer = example.train(
         model,
@@ -76,12 +127,14 @@ def main(output: str) -> None:
         reward=letters,
         output_dir=output,
         per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
         max_completion_length=8,
         max_steps=2,
         learning_rate=1e-3,
         logging_steps=1,
         report_to="none",
         save_strategy="no",
+        gradient_checkpointing=False,
         use_cpu=True,
         bf16=False,
     )
@@ -92,4 +145,4 @@ def main(output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

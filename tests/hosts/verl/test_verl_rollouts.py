@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from contract import Group
 from on_cpu import Client, compute_score
+from patient_ray import start_ray
 from tiny_qwen3 import make_model, make_tokenizer
 
 G, N, WORKERS = 4, 3, 2
@@ -50,7 +51,7 @@ def cluster() -> Iterator[None]:
         "OMP_NUM_THREADS": "1",
         "VERL_LOGGING_LEVEL": "ERROR",
     }
-    ray.init(num_cpus=16, runtime_env={"env_vars": environment}, include_dashboard=False)
+    start_ray(16, environment)
     yield
     ray.shutdown()
 
@@ -210,7 +211,7 @@ def test_v1_trains_each_group_on_one_stage_two_prompt(
     tags = [{"is_prompt": True, "status": "pending", "global_steps": 1}] * len(uids)
     tq.kv_batch_put(keys=uids, partition_id="train", tags=tags)
     manager.generate_sequences(batch)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 900
     while True:
         known = tq.kv_list(partition_id="train")["train"]
         states = [known[uid]["status"] for uid in uids]
