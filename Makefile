@@ -33,7 +33,7 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
 .PHONY: help demo replication test test-vllm test-trl-oldest test-trl test-zero3 conformance lint format docs bench bench-suites gpu-check mutants clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 demo: $(READY)  ## train a tiny model with GRPO and two forms of iGRPO, and draw them (minutes, CPU is enough)
 	$(BIN)/igrpo demo --output-dir runs/demo $(ARGS)

@@ -149,7 +149,7 @@ class TrainingBatch:
         """Lay the sequences one after the other in rows, without padding.
 
         The model must keep the sequences of a row apart by `position_ids`, as transformers' models
-        do.
+        of attention alone do; a recurrent layer would carry its state from one into the next.
 
         Args:
             max_tokens: Most tokens of a row; None makes one row.
