@@ -7,8 +7,9 @@
 Writes one dated JSON (hardware, versions, commit, tests, figures) and compares it with the newest
 recorded run, by our share of the fastest peer's time: clocks move, and the share stays. The JSON is
 written after every part and every case, so that an interrupted run loses nothing. Training steps
-and shared prompts get JSONs of their own beside it. Needs torch, triton and pytest; a peer that is
-not installed is listed as such.
+and shared prompts get JSONs of their own beside it. Needs torch, triton, trl, liger-kernel, pytest
+and hypothesis; a peer that is not installed is listed as such, and without matplotlib nothing is
+drawn. Where these are installed already, `make` is not wanted.
 """
 
 import argparse

@@ -9,6 +9,7 @@ nothing, and a plot beside it.
 """
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections import defaultdict
@@ -144,8 +145,8 @@ def report(options: argparse.Namespace, record: Record, path: Path) -> int:
     record["compared"] = compare.against_baseline(record)
     results.write(record, path)
     print("\n    ".join(record["compared"]))
-    if not options.no_plots:
-        from benchmarks.draw import draw  # matplotlib may be missing where only figures are wanted
+    if not options.no_plots and importlib.util.find_spec("matplotlib"):
+        from benchmarks.draw import draw
 
         print(f"drawn: {draw(record, path.with_suffix('.png'))}")
     wrong = [f for f in record["figures"] if f["peer"] == OURS and f["not_run"]]

@@ -25,16 +25,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import machine, results
 from benchmarks.cases import DTYPES
-from benchmarks.draw import Bar, draw_bars
 from benchmarks.resident import in_fresh_process, peak_during
 from benchmarks.shared_prompt_forms import FORMS, Case, Problem, make_problem
+
+if TYPE_CHECKING:
+    from benchmarks.draw import Bar
 
 TITLES = (
     "time over the other batch's (left of 1: sharing is faster)",
@@ -119,8 +121,10 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high}
 
 
-def bars(record: results.Record) -> Iterator[Bar]:
+def bars(record: results.Record) -> "Iterator[Bar]":
     """The shared row over the padded and the packed batch."""
+    from benchmarks.draw import Bar  # matplotlib may be missing where one case is measured
+
     for row in record["rows"]:
         label = f"G={row['refinements']}, draft {row['draft']:g} of T={row['tokens']:,}"
         if row.get("prompts", 1) > 1:
@@ -180,6 +184,8 @@ def main() -> None:
             results.write(record, output)
     if len(record["rows"]) > 1:
         title = f"Stage 2 with its prompt shared: {record['hardware']['name']}, {record['date']}"
+        from benchmarks.draw import draw_bars
+
         draw_bars(list(bars(record)), title, output.with_suffix(".png"), TITLES)
 
 

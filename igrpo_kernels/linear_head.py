@@ -58,7 +58,7 @@ class LinearHead:
 
     def products_(self, memory: Tensor, hidden: Tensor) -> Tensor:
         """Write x @ W.T + b of a chunk of rows to memory. Shape [N, V], in fp32 or fp64."""
-        products = take(memory, range(len(hidden)))
+        products = take(memory, range(hidden.shape[0]))
         if hidden.dtype == products.dtype:
             torch.mm(hidden, self.weight.t(), out=products)
         elif hidden.is_cuda:
@@ -128,7 +128,7 @@ class HeadGradients:
 
     def _put_hidden(self, rows: Rows, product: Tensor, factors: Tensor | None) -> None:
         dtype = gradient_dtype(self.like.dtype)
-        every = len(rows) == len(self.like)
+        every = len(rows) == self.like.shape[0]
         if every and (factors is None or not product.is_cuda):
             self.hidden = scale_rows(product, factors, dtype)
             return

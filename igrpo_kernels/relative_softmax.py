@@ -10,7 +10,6 @@ With r = z_t no maximum is looked for, total = 1 + others, and the sums over sli
 vocabulary add up. What is stored, E, is the operand of the backward products as it stands.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,8 +21,7 @@ from .row_statistics import LOG_FLOOR, RowStatistics
 from .vocabulary_shard import VocabularyShard
 
 
-@dataclass(frozen=True)
-class SoftmaxRows:
+class SoftmaxRows(NamedTuple):
     """`RowSoftmax` on a CPU.
 
     Attributes:

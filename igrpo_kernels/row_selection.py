@@ -31,7 +31,12 @@ def take(values: Tensor | None, rows: Rows) -> Tensor | None:
         return None
     if not isinstance(rows, range):
         return values[rows]
-    return values if len(rows) == values.shape[0] else values[rows.start : rows.stop]
+    return values if holds_all(rows, values.shape[0]) else values[rows.start : rows.stop]
+
+
+def holds_all(rows: Rows, count: int) -> bool:
+    """Whether a selection is that of all `count` rows, in their order."""
+    return isinstance(rows, range) and len(rows) == count
 
 
 def spread(values: Tensor, rows: Rows, count: int) -> Tensor:
@@ -56,13 +61,16 @@ def rows_where(count: int, *marks: Tensor | None) -> Rows:
     given = [mark for mark in marks if mark is not None]
     if not given:
         return range(count)
-    found = reduce(torch.logical_and, given).flatten().nonzero().squeeze(1)
-    return range(count) if found.shape[0] == count else found
+    found = reduce(torch.logical_and, given).flatten().nonzero()
+    return range(count) if found.shape[0] == count else found.squeeze(1)
 
 
 def nonzero(*gradients: Tensor | None) -> Tensor:
-    """Mark the rows where some upstream gradient is not exactly zero; at least one is given."""
-    return reduce(torch.logical_or, [part != 0 for part in gradients if part is not None])
+    """Mark the rows where some upstream gradient is not exactly zero; at least one is given.
+
+    A gradient that is given alone is its own mark.
+    """
+    return reduce(torch.logical_or, [part for part in gradients if part is not None])
 
 
 def row_chunks(rows: Rows, most: int, owner: Tensor | None = None) -> Iterator[Rows]:

@@ -1,7 +1,6 @@
 """What goes into the softmax of a chunk of rows, and what comes out, on CPU and GPU alike."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,8 +9,7 @@ from .row_selection import Rows, take, working_dtype
 from .row_statistics import RowStatistics
 
 
-@dataclass(frozen=True)
-class LogitTransform:
+class LogitTransform(NamedTuple):
     """From the products x @ W.T + b to the logits that enter the softmax.
 
     logits = cap(logit_scale * products) / temperature,   cap(y) = softcap * tanh(y / softcap)
@@ -65,8 +63,7 @@ def _per_row(values: float | Tensor) -> float | Tensor:
     return values[:, None] if isinstance(values, Tensor) else values
 
 
-@dataclass(frozen=True)
-class TargetColumns:
+class TargetColumns(NamedTuple):
     """Where each row's target stands among the columns of a slice of the vocabulary.
 
     Attributes:
@@ -107,8 +104,7 @@ class TargetColumns:
         return inside.nonzero().squeeze(1)
 
 
-@dataclass(frozen=True)
-class ProductGradient:
+class ProductGradient(NamedTuple):
     """The gradient of a chunk's products: factors[:, None] * matrix.
 
     Attributes:

@@ -1,11 +1,11 @@
 """What the softmax leaves of each row: the one home of log-prob and entropy."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .row_selection import Rows, spread, take
+from .row_selection import Rows, holds_all, spread, take
 
 # Far above this exp is zero already, in fp64 too; a logit of -inf would make p log p = 0 * -inf
 LOG_FLOOR = -1e4
@@ -15,8 +15,7 @@ LOG_FLOOR = -1e4
 LARGEST = 2.0**60
 
 
-@dataclass(frozen=True)
-class RowStatistics:
+class RowStatistics(NamedTuple):
     """What the softmax of each row leaves: with it the gradient takes one pass. Shape [N].
 
     Attributes:
@@ -67,6 +66,8 @@ class RowStatistics:
 
     def take(self, rows: Rows) -> "RowStatistics":
         """Select rows."""
+        if holds_all(rows, self.logprobs.shape[0]):
+            return self
         return RowStatistics(
             take(self.logprobs, rows),
             take(self.entropy, rows),
@@ -76,7 +77,7 @@ class RowStatistics:
 
     def spread(self, rows: Rows, count: int) -> "RowStatistics":
         """Undo `take`, with zeros in the other rows."""
-        if isinstance(rows, range) and len(rows) == count:
+        if holds_all(rows, count):
             return self
         entropy = None if self.entropy is None else spread(self.entropy, rows, count)
         values = (self.logprobs, self.reference, self.total)

@@ -174,16 +174,18 @@ async def stage_one(
 
     Raises:
         RewardError: `rules.selection_score` raised.
+        TypeError: `score` gave something else than numbers.
+        ValueError: `score` gave another number of rewards than there are drafts.
     """
     drafts = await asyncio.gather(*map(draw, range(num_drafts)))
-    rewards = await score(drafts)
+    rewards = _numbers(await score(drafts), num_drafts)
     scores = None
     if rules.selection_score is not None:
         by_name = {name: [value] for name, value in (columns or {}).items()}
         ranking = Scorer(rules.selection_score, [prompt], by_name, "selection_score")
-        scores = torch.tensor([await ranking(0, drafts)])
+        scores = torch.tensor([await ranking(0, drafts)], dtype=torch.float64)
     choices = rules.choose(
-        torch.tensor([rewards]),
+        torch.tensor([rewards], dtype=torch.float64),
         scores=scores,
         lengths=torch.tensor([[len(draft.token_ids) for draft in drafts]]),
         seeds=[seed],
@@ -192,6 +194,16 @@ async def stage_one(
         return StageTwoPrompt(prompt, "", tuple(rewards))
     spliced = rules.condition(prompt, drafts[int(choices.index)])
     return StageTwoPrompt(spliced.prompt, spliced.draft, tuple(rewards))
+
+
+def _numbers(rewards: Any, count: int) -> list[float]:
+    try:
+        numbers = [float(reward) for reward in rewards]
+    except (TypeError, ValueError):
+        raise TypeError(f"score must give a list of numbers, got {describe(rewards)}") from None
+    if len(numbers) != count:
+        raise ValueError(f"score must give one reward per draft = {count}, got {len(numbers)}")
+    return numbers
 
 
 def check_rules(rules: DraftRules, *, by_reward_alone: bool = False) -> DraftRules:
@@ -207,7 +219,7 @@ def check_rules(rules: DraftRules, *, by_reward_alone: bool = False) -> DraftRul
     """
     if not isinstance(rules, DraftRules):
         raise TypeError(f"rules must be DraftRules, got {describe(rules)}")
-    for name in ("when_failed", "when_unscored"):
+    for name in ("when_failed", "when_solved", "when_unscored"):
         if getattr(rules, name) is Fallback.SKIP:
             raise ValueError(
                 f"{name} must not be Fallback.SKIP: this trainer can't leave a prompt out of "

