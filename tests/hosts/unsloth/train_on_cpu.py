@@ -19,6 +19,8 @@ sys.path.append(str(HERE.parents[1] / "models"))
 REWRITTEN = sys.argv[2:] == ["rewritten"]
 if REWRITTEN:
     os.environ |= {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_DISABLE": "1"}
+    # Without its attention kernels, both of these change the gradient.
+    os.environ |= {"UNSLOTH_GRPO_PREFIX_GROUPER": "0", "UNSLOTH_GRPO_SEQ_PACKING": "0"}
 
 import unsloth  # isort: skip
 import torch
