@@ -108,10 +108,12 @@ def measure(
     problems = [draw(rng, (options.level,)) for _ in range(options.problems)]
     drafts = sampler.sample([ask(problem, None) for problem in problems], options.drafts, seed=0)
     drafted = rights(drafts, problems)
-    found = json.loads(output.read_bytes()) if output.exists() else record
+    found: dict[str, Any] = json.loads(output.read_bytes()) if output.exists() else record
     found["drafts"] = bounded_mean_interval([fmean(row) for row in drafted])._asdict()
-    for shown in [shown for shown in options.shown if shown not in found]:
-        rows: dict[str, Any] = {}
+    for shown in options.shown:
+        if found.get(shown, {}).keys() == TEMPLATES.keys():
+            continue
+        rows = found[shown] = {}
         baseline: list[list[float]] = []
         for name, template in TEMPLATES.items():
             refinements = refine(
@@ -122,8 +124,7 @@ def measure(
             flat = [each for group in refinements for each in group]
             rows[name] = summarize(refined, drafted, baseline, flat)
             print(f"{shown}, {name}: {rows[name]}", flush=True)
-        found[shown] = rows
-        results.write(found, output)
+            results.write(found, output)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
