@@ -17,20 +17,23 @@ VLLM_ADDOPTS := -ra --import-mode=importlib --strict-markers --strict-config
 VENV_TRL := .venv-trl-oldest
 BIN_TRL := $(VENV_TRL)/bin
 READY_TRL := $(VENV_TRL)/.ready
+VENV_ZERO3 := .venv-zero3
+READY_ZERO3 := $(VENV_ZERO3)/.ready
 VENV_HOST := .venv-
 ALL_HOSTS := $(patsubst tests/hosts/%/requirements.txt,%,$(wildcard tests/hosts/*/requirements.txt))
 HOSTS ?= $(if $(SLIME_SOURCE),$(ALL_HOSTS),$(filter-out slime,$(ALL_HOSTS)))
 ARGS ?=
+RECORD ?=
 
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 CANDIDATES := python3 python python3.14 python3.13 python3.12 python3.11
 PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	if $$python $(IS_NEW_ENOUGH) 2>/dev/null; then echo $$python; break; fi; done)
 
-.PHONY: help demo replication test test-vllm test-trl-oldest test-trl conformance lint format docs bench bench-suites gpu-check mutants clean
+.PHONY: help demo replication test test-vllm test-trl-oldest test-trl test-zero3 conformance lint format docs bench bench-suites gpu-check mutants clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 demo: $(READY)  ## train a tiny model with GRPO and two forms of iGRPO, and draw them (minutes, CPU is enough)
 	$(BIN)/igrpo demo --output-dir runs/demo $(ARGS)
@@ -51,13 +54,19 @@ test-trl-oldest: $(READY_TRL)  ## run the tests of the TRL trainer on the oldest
 test-trl: $(READY)  ## run TRL's own GRPO tests on our trainer (TRL_SOURCE=a clone of TRL; without one: nothing)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/trl_suite/run.py "$(TRL_SOURCE)" $(ARGS)
 
+test-zero3: $(READY_ZERO3)  ## run the TRL trainer on two ranks, with DeepSpeed's ZeRO-3 among the layouts
+	OMP_NUM_THREADS=1 $(VENV_ZERO3)/bin/python -m pytest tests/algo/trainers/test_trl_two_ranks.py $(ARGS)
+
 conformance: $(HOSTS:%=$(VENV_HOST)%/.ready)  ## run this package inside the other trainers (HOSTS=verl: one of them; SLIME_SOURCE=a clone of slime: that too)
 	@for host in $(HOSTS); do \
 		echo "tests/hosts/$$host"; \
-		OMP_NUM_THREADS=1 $(VENV_HOST)$$host/bin/python -m pytest -o addopts='$(VLLM_ADDOPTS)' \
-			-W ignore tests/hosts/$$host $(ARGS); \
+		seen=$(CURDIR)/$(VENV_HOST)$$host/differences.json; \
+		rm -f $$seen; \
+		$(if $(RECORD),DIFFERENCES=$$seen) OMP_NUM_THREADS=1 $(VENV_HOST)$$host/bin/python -m pytest \
+			-o addopts='$(VLLM_ADDOPTS)' -W ignore tests/hosts/$$host $(ARGS); \
+		if test -f $$seen; then mv $$seen tests/hosts/$$host/; fi; \
 	done
-	@if test -n "$$RECORD"; then python3 tools/conformance_table.py; fi
+	@$(if $(RECORD),python3 tools/conformance_table.py)
 
 lint: $(READY)  ## check style, types, links and docs
 	$(BIN)/python -m ruff check .
@@ -86,7 +95,7 @@ mutants: $(READY)  ## plant every known fault and see a test go red
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 clean:  ## remove what the other targets made, .venv included
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_TRL) $(addprefix $(VENV_HOST),$(ALL_HOSTS)) build dist site runs .benchmarks .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_TRL) $(VENV_ZERO3) $(addprefix $(VENV_HOST),$(ALL_HOSTS)) build dist site runs .benchmarks .hypothesis *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
@@ -125,33 +134,40 @@ $(READY_VLLM): constraints.txt tests/vllm/requirements.txt
 		--requirement tests/vllm/requirements.txt
 	@touch $@
 
-# The packages of $(VENV), but for TRL, whose pinned version stands before them.
-$(READY_TRL): $(READY) tests/algo/trainers/oldest_trl.txt
-	@echo "[1/2] making $(VENV_TRL)"
-	@rm -rf $(VENV_TRL)
-	@$(BIN)/python -m venv --without-pip $(VENV_TRL)
-	@echo "[2/2] installing the oldest TRL"
-	@folder=$$($(BIN_TRL)/python -c 'import site; print(site.getsitepackages()[0])'); \
-	$(BIN)/python -m pip install --quiet --no-deps --target "$$folder" \
-		--requirement tests/algo/trainers/oldest_trl.txt; \
+# An environment with the packages of $(VENV) and, before them, what a requirements file pins.
+define make-overlay
+	@echo "[1/2] making $(1)"
+	@rm -rf $(1)
+	@$(BIN)/python -m venv --without-pip $(1)
+	@echo "[2/2] installing what stands in $(2)"
+	@folder=$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])'); \
+	$(BIN)/python -m pip install --quiet --no-deps --target "$$folder" --requirement $(2); \
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
 		> "$$folder/others.pth"
+endef
+
+$(READY_TRL): $(READY) tests/algo/trainers/oldest_trl.txt
+	$(call make-overlay,$(VENV_TRL),tests/algo/trainers/oldest_trl.txt)
 	@$(BIN_TRL)/python -c 'import trl; print("TRL", trl.__version__)' | \
 		diff - <(sed -n 's/^trl==/TRL /p' tests/algo/trainers/oldest_trl.txt)
 	@touch $@
 
+$(READY_ZERO3): $(READY) tests/algo/trainers/zero3.txt
+	$(call make-overlay,$(VENV_ZERO3),tests/algo/trainers/zero3.txt)
+	@touch $@
+
 # Each trainer has an environment of its own. The project goes in last and without its dependencies,
 # since it asks for Triton, which a CPU does not need; what a requirements file wants in without its
-# dependencies stands there behind "# --no-deps".
+# dependencies stands there behind "# --no-deps". Few of all these files are ever imported, so none is
+# compiled beforehand.
 $(VENV_HOST)skyrl/.ready: PYTHON = python3.12
 $(VENV_HOST)%/.ready: tests/hosts/%/requirements.txt pyproject.toml
 	$(call make-venv,$(@D))
-	@echo "[2/3] installing torch"
-	@$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	@echo "[2/3] installing torch and what the project imports"
+	@$(@D)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt torch filelock einops
 	@echo "[3/3] installing $* and what its tests import"
-	@$(@D)/bin/python -m pip install --quiet --requirement $<
+	@$(@D)/bin/python -m pip install --quiet --no-compile --requirement $<
 	@sed -n 's/^# --no-deps //p' $< | xargs --no-run-if-empty \
-		$(@D)/bin/python -m pip install --quiet --no-deps
-	@$(@D)/bin/python -m pip install --quiet filelock einops
-	@$(@D)/bin/python -m pip install --quiet --no-deps --editable .
+		$(@D)/bin/python -m pip install --quiet --no-compile --no-deps
+	@$(@D)/bin/python -m pip install --quiet --no-compile --no-deps --editable .
 	@touch $@

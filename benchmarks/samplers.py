@@ -1,6 +1,6 @@
-"""`StaticSampler` beside `TransformersSampler`: tokens a second of a model with random weights.
+"""`StaticSampler` beside `TransformersSampler`: tokens a second, by default of random weights.
 
-    python -m benchmarks.samplers                  # minutes, one thread; --device cuda
+    python -m benchmarks.samplers                  # minutes, one thread; --device cuda; --weights
 
 The samplers take turns over the same prompts and seeds; each draws other tokens, so what counts is
 the time per token drawn. A share of the vocabulary ends a completion (`--stop-share`): with 0, all
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks import machine, results
 from benchmarks.cases import DTYPES
@@ -32,10 +33,10 @@ class Numbers:
     eos_token_id = None
     pad_token_id = 0
     chat_template = None
-    unk_token_id = None
 
-    def convert_tokens_to_ids(self, token: str) -> None:
-        """No token has a name."""
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Name the tokens by their ids."""
+        return list(map(str, ids))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Give the ids as text."""
@@ -83,32 +84,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name, value in {
         **{"prompts": 8, "completions": 8, "prompt_tokens": 256, "new_tokens": 64, "rounds": 5},
-        **{"width": 576, "layers": 12, "vocabulary": 32768, "threads": 1},
+        **{"width": 512, "layers": 12, "vocabulary": 32768, "threads": 1},
     }.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--stop-share", type=float, nargs="+", default=[0.0, 0.03])
+    parser.add_argument("--weights", type=Path, help="the folder of a model to take instead")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--output", type=Path, help="the JSON; default: under results/")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    model = random_qwen3(
-        width=options.width,
-        layers=options.layers,
-        vocabulary=options.vocabulary,
-        positions=options.prompt_tokens + options.new_tokens,
-        device=options.device,
-        dtype=DTYPES[options.dtype],
-    )
+    if options.weights:
+        dtype = DTYPES[options.dtype]
+        model = AutoModelForCausalLM.from_pretrained(options.weights, dtype=dtype).to(device)
+    else:
+        model = random_qwen3(
+            width=options.width,
+            layers=options.layers,
+            vocabulary=options.vocabulary,
+            positions=options.prompt_tokens + options.new_tokens,
+            device=options.device,
+            dtype=DTYPES[options.dtype],
+        )
     today = date.today().isoformat()
     output = options.output or results.RESULTS / f"{today}-samplers-{options.device}.json"
+    given = vars(options) | {"weights": options.weights and options.weights.name}
     record: results.Record = {
         "date": today,
         "commit": machine.commit("igrpo_algo"),
         "hardware": machine.hardware(device),
         "versions": machine.versions(device),
-        "options": {name: value for name, value in vars(options).items() if name != "output"},
+        "options": {name: value for name, value in given.items() if name != "output"},
         "rows": [],
     }
     for share in options.stop_share:

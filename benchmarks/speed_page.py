@@ -27,6 +27,7 @@ PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "quack-ker
 def page(
     runs: Mapping[str, tuple[str, Record]],
     steps: Sequence[tuple[str, Record]],
+    trainers: Sequence[tuple[str, Record]],
     shared: Sequence[tuple[str, Record]],
 ) -> str:
     """The page: kernels by device, then training steps, then shared prompts.
@@ -34,6 +35,7 @@ def page(
     Args:
         runs: Name of the file and record of a run, by kind of device.
         steps: The same of whole training steps.
+        trainers: The same of steps of TRL's trainer and ours.
         shared: The same of steps whose prompt is shared.
     """
     parts = [HEAD]
@@ -45,6 +47,9 @@ def page(
     parts.append("## A whole training step\n\n" + STEP)
     for name, record in steps:
         parts.append(f"{source(name, record)}, {batch(record)}:\n\n{table(train_step(record))}")
+    parts.append("## A step of the trainer\n\n" + TRAINER)
+    for name, record in trainers:
+        parts.append(f"{source(name, record)}, {groups(record)}:\n\n{table(trainer_step(record))}")
     parts.append("## Stage 2 with its prompt shared\n\n" + SHARED)
     for name, record in shared:
         parts.append(f"{source(name, record)}:\n\n{table(shared_prompt(record))}")
@@ -54,6 +59,11 @@ def page(
 STEP = """\
 Forward, loss, backward and AdamW of a model with random weights and checkpointed layers, through
 each head and loss (`python -m benchmarks.train_step`). Peak: of the whole step, weights included.
+"""
+TRAINER = """\
+`IGRPOTrainer` as plain GRPO beside TRL's `GRPOTrainer` on a CPU, with the same configuration,
+weights and completions (`python -m benchmarks.trainer_step`): processor milliseconds of the loss,
+forward and backward, and of the step without its sampling. Not yet measured on a GPU.
 """
 SHARED = """\
 Forward and backward of a small Qwen3 over a prompt, question and draft, and its G completions of T
@@ -150,6 +160,28 @@ def batch(record: Record) -> str:
         f"{case['sequences']} sequences of {case['prompt']} + {case['tokens']} tokens, "
         f"{case['layers']} layers of {case['width']}, V={case['vocabulary']}, {case['dtype']}"
     )
+
+
+def groups(record: Record) -> str:
+    case = record["case"]
+    return (
+        f"{case['prompts']} groups of {case['refinements']} completions of {case['prompt']} + "
+        f"{case['tokens']} tokens, {case['layers']} layers of {case['width']}, "
+        f"V={case['vocabulary']}, fp32"
+    )
+
+
+def trainer_step(record: Record) -> Iterator[list[str]]:
+    yield ["groups of equal rewards", "trainer", "loss", "igrpo's share", "step", "igrpo's share"]
+    for figure in record["figures"]:
+        equal = [f for f in record["figures"] if f["equal_groups"] == figure["equal_groups"]]
+        (ours,) = (f for f in equal if f["trainer"] == OURS)
+        line = [str(figure["equal_groups"]), figure["trainer"]]
+        for part in ("loss_ms", "step_ms"):
+            median = figure[part]["median"]
+            share = "" if figure is ours else f"{ours[part]['median'] / median:.2f}"
+            line += [number(median), share]
+        yield line
 
 
 def train_step(record: Record) -> Iterator[list[str]]:

@@ -79,9 +79,8 @@ def others(kind: str, folder: Path = RESULTS) -> Iterator[tuple[str, Record]]:
 def page(folder: Path = RESULTS) -> str:
     """The whole of `docs/speed.md`."""
     runs = {kind: (path.name, run) for kind, (path, run) in newest(folder).items()}
-    return speed_page.page(
-        runs, list(others("train-step", folder)), list(others("shared-prompt", folder))
-    )
+    kinds = ("train-step", "trainer-step", "shared-prompt")
+    return speed_page.page(runs, *(list(others(kind, folder)) for kind in kinds))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from igrpo_kernels.checks import check_callable, check_count, check_shape, check
 
 from .advantages.of_groups import standardize_by_group
 from .layouts import PackedRow, PaddedRows, pack_sequences, pad_sequences
-from .prompts import Prompt
+from .prompts import Prompt, check_ids
 from .rollouts.completions import Completion
 from .rollouts.records import Rollouts, Stage
 from .shared_prompt.packing import pack_shared_prompt
@@ -149,7 +149,7 @@ class TrainingBatch:
         """Lay the sequences one after the other in rows, without padding.
 
         The model must keep the sequences of a row apart by `position_ids`, as transformers' models
-        do.
+        of attention alone do; a recurrent layer would carry its state from one into the next.
 
         Args:
             max_tokens: Most tokens of a row; None makes one row.
@@ -234,10 +234,11 @@ def training_batch(
         The batch, on the CPU.
 
     Raises:
-        TypeError: `rollouts` are not Rollouts, or a number in `stages` is not an int.
+        TypeError: `rollouts` are not Rollouts, a number in `stages` is not an int, or what `encode`
+            or `advantages` returned is of another type.
         ValueError: There are no prompts, a stage does not exist, draws nothing or is named twice,
-            there are no prompt ids and no `encode`, or what `advantages` returned has another
-            shape or is not finite.
+            there are no prompt ids and no `encode`, a prompt has no tokens, or what `advantages`
+            returned has another shape or is not finite.
 
     Examples:
         >>> from igrpo_algo import Completion, two_stage_rollout
@@ -303,12 +304,15 @@ def _stage_advantages(advantages: Callable[[Tensor], Tensor], drawn: Sequence[St
     check_shape("the result of advantages", values, rewards.shape, "of the rewards")
     if not values.isfinite().all():
         raise ValueError(f"the result of advantages must be finite, got {values.tolist()}")
-    return values.flatten()
+    return values.detach().flatten().to("cpu", torch.float32)
 
 
 def _prompt_ids(stage: Stage, encode: Callable[[Prompt], list[int]] | None) -> list[int]:
-    if stage.prompt_ids is not None:
-        return stage.prompt_ids
-    if encode is None:
-        raise ValueError("encode must be given: the rollouts' sampler has none, so no prompt ids")
-    return encode(stage.prompt)
+    ids = stage.prompt_ids
+    if ids is None:
+        if encode is None:
+            raise ValueError("encode must be given: the rollouts' sampler has none")
+        ids = check_ids("the result of encode", encode(stage.prompt))
+    if not ids:
+        raise ValueError(f"prompt_ids must have at least one token, got none of {stage.prompt!r}")
+    return ids

@@ -14,11 +14,16 @@ WINDOW = 10
 COPIES_TAKE_OVER = 0.5
 NEARLY_ALL = 0.9
 NEARLY_NONE = 0.1
+TEMPLATE_BREAKS = 0.5  # of the drafts' reward is lost; a worst draft alone costs up to 0.4
+ERRORS = 3
+STAGES = ("refinement", "draft")
 
 
 @dataclass
 class EarlyWarning:
     """Watches the metrics of a two-stage run, batch by batch; says each thing once.
+
+    A gap counts if it is more than three standard errors of its mean over the window's batches.
 
     Attributes:
         window: Batches that a mean is taken over; no warning but that of copies comes before it is
@@ -40,12 +45,17 @@ class EarlyWarning:
 
         Args:
             metrics: Of `copied`, `refinement_zero_std`, `draft_zero_std`, `draft_reward`, `uplift`,
-                `right_after_right_draft` and `right_after_wrong_draft` those that are known.
+                `right_after_right_draft` and `right_after_wrong_draft` those that are known. NaN
+                for `copied` says that no draft was shown, and the uplift then says nothing.
 
         Returns:
             The warnings that were not given before.
         """
-        for name, value in metrics.items():
+        equal, of_drafts = (metrics.get(f"{of}_zero_std", math.nan) for of in STAGES)
+        known = {**metrics, "equal_gap": equal - of_drafts}
+        if math.isnan(metrics.get("copied", 0.0)):
+            known.pop("uplift", None)
+        for name, value in known.items():
             if not math.isnan(value):
                 self._seen[name].append(value)
         found = {
@@ -63,6 +73,12 @@ class EarlyWarning:
         last = self._seen[name][-self.window :]
         return sum(last) / self.window if len(last) == self.window else math.nan
 
+    def _error(self, name: str) -> float:
+        """Give the standard error of `_mean`, from how much batches differ (ddof 1)."""
+        mean, last = self._mean(name), self._seen[name][-self.window :]
+        variance = sum((value - mean) ** 2 for value in last) / max(self.window - 1, 1)
+        return math.sqrt(variance / self.window)
+
     def _copies(self, copied: float) -> str | None:
         if not copied > COPIES_TAKE_OVER:
             return None
@@ -72,9 +88,10 @@ class EarlyWarning:
         )
 
     def _equal_groups(self) -> str | None:
-        equal, of_drafts = self._mean("refinement_zero_std"), self._mean("draft_zero_std")
-        if not (equal >= NEARLY_ALL and of_drafts < equal - NEARLY_NONE):
+        equal, gap = self._mean("refinement_zero_std"), self._mean("equal_gap")
+        if not (equal >= NEARLY_ALL and gap > max(NEARLY_NONE, ERRORS * self._error("equal_gap"))):
             return None
+        of_drafts = self._mean("draft_zero_std")
         return (
             f"{equal:.0%} of the groups of refinements had equal rewards in the last {self.window} "
             f"batches, but {of_drafts:.0%} of the groups of drafts: Stage 2 has nothing left to "
@@ -94,17 +111,14 @@ class EarlyWarning:
         )
 
     def _template(self) -> str | None:
-        first = self._seen["uplift"][: self.window]
-        if len(first) < self.window or len(self._seen["uplift"]) > self.window:
+        if len(self._seen["uplift"]) != self.window:
             return None
-        mean = sum(first) / self.window
-        variance = sum((value - mean) ** 2 for value in first) / max(self.window - 1, 1)
-        error = math.sqrt(variance / self.window)
-        level = abs(self._mean("draft_reward"))
-        if not (mean < -NEARLY_NONE * level and mean + 2 * error < 0):
+        loss, error = -self._mean("uplift"), self._error("uplift")
+        level = self._mean("draft_reward")
+        if not loss > max(TEMPLATE_BREAKS * abs(level), ERRORS * error):
             return None
         return (
-            f"refinements scored {-mean:.2g} (+- {error:.1g}) below drafts in the first "
-            f"{self.window} batches: the model does not understand what it is shown. See "
+            f"refinements scored {loss:.2g} (+- {error:.1g}) below the drafts' {level:.2g} in the "
+            f"first {self.window} batches: the model does not understand what it is shown. See "
             "draft_template, max_draft_length and strip_draft_thinking."
         )

@@ -135,8 +135,13 @@ class PackedRow:
 
 def _sizes(prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[int]:
     """Count the tokens of each prompt with its completion."""
-    check_list("prompts", prompts)
-    check_list("completions", completions)
+    if len(check_list("prompts", prompts)) != len(check_list("completions", completions)):
+        raise ValueError(
+            f"completions must hold one per prompt = {len(prompts)}, got {len(completions)}"
+        )
+    for index, prompt in enumerate(prompts):
+        if not prompt:  # nothing would predict the first token of the completion
+            raise ValueError(f"prompts[{index}] must have at least one token, got none")
     return [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
 
 
@@ -150,13 +155,14 @@ def pad_sequences(
     """Lay sequences side by side, at most `max_tokens` with padding in each batch of them.
 
     Args:
-        prompts: Token ids of each prompt.
+        prompts: Token ids of each prompt; none may be empty.
         completions: Token ids of each completion.
         pad_token_id: What fills the rows.
         max_tokens: None lays all sequences in one batch.
 
     Raises:
-        ValueError: A sequence exceeds `max_tokens`.
+        ValueError: A prompt has no tokens, a sequence exceeds `max_tokens`, or there is not one
+            completion per prompt.
 
     Examples:
         >>> (rows,) = pad_sequences([[5, 6], [5]], [[7], [8]], pad_token_id=0)
@@ -186,12 +192,12 @@ def pack_sequences(
     """Lay sequences one after the other, in rows of at most `max_tokens`.
 
     Args:
-        prompts: Token ids of each prompt.
+        prompts: Token ids of each prompt; none may be empty.
         completions: Token ids of each completion.
         max_tokens: None lays all sequences in one row.
 
     Raises:
-        ValueError: A sequence exceeds `max_tokens`.
+        ValueError: As in `pad_sequences`.
 
     Examples:
         >>> (row,) = pack_sequences([[5, 6], [5]], [[7, 8], [9]])
@@ -200,9 +206,8 @@ def pack_sequences(
         >>> row.targets, row.predictors
         (tensor([7, 8, 9]), tensor([1, 2, 4]))
     """
+    rows = fill(_sizes(prompts, completions), max_tokens, cost=sum)
     tails = [Tails(*each) for each in zip(prompts, ([c] for c in completions), count())]
-    sizes = [len(each) for each in tails]
-    rows = fill(sizes, max_tokens, cost=sum)
     return [PackedRow(**lay_in_row([tails[i] for i in row])) for row in rows]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from igrpo_kernels.checks import (
     check_callable,
     check_count,
+    check_list,
     check_number,
     check_rank,
     check_shape,
@@ -231,7 +232,7 @@ def copy_rate(
     copies = [
         repeats_draft(draft, refinement, strip=strip)
         for draft, group in zip(drafts, refinements, strict=True)
-        if draft
+        if draft not in (None, "")
         for refinement in group
     ]
     return sum(copies) / len(copies) if copies else float("nan")
@@ -260,14 +261,10 @@ def _rows(name: str, values: Tensor, legend: str) -> Tensor:
 
 
 def _check_one_per_prompt(drafts: Sequence[Any], refinements: Sequence[Any]) -> None:
-    for name, value in (("drafts", drafts), ("refinements", refinements)):
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise TypeError(f"{name} must be a list of one entry per prompt, got {describe(value)}")
-    if len(drafts) != len(refinements):
+    if len(check_list("drafts", drafts)) != len(check_list("refinements", refinements)):
         raise ValueError(
             f"refinements must have P = {len(drafts)} entries, one per draft, "
             f"got {len(refinements)}"
         )
     for index, group in enumerate(refinements):
-        if isinstance(group, str) or not isinstance(group, Sequence):
-            raise TypeError(f"refinements[{index}] must be a list, got {describe(group)}")
+        check_list(f"refinements[{index}]", group)

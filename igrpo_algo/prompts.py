@@ -83,14 +83,13 @@ def decode_completion(ids: Sequence[int], tokenizer: Any) -> str:
         The text.
     """
     check_ids("ids", ids)
-    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
         raise TypeError(f"tokenizer must be one of transformers, got {describe(tokenizer)}")
-    known = map(tokenizer.convert_tokens_to_ids, sorted(MARK_TOKENS))
-    marks = {token for token in known if token != getattr(tokenizer, "unk_token_id", None)}
-    if marks.isdisjoint(ids):
+    # Looking up the few distinct tokens drawn is cheaper than looking up every mark.
+    if MARK_TOKENS.isdisjoint(tokenizer.convert_ids_to_tokens(list(set(ids)))):
         return str(tokenizer.decode(ids, skip_special_tokens=True))
-    added = tokenizer.added_tokens_decoder
-    hidden = {token for token, entry in added.items() if entry.special} - marks
+    added = tokenizer.added_tokens_decoder.items()
+    hidden = {token for token, entry in added if entry.special and entry.content not in MARK_TOKENS}
     return str(tokenizer.decode([token for token in ids if token not in hidden]))
 
 

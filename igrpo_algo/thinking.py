@@ -58,8 +58,8 @@ def strip_thinking(text: str, *, open: str | None = None, close: str | None = No
         'It is 5.'
     """
     for name, value in (("text", text), ("open", open), ("close", close)):
-        if not isinstance(value, str) and (name == "text" or value is not None):
-            raise TypeError(f"{name} must be a str, got {type(value).__name__} {shown(value)}")
+        if name == "text" or value is not None:
+            check_text(name, value)
     if open is None and close is None:
         for pair in THINKING_MARKS:
             text = _strip(text, *pair)
@@ -81,13 +81,18 @@ def text_after_thinking(text: str) -> str | None:
         >>> text_after_thinking("It is 4. <think>No, ") is None
         True
     """
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a str, got {type(text).__name__} {shown(text)}")
+    check_text("text", text)
     for open, close in THINKING_MARKS:
         text = text.rpartition(close)[2]
         if open in text:
             return None
     return text
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise TypeError if `value` is not a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {type(value).__name__} {shown(value)}")
 
 
 def _strip(text: str, open: str, close: str) -> str:

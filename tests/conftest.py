@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+sys.path.append(str(Path(__file__).parent / "models"))
 
 # Wall time depends on the machine, so no example has a deadline; CI draws the same ones each time.
 settings.register_profile("igrpo", deadline=None, derandomize="CI" in os.environ)

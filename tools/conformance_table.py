@@ -1,17 +1,20 @@
-"""Write docs/use/conformance.md from what the tests of the hosts recorded in conformance.json."""
+"""Write docs/use/conformance.md from tests/hosts/*/differences.json, which their tests recorded."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "use"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "use" / "conformance.md"
 HEAD = """# Losses beside each trainer's own
 
 `make conformance` builds an environment for each trainer (their requirements don't meet), runs this
 package inside it, and gives the same batches to the trainer's loss and to ours. `RECORD=1 make
-conformance` writes this page.
+conformance` writes this page; with `HOSTS=verl`, the rows of that trainer.
 
-| trainer | version | compared | largest difference |
-|---|---|---|---|
+| trainer | version | compared | largest difference | what ran |
+|---|---|---|---|---|
 """
 TAIL = """
 TRL 1.16.0 is compared in `make test`. Every row was run on a CPU, slime's from a clone of
@@ -32,16 +35,23 @@ What verl's losses and estimators have and ours lack, and why:
 """
 
 
-def make_table(record: dict[str, dict]) -> str:
+def make_table(records: Iterable[dict[str, Any]]) -> str:
     """Make the page."""
     rows = (
-        f"| {host} | {entry['version']} | {what} | {difference:.1e} |\n"
-        for host, entry in sorted(record.items())
-        for what, difference in sorted(entry["differences"].items())
+        "| {trainer} | {version} | {what} | {difference:.1e} | {how} |\n".format(
+            **record, what=what, difference=difference
+        )
+        for record in sorted(records, key=lambda record: record["trainer"])
+        for what, difference in sorted(record["differences"].items())
     )
     return HEAD + "".join(rows) + TAIL
 
 
+def read_records() -> list[dict[str, Any]]:
+    """Read what was recorded last, host by host."""
+    files = (ROOT / "tests" / "hosts").glob("*/differences.json")
+    return [json.loads(file.read_text()) for file in files]
+
+
 if __name__ == "__main__":
-    record = json.loads((DOCS / "conformance.json").read_text())
-    (DOCS / "conformance.md").write_text(make_table(record))
+    PAGE.write_text(make_table(read_records()))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.replication.arms import ARMS
+from benchmarks.replication.arms import ARMS, PLANNED
 from benchmarks.replication.models import PRETRAINED, SHIPPED, SIZES
 from benchmarks.replication.sweep import plan, sweep
 from benchmarks.replication.tasks import ALL_TASKS, TASKS
@@ -39,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("what", nargs="?", choices=["run", "map"], default="run")
     options.add_argument("--smoke", action="store_true", help="every arm, tiny: ten minutes")
-    options.add_argument("--arm", action="append", choices=ARMS, help="repeatable; default: all")
+    options.add_argument(
+        "--arm", action="append", choices=ARMS, help="repeatable; default: those planned"
+    )
     options.add_argument("--task", action="append", choices=ALL_TASKS, help="repeatable")
     options.add_argument("--size", choices=[*SIZES, PRETRAINED], default=SHIPPED)
     options.add_argument("--seeds", type=positive, help="default: 5, with --smoke 1")
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pretrained = options.size == PRETRAINED
     settings = SMOKE if options.smoke else REAL if pretrained else Settings()
     runs = plan(
-        options.arm or ARMS,
+        options.arm or PLANNED,
         options.task or (["words"] if pretrained else TASKS),
         options.seeds or (1 if options.smoke else 5),
         options.size,

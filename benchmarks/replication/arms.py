@@ -21,12 +21,10 @@ class Arm:
     Attributes:
         label: What the page calls it.
         options: Of `IGRPOConfig`.
-        rounds: Rounds of refinement; every round is trained.
     """
 
     label: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    rounds: int = 1
 
     @property
     def num_drafts(self) -> int:
@@ -39,7 +37,8 @@ class Arm:
     @property
     def completions(self) -> int:
         """Completions of a prompt, in all stages."""
-        return self.num_drafts + self.rounds * self.num_refinements
+        rounds = self.options.get("refinement_rounds", 1)
+        return self.num_drafts + rounds * self.num_refinements
 
 
 def _both(choice: str, drafts: int = 4, refinements: int = 4) -> dict[str, Any]:
@@ -85,7 +84,9 @@ MORE = {
     "best-6-2": Arm("best draft, 6 : 2", {"num_drafts": 6, "num_refinements": 2}),
     "both-worst-2-6": Arm("both stages, worst draft, 2 : 6", _both("worst", 2, 6)),
     "both-best-6-2": Arm("both stages, best draft, 6 : 2", _both("best", 6, 2)),
-    "two-rounds": Arm("best draft so far, two rounds", {"num_refinements": 2}, rounds=2),
+    "two-rounds": Arm(
+        "best draft so far, two rounds", {"num_refinements": 2, "refinement_rounds": 2}
+    ),
     "grpo-twice": Arm("GRPO, two updates", GRPO | TWICE),
     "dapo": Arm("DAPO, two updates", GRPO | TWICE | DAPO),
     "gspo": Arm("GSPO, two updates", GRPO | TWICE | GSPO),
@@ -98,6 +99,9 @@ MORE = {
 }
 
 ARMS = MAIN | MORE
+PLANNED = {name: arm for name, arm in ARMS.items() if name != "thinking-kept"}
+"""What is run by default. No task here thinks before it answers: an arm that shows the draft's
+thinking would be "best" once more. Ask for it by name on a task that does."""
 BASELINES = {"twice": "grpo-twice", "dapo": "dapo", "gspo": "gspo"}
 """By how an arm's name ends: the arm that it is compared with. All others: "grpo"."""
 

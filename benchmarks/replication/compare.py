@@ -9,13 +9,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy import stats
+
+from benchmarks.replication.models import PRETRAINED, SHIPPED
 from igrpo_algo.cli.intervals import Interval, mean_interval
 
 Record = Mapping[str, Any]
 ByArm = Mapping[str, Mapping[int, Record]]
+Value = Callable[[Record], float]
 LEVEL = 0.03
 """Two arms are level if the whole interval of their difference lies within three points."""
-
 
 SEEDS_NEEDED = 3
 """Fewer pairs give no verdict: two that happen to agree would make an interval of no width."""
@@ -42,6 +46,22 @@ def refined(record: Record) -> float:
     return record["final"]["refined"][0]
 
 
+def split(place: str) -> tuple[str, str]:
+    """Give task and size of a folder of records.
+
+    Examples:
+        >>> split("chain-64x2"), split("words-2-smollm2")
+        (('chain', '64x2'), ('words-2', 'smollm2'))
+    """
+    task, _, size = place.rpartition("-")
+    return task, size
+
+
+def first_rung(maps: Mapping[str, ByArm]) -> dict[str, ByArm]:
+    """Keep one size of each task: of a ladder, the one on which all arms are planned."""
+    return {place: arms for place, arms in maps.items() if split(place)[1] in (SHIPPED, PRETRAINED)}
+
+
 def read_records(folder: Path) -> dict[str, dict[str, dict[int, Record]]]:
     """Read what is recorded: by task and size, by arm, by seed."""
     records: dict[str, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
@@ -57,14 +77,32 @@ def finished(arms: ByArm, arm: str) -> dict[int, Record]:
     return {seed: record for seed, record in runs.items() if record["status"] == "finished"}
 
 
-def difference(arms: ByArm, ours: str, theirs: str, value: Callable[[Record], float]) -> Interval:
-    """Compare two arms over the seeds that both have finished: Student's interval of the mean.
-
-    With five seeds a bootstrap over seeds is too narrow; Student's t is not, if differences are
-    nearly normal.
-    """
+def differences(arms: ByArm, ours: str, theirs: str, value: Value) -> list[float]:
+    """Compare two arms on each seed that both have finished."""
     mine, other = finished(arms, ours), finished(arms, theirs)
-    return mean_interval([value(mine[seed]) - value(other[seed]) for seed in pairs(mine, other)])
+    return [value(mine[seed]) - value(other[seed]) for seed in pairs(mine, other)]
+
+
+def difference(arms: ByArm, ours: str, theirs: str, value: Value) -> Interval:
+    """Give the mean difference, with Student's interval over seeds.
+
+    It is right for few seeds if differences are nearly normal; `resampled` asks for no such thing.
+    """
+    return mean_interval(differences(arms, ours, theirs, value))
+
+
+def resampled(arms: ByArm, ours: str, theirs: str, value: Value) -> Interval:
+    """Give the mean difference, with the paired bootstrap's interval: too narrow for few seeds."""
+    gaps = differences(arms, ours, theirs, value)
+    if len(gaps) < 2:
+        return mean_interval(gaps)
+    found = stats.bootstrap((gaps,), np.mean, method="percentile", rng=0).confidence_interval
+    return Interval(float(np.mean(gaps)), float(found.low), float(found.high))
+
+
+def verdict_on(arms: ByArm, ours: str, theirs: str, value: Value) -> Verdict:
+    """Say what both intervals of a difference allow to say."""
+    return judge(*(kind(arms, ours, theirs, value) for kind in (difference, resampled)))
 
 
 def pairs(mine: Mapping[int, Record], other: Mapping[int, Record]) -> list[int]:
@@ -93,16 +131,17 @@ def telling(maps: Mapping[str, ByArm]) -> dict[str, ByArm]:
     }
 
 
-def judge(gap: Interval) -> Verdict:
-    """Say what an interval allows to say.
+def judge(*gaps: Interval) -> Verdict:
+    """Say what intervals of one difference allow to say: only what all of them allow.
 
     Examples:
         >>> [str(judge(Interval(m, m - 0.02, m + 0.02))) for m in (0.05, 0.0, -0.03, 0.015)]
         ['ahead', 'level', 'behind', 'open']
     """
-    if gap.excludes_zero:
-        return Verdict.AHEAD if gap.mean > 0 else Verdict.BEHIND
-    return Verdict.LEVEL if gap.low >= -LEVEL and gap.high <= LEVEL else Verdict.OPEN
+    if all(gap.excludes_zero for gap in gaps):
+        return Verdict.AHEAD if gaps[0].mean > 0 else Verdict.BEHIND
+    level = all(gap.low >= -LEVEL and gap.high <= LEVEL for gap in gaps)
+    return Verdict.LEVEL if level else Verdict.OPEN
 
 
 def curve(record: Record, axis: str, value: str) -> list[tuple[float, float]]:
@@ -141,7 +180,7 @@ def difference_at_equal_cost(
         value: "sampled" or "refined".
     """
     mine, other = finished(arms, ours), finished(arms, theirs)
-    gaps = []
+    gaps: list[float] = []
     for seed in pairs(mine, other):
         cost = min(run[seed]["final"][axis] for run in (mine, other))
         ends = [interpolate(curve(run[seed], axis, value), cost) for run in (mine, other)]
@@ -162,7 +201,7 @@ def entropy_at(record: Record, accuracy: float) -> float:
 def never_behind(maps: Mapping[str, ByArm], arm: str, baseline: str) -> bool:
     """Say whether an arm is behind nowhere, ahead somewhere, and measured on every task."""
     verdicts = [
-        judge(difference(arms, arm, baseline, value))
+        verdict_on(arms, arm, baseline, value)
         for arms in maps.values()
         for value in (single_shot, refined)
     ]

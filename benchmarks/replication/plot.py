@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from benchmarks.draw import save
 from benchmarks.replication import compare
 from benchmarks.replication.arms import ARMS, baseline_of
-from benchmarks.replication.compare import ByArm, Verdict, difference, judge
+from benchmarks.replication.compare import ByArm, Verdict, difference, verdict_on
 
 COLORS = {
     Verdict.AHEAD: "#009E73",
@@ -22,8 +22,8 @@ LINE = 0.24  # inches
 
 
 def draw(maps: Mapping[str, ByArm], path: Path) -> None:
-    """Draw the map into a PNG."""
-    places = list(maps)
+    """Draw the map into a PNG; of a ladder of sizes, the first rung."""
+    places = list(compare.first_rung(maps))
     arms = [
         arm
         for arm in ARMS
@@ -53,7 +53,7 @@ def _draw_panel(axes: Axes, arms: ByArm, names: list[str], measure: str) -> None
         if not compare.is_compared(arms, arm, baseline_of(arm)):
             continue
         gap = difference(arms, arm, baseline_of(arm), MEASURES[measure])
-        color = COLORS[judge(gap)]
+        color = COLORS[verdict_on(arms, arm, baseline_of(arm), MEASURES[measure])]
         axes.plot([100 * gap.low, 100 * gap.high], [row, row], color=color, linewidth=2)
         axes.plot(100 * gap.mean, row, "o", color=color, markersize=4)
     axes.spines[["top", "right", "left"]].set_visible(False)

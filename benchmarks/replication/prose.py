@@ -1,6 +1,7 @@
 """The words of `docs/method/replication.md`; every number in them was published elsewhere."""
 
 SEEDS = 5
+TEMPLATE = "refinements scored"  # how the warning of a template begins
 
 HEAD = """# Replication: where iGRPO is ahead, level and behind
 
@@ -14,7 +15,7 @@ ADVICE = """## Advice in five lines
 
 1. Measure three numbers on your own model first, in some 40 steps of the paper's form:
    `igrpo/copied`, `igrpo/refinement_zero_std` beside `igrpo/draft_zero_std`, and `igrpo/uplift`.
-   Here the first warnings of that form came at steps 18 to 34.
+   {first}
 2. Copies above one half, or Stage 2 without variance far more often than Stage 1: don't train on
    refinements of the best draft alone.
 3. Train the drafts too (`draft_loss_coef`): they cost no further sampling, and without them half
@@ -25,17 +26,24 @@ ADVICE = """## Advice in five lines
 """
 
 BASIS = """{total} finished runs of {planned} planned. The plan is {arms} arms, three tasks, five
-seeds each; the tables have the arms with a finished run.
+seeds each; the tables have the arms with a finished run. An arm that shows a draft's thinking is
+not among them: no task here thinks before it answers, so it would be the best draft's run again.
 All seeds of a task start from the same warmed weights; a seed draws its problems and its samples.
 Accuracy is that of sampled answers to 500 held-out problems that no training saw. What is missing
-has not been measured yet, nor have the larger sizes (`--size 128x3`, `256x4`). Training is short,
-80 steps of 16 problems, and no arm has levelled off: what is compared is how fast they learn."""
+has not been measured yet. Training is short, 80 steps of 16 problems, and no arm has levelled off:
+what is compared is how fast they learn."""
+
+NO_LADDER = """ Larger models (`--size 128x3`, `256x4`) have not been measured yet."""
+
+LADDER = """Single-shot accuracy by width and layers of the model, and the difference to GRPO at the
+same size, with Student's interval and the verdict."""
 
 MAP = """Differences are to GRPO of eight completions with the same loss and as many updates, at
-equal completions ("half the completions" excepted), paired by seed, with 95 % intervals by
-Student's t over seeds; a bootstrap over five seeds would be too narrow. *Ahead* and *behind*: the
-interval leaves zero out. *Level*: it lies within three points of zero. *Open*: it allows
-either."""
+equal completions ("half the completions" excepted), paired by seed, with 95 % intervals over seeds
+by Student's t and by the paired bootstrap, which is too narrow for five seeds. *Ahead* and
+*behind*: both leave zero out. *Level*: both lie within three points of zero. *Open*: anything else.
+*No draft shown* draws its refinements from the same seeds as GRPO of four and trains on nothing
+else, so the two are the same run; its drafts are thrown away."""
 
 NOTHING_LEARNED = " GRPO itself gained less than five points here, so this decides nothing."
 
@@ -47,7 +55,8 @@ shared machine: compare arms, not machines. A draft in the prompt costs time, no
 completions of groups without variance are not trained on, which saves time."""
 
 DIAGNOSTICS = """Means over the first fifth of the steps, and when `EarlyWarning`, which the
-trainer uses too, first spoke."""
+trainer uses too, first spoke of copies or of equal groups. (It speaks of the template where the
+uplift is a loss of half of the drafts' reward.)"""
 
 MORE = """At the end of training. Rounds refine the answer of the round before: at test time no
 reward chooses. "After a right draft": accuracy of refinements whose draft was right. Entropy in

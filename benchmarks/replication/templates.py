@@ -5,11 +5,12 @@
 Drafts are sampled once; each template shows the same ones, and one refinement of each is sampled.
 So templates are compared pair by pair: the same question, draft and seed. Each is tried behind
 worked examples of answers alone, and behind examples of which one corrects a draft in its words.
+What the output has is not measured again.
 """
 
 import argparse
+import json
 import random
-import time
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -22,7 +23,7 @@ from benchmarks import machine, results
 from benchmarks.cases import DTYPES
 from benchmarks.replication import smollm
 from benchmarks.replication.tasks.words import WordProblem, ask, draw, make_task, score
-from igrpo_algo.cli.intervals import mean_interval
+from igrpo_algo.cli.intervals import bounded_mean_interval, mean_interval
 from igrpo_algo.drafts.text import (
     DEFAULT_TEMPLATE,
     PAPER_TEMPLATE,
@@ -38,6 +39,9 @@ TEMPLATES = {
     "one line": ONE_LINE,
     "paper": PAPER_TEMPLATE,
 }
+CORRECTION = "correction shown"
+SHOWN = ("answers shown", CORRECTION)
+WHAT_AND_WHERE = ("shown", "levels", "output")  # options that the record itself answers
 
 
 def rights(groups: Groups, problems: Sequence[WordProblem]) -> list[list[float]]:
@@ -104,41 +108,35 @@ def measure(
     problems = [draw(rng, (options.level,)) for _ in range(options.problems)]
     drafts = sampler.sample([ask(problem, None) for problem in problems], options.drafts, seed=0)
     drafted = rights(drafts, problems)
-    found: dict[str, Any] = {"drafts": share([value for row in drafted for value in row])}
-    for corrects in (False, True):
+    found = json.loads(output.read_bytes()) if output.exists() else record
+    found["drafts"] = bounded_mean_interval([fmean(row) for row in drafted])._asdict()
+    for shown in [shown for shown in options.shown if shown not in found]:
         rows: dict[str, Any] = {}
         baseline: list[list[float]] = []
         for name, template in TEMPLATES.items():
-            start = time.perf_counter()
-            refinements = refine(sampler, problems, drafts, template, corrects=corrects, seed=1)
+            refinements = refine(
+                sampler, problems, drafts, template, corrects=shown == CORRECTION, seed=1
+            )
             refined = rights(refinements, problems)
             baseline = baseline or refined  # the default comes first
             flat = [each for group in refinements for each in group]
             rows[name] = summarize(refined, drafted, baseline, flat)
-            print(
-                f"{corrects=} {name}: {rows[name]} ({time.perf_counter() - start:.0f} s)",
-                flush=True,
-            )
-        found["correction shown" if corrects else "answers shown"] = rows
-        results.write(record | found, output)
+            print(f"{shown}, {name}: {rows[name]}", flush=True)
+        found[shown] = rows
+        results.write(found, output)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, record."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every measurement of a pretrained model asks for."""
     parser.add_argument("weights", type=Path, help="the model's folder; made if it is missing")
-    parser.add_argument("--problems", type=int, default=48)
-    parser.add_argument("--drafts", type=int, default=2, help="of each problem")
-    parser.add_argument("--level", type=int, default=2, help="operations of a problem")
     parser.add_argument("--seed", type=int, default=7, help="of the problems")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="the JSON; default: under results/")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    model, tokenizer = smollm.load(options.weights, dtype=DTYPES[options.dtype])
-    most = make_task((options.level,)).answer_tokens
-    sampler = StaticSampler(model, tokenizer, max_new_tokens=most, batch_size=96)
+
+
+def new_record(options: argparse.Namespace, model: Any, name: str) -> tuple[results.Record, Path]:
+    """Begin a record of a model, and say where it goes."""
     today, device = date.today().isoformat(), torch.device("cpu")
     given: Mapping[str, Any] = {**vars(options), "weights": options.weights.name}
     record: results.Record = {
@@ -146,11 +144,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "commit": machine.commit("igrpo_algo", "benchmarks/replication"),
         "hardware": machine.hardware(device),
         "versions": machine.versions(device),
-        "options": {name: value for name, value in given.items() if name != "output"},
-        "model": model.config.name_or_path or type(model).__name__,
+        "options": {name: value for name, value in given.items() if name not in WHAT_AND_WHERE},
+        "model": Path(model.config.name_or_path).name or type(model).__name__,
     }
-    output = options.output or results.RESULTS / f"{today}-templates.json"
-    measure(sampler, options, record, output)
+    return record, options.output or results.RESULTS / f"{today}-{name}.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add_options(parser)
+    parser.add_argument("--problems", type=int, default=48)
+    parser.add_argument("--drafts", type=int, default=2, help="of each problem")
+    parser.add_argument("--level", type=int, default=2, help="operations of a problem")
+    parser.add_argument("--shown", nargs="+", choices=SHOWN, default=SHOWN, help="in the examples")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    model, tokenizer = smollm.load(options.weights, dtype=DTYPES[options.dtype])
+    most = make_task((options.level,)).answer_tokens
+    sampler = StaticSampler(model, tokenizer, max_new_tokens=most, batch_size=96)
+    measure(sampler, options, *new_record(options, model, "templates"))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def train(
             task.reward,
             num_drafts=args.num_drafts,
             num_refinements=args.num_refinements,
-            rounds=arm.rounds,
+            rounds=args.refinement_rounds,
             columns={"problem": batch},
             rules=rules,
             seed=derive_seed(seed, step),
@@ -130,12 +130,12 @@ def train(
 
 def accumulate_gradients(model: Any, rollouts: Rollouts, args: IGRPOConfig, *, pad: int) -> int:
     """Add the gradient of refinements + draft_loss_coef * drafts; count the tokens it came from."""
-    weights = dict.fromkeys(range(1, 1 + len(rollouts[0].refinements)), 1.0)
-    if args.draft_loss_coef:
-        weights[DRAFTS] = args.draft_loss_coef
+    rounds = tuple(range(1, 1 + args.refinement_rounds))
     tokens = 0
-    for stage, weight in weights.items():
-        batch = training_batch(rollouts, stages=(stage,))
+    for stages, weight in ((rounds, 1.0), ((DRAFTS,), args.draft_loss_coef)):
+        if not weight:
+            continue
+        batch = training_batch(rollouts, stages=stages)
         batch = batch.keep(batch.advantages != 0)
         tokens += sum(len(completion.token_ids) for completion in batch.completions)
         for micro in batch.padded(pad, max_tokens=MICRO_TOKENS):

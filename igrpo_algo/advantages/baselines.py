@@ -6,7 +6,7 @@ Layouts, and the conventions for NaN, lone and equal rewards, are those of `of_g
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import check_number, check_shape
+from igrpo_kernels.checks import check_number, check_shape, require
 
 from .moments import GroupedRewards, check_ddof, divide, to_scores
 
@@ -103,7 +103,8 @@ def opo(rewards: Tensor, weights: Tensor, groups: int | Tensor | None = None) ->
 
     Raises:
         TypeError: As in `center_by_group`.
-        ValueError: As in `center_by_group`, or `weights` do not have the shape of `rewards`.
+        ValueError: As in `center_by_group`, or `weights` do not have the shape of `rewards` or are
+            negative (on a GPU a device assertion).
 
     Examples:
         >>> opo(torch.tensor([[1.0, 0.0]]), torch.tensor([[30, 10]]))
@@ -111,6 +112,7 @@ def opo(rewards: Tensor, weights: Tensor, groups: int | Tensor | None = None) ->
     """
     grouped = GroupedRewards.of(rewards, groups)
     weights = check_shape("weights", to_scores("weights", weights), grouped.shape, "of rewards")
+    require(~(weights < 0), "weights must not be negative")
     weight = weights.reshape(grouped.rewards.shape).where(grouped.scored, torch.nan)
     centered = grouped.centered()
     total = grouped.sum(weight)
@@ -124,9 +126,9 @@ def maxrl(rewards: Tensor, groups: int | Tensor | None = None, *, eps: float = 1
     A_i = (r_i - mean(r)) / (mean(r) + eps)
 
     For rewards that are not negative, such as 0 and 1, where mean(r) estimates the success rate:
-    its inverse turns the policy gradient into that of the log-likelihood of success. Where mean(r)
-    is 0 the difference stays undivided, which is 0 for such rewards. MaxRL: Tajwar et al. 2026,
-    arXiv:2602.02710.
+    its inverse turns the policy gradient into that of the log-likelihood of success. A negative
+    mean would turn the sign of every advantage, so negative rewards are refused. Where mean(r) is
+    0, A is 0. MaxRL: Tajwar et al. 2026, arXiv:2602.02710.
 
     Args:
         rewards: Reward of each sample, NaN where unscored. Shape [P, G], or [B] with `groups`.
@@ -138,7 +140,8 @@ def maxrl(rewards: Tensor, groups: int | Tensor | None = None, *, eps: float = 1
 
     Raises:
         TypeError: As in `center_by_group`, or `eps` is not a number.
-        ValueError: As in `center_by_group`, or `eps` is negative.
+        ValueError: As in `center_by_group`, `eps` is negative, or a reward is (on a GPU a device
+            assertion).
 
     Examples:
         >>> maxrl(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), eps=0)
@@ -146,6 +149,7 @@ def maxrl(rewards: Tensor, groups: int | Tensor | None = None, *, eps: float = 1
     """
     check_number("eps", eps, at_least=0)
     grouped = GroupedRewards.of(rewards, groups)
+    require(~(grouped.rewards < 0), "rewards must not be negative")
     return grouped.restore(divide(grouped.centered(), grouped.mean(grouped.rewards), eps))
 
 

@@ -7,7 +7,8 @@ gives one advantage per reward in the same shape. Conventions that hold for all 
 - NaN is an unscored reward: left out of its group's statistics, advantage 0.
 - A group with one scored reward, or with equal ones, gets 0 throughout, for `eps=0` too.
 - Arithmetic and result are in float32, or float64 where rewards are; integers and bools convert.
-- No gradient flows. An infinite reward is not caught: its group comes out infinite or NaN.
+- No gradient flows. An infinite reward is not caught: its group comes out infinite or NaN. The
+  squares of rewards beyond 1e19 are, in float32: give those in float64.
 
 What differs between published variants is a function each; they compose. Baselines other than the
 group's own mean are in `baselines.py`; `presets.py` says which function, with which constants,

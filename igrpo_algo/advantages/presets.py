@@ -1,8 +1,9 @@
 """The advantages of other trainers, by name: each function equals the one that its name says.
 
-They agree to 1e-6 on scored, finite rewards. Two departures, kept on purpose: NaN (unscored) is
-always left out, where only TRL leaves it out itself; and groups of equal rewards get exactly 0,
-where the peers' rounding can leave noise of up to 1e-2 (std 7e-9 over an eps of 1e-6 or 1e-9).
+They agree to 1e-6 on scored, finite rewards. Three departures, kept on purpose: NaN (unscored) is
+always left out, where only TRL leaves it out itself; groups of equal rewards get exactly 0, where
+the peers' rounding can leave noise of up to 1e-2 (std 7e-9 over an eps of 1e-6 or 1e-9); and what
+divides by the group's mean (`skyrl_maxrl_advantages`) refuses negative rewards.
 
 All take `rewards` and `groups` as `advantages.center_by_group` does, return float32 or float64 of
 the same shape, detached, and raise what the functions they call raise. `lengths` is the number of

@@ -14,6 +14,7 @@ EXTRAS = {
         "scipy",
         "safetensors",
         "yaml",
+        "httpx2",
     ),
     "vllm": ("vllm",),
 }

@@ -19,7 +19,7 @@ from igrpo_kernels.checks import (
 )
 
 from ..prompts import check_ids
-from .markers import check_text
+from ..thinking import check_text
 
 TokenIds = TypeVar("TokenIds", list[int], Tensor)
 Keep = Literal["tail", "head"]

@@ -12,7 +12,7 @@ from itertools import chain, count
 from reprlib import repr as shown  # short, of anything
 from typing import Any
 
-from ..thinking import THINKING_MARKS
+from ..thinking import THINKING_MARKS, check_text
 
 WELL_KNOWN_MARKERS = re.compile(
     r"""
@@ -128,12 +128,6 @@ def marker_tokens(tokenizer: Any, chat_template: str | None = None) -> tuple[str
     }
     written -= set(chain.from_iterable(THINKING_MARKS))  # drafts are stripped of their thinking
     return tuple(sorted({*tokenizer.all_special_tokens, *added, *written}))
-
-
-def check_text(name: str, value: object) -> None:
-    """Raise TypeError if `value` is not a string."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {type(value).__name__} {shown(value)}")
 
 
 def check_markers(name: str, value: object) -> frozenset[str]:

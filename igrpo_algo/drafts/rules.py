@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels.checks import (
+    check_callable,
     check_floating,
+    check_integral,
     check_list,
     check_number,
     check_rank,
@@ -160,12 +162,9 @@ class DraftRules:
 
     def __post_init__(self) -> None:
         for name in ("select", "splice"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be callable, got {describe(getattr(self, name))}")
-        if self.selection_score is not None and not callable(self.selection_score):
-            raise TypeError(
-                f"selection_score must be callable, got {describe(self.selection_score)}"
-            )
+            check_callable(name, getattr(self, name))
+        if self.selection_score is not None:
+            check_callable("selection_score", self.selection_score)
         fallbacks = ("when_failed", "when_solved", "when_unscored")
         for name, kind in (("ties", Ties), *((name, Fallback) for name in fallbacks)):
             if not isinstance(getattr(self, name), kind):
@@ -210,8 +209,8 @@ class DraftRules:
 
         Raises:
             TypeError: A tensor has the wrong dtype, or `seeds` is not a list of ints.
-            ValueError: Shapes differ, N is 0, `scores` or `lengths` are missing where the rules
-                need them, or `select` gave an index outside the drafts.
+            ValueError: Shapes differ, N is 0, a seed is not in [0, 2^63), `scores` or `lengths` are
+                missing where the rules need them, or `select` gave an index outside the drafts.
         """
         check_rank("rewards", check_floating("rewards", rewards), 2, "[P, N]")
         rewards = ranks = rewards.detach()
@@ -220,6 +219,8 @@ class DraftRules:
             ranks = scores.masked_fill(rewards.isnan(), torch.nan)
         elif self.selection_score is not None:
             raise ValueError("scores must be given: selection_score ranks the drafts")
+        if lengths is not None:
+            check_shape("lengths", check_integral("lengths", lengths), rewards.shape, "[P, N]")
         if len(check_list("seeds", seeds)) != len(rewards):
             raise ValueError(f"seeds must hold P = {len(rewards)} seeds, got {len(seeds)}")
         draws = random_ties(1 + rewards.shape[1], seeds=seeds).to(rewards.device)
@@ -262,7 +263,6 @@ class DraftRules:
         elif self.ties is Ties.SHORTEST:
             if lengths is None:
                 raise ValueError("lengths must be given: Ties.SHORTEST compares them")
-            check_shape("lengths", check_tensor("lengths", lengths), ranks.shape, "[P, N]")
             ties = shortest_first(lengths)
         selected = self.select(ranks, tie_scores=ties)
         index = check_tensor("the index that select returns", getattr(selected, "index", None))

@@ -18,11 +18,11 @@ from igrpo_kernels.checks import (
     check_count,
     check_floating,
     check_integral,
+    check_list,
     check_number,
     check_rank,
     check_shape,
     check_tensor,
-    describe,
 )
 
 
@@ -221,9 +221,7 @@ def random_ties(num_drafts: int, *, seeds: Sequence[int]) -> Tensor:
         torch.Size([2, 3])
     """
     check_count("num_drafts", num_drafts)
-    if isinstance(seeds, str) or not isinstance(seeds, Sequence):
-        raise TypeError(f"seeds must be a list of int, got {describe(seeds)}")
-    draws = torch.empty(len(seeds), num_drafts, dtype=torch.float32)
+    draws = torch.empty(len(check_list("seeds", seeds)), num_drafts, dtype=torch.float32)
     for row, seed in zip(draws, seeds, strict=True):
         check_count("each of seeds", seed, at_least=0)
         row.uniform_(generator=torch.Generator().manual_seed(seed))

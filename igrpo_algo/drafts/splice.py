@@ -90,11 +90,8 @@ class TokenBudget:
     def __post_init__(self) -> None:
         if self.max_draft_tokens is None and self.max_prompt_tokens is None:
             raise ValueError("max_draft_tokens or max_prompt_tokens must be given, got neither")
-        for name in ("max_draft_tokens", "max_prompt_tokens"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+        _check_limits(self)
         check_callable("tokenizer", self.tokenizer)
-        check_keep(self.keep)
         check_chat_template_kwargs(self.chat_template_kwargs)
 
     def encode(self, text: str) -> list[int]:
@@ -117,6 +114,13 @@ class TokenBudget:
     def encode_prompt(self, prompt: Any) -> list[int]:
         """Give the ids of a prompt as a model is shown it."""
         return encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
+
+
+def _check_limits(limits: "TokenBudget | TokenSplice") -> None:
+    for name in ("max_draft_tokens", "max_prompt_tokens"):
+        if getattr(limits, name) is not None:
+            check_count(name, getattr(limits, name))
+    check_keep(limits.keep)
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,8 @@ DEFAULT_SPLICE = TextSplice()
 class TokenSplice:
     """Splices the draft's own token ids into a list of token ids: q + before + draft + after.
 
-    The ids stay those that the model sampled, so an engine's prefix cache can hold them.
+    The ids stay those that the model sampled, so an engine's prefix cache can hold them. Without a
+    tokenizer the text of a cut draft is not known: `Spliced.draft` is then that of the whole.
 
     Attributes:
         before_ids: Between question and draft.
@@ -226,9 +231,7 @@ class TokenSplice:
     keep: Keep = "tail"
 
     def __post_init__(self) -> None:
-        for name in ("max_draft_tokens", "max_prompt_tokens"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+        _check_limits(self)
         check_ids("before_ids", self.before_ids)
         check_ids("after_ids", self.after_ids)
         if isinstance(self.special_ids, str) or not isinstance(self.special_ids, Collection):
@@ -236,7 +239,6 @@ class TokenSplice:
                 f"special_ids must be a collection of int, got {describe(self.special_ids)}"
             )
         check_ids("special_ids", list(self.special_ids))
-        check_keep(self.keep)
 
     def __call__(self, prompt: Prompt, draft: Draft) -> Spliced:
         """Return the spliced prompt.

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from reprlib import repr as shown  # short, of anything
 from typing import Any, TypeVar
 
-from .markers import check_markers, check_text, neutralize
+from ..thinking import check_text
+from .markers import check_markers, neutralize
 
 Question = TypeVar("Question", str, list[dict[str, Any]])
 

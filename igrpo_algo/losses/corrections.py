@@ -9,7 +9,8 @@ sequence have shape [B]: beside weights per token write them `[:, None]`.
     weights = truncate_weights(token_importance_weights(old, sampler, mask), high=2.0)
     policy_loss(..., importance_weights=weights * high_entropy_mask(entropy, threshold))
 
-Everything here is detached, in float32 (float64 for float64 inputs).
+Everything here is detached, in float32 (float64 for float64 inputs). Ratios stop at exp(20), as in
+the losses.
 """
 
 import torch
@@ -28,8 +29,7 @@ def _log_mismatch(
     check_floating("sampler_logprobs", sampler_logprobs)
     check_shape("sampler_logprobs", sampler_logprobs, old_logprobs.shape, "of old_logprobs")
     sequences = Sequences.of(old_logprobs, mask, cu_seqlens)
-    dtype = torch.promote_types(old_logprobs.dtype, torch.float32)
-    difference = old_logprobs.detach().to(dtype) - sampler_logprobs.detach().to(dtype)
+    difference = _in_float32(old_logprobs) - _in_float32(sampler_logprobs)
     difference = torch.where(sampler_logprobs.isnan(), 0.0, difference)
     return sequences.select(difference), sequences
 
@@ -149,7 +149,7 @@ def truncate_weights(weights: Tensor, *, high: float, low: float = 0.0) -> Tenso
         low: Lower bound.
 
     Returns:
-        Weights of the same shape.
+        Weights of the same shape; NaN stays NaN.
 
     Raises:
         TypeError: `weights` is not a floating-point tensor.
@@ -159,14 +159,13 @@ def truncate_weights(weights: Tensor, *, high: float, low: float = 0.0) -> Tenso
         >>> truncate_weights(torch.tensor([0.1, 1.0, 9.0]), high=2.0)
         tensor([0.1000, 1.0000, 2.0000])
     """
-    _check_bounds(low, high)
-    return check_floating("weights", weights).detach().clamp(low, high)
+    return _check_weights(weights, low, high).clamp(low, high)
 
 
 def mask_weights(weights: Tensor, *, high: float, low: float = 0.0) -> Tensor:
     """Set weights outside [low, high] to zero: IcePop's masked importance sampling.
 
-    Both ends are inside. The reference values are 0.5 and 5 (arXiv:2510.18855).
+    Both ends are inside, NaN is not. The reference values are 0.5 and 5 (arXiv:2510.18855).
 
     Args:
         weights: Importance weights of any shape.
@@ -184,14 +183,19 @@ def mask_weights(weights: Tensor, *, high: float, low: float = 0.0) -> Tensor:
         >>> mask_weights(torch.tensor([0.1, 1.0, 9.0]), low=0.5, high=5.0)
         tensor([0., 1., 0.])
     """
-    _check_bounds(low, high)
-    inside = (check_floating("weights", weights) >= low) & (weights <= high)
-    return torch.where(inside, weights.detach(), 0.0)
+    weights = _check_weights(weights, low, high)
+    return torch.where((weights >= low) & (weights <= high), weights, 0.0)
 
 
-def _check_bounds(low: float, high: float) -> None:
+def _check_weights(weights: Tensor, low: float, high: float) -> Tensor:
+    """Check the bounds; detach the weights in float32, where a bound does not round to bf16's."""
     check_number("low", low, at_least=0.0)
     check_number("high", high, at_least=low)
+    return _in_float32(check_floating("weights", weights))
+
+
+def _in_float32(values: Tensor) -> Tensor:
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
 
 
 def off_policy_sequence_mask(
@@ -268,15 +272,14 @@ def entropy_threshold(
     """
     check_number("share", share, above=0.0, at_most=1.0)
     sequences = Sequences.of(check_floating("entropy", entropy), mask, cu_seqlens)
-    dtype = torch.promote_types(entropy.dtype, torch.float32)
-    counted = sequences.select(entropy.detach().to(dtype), fill=float("inf")).flatten()
+    counted = sequences.select(_in_float32(entropy), fill=float("inf")).flatten()
     count = sequences.mask.sum().double()
     if counted.numel() == 0:
         return counted.new_full((), float("nan"))
     ordered = counted.sort().values  # torch.quantile stops at 2^24 values
     position = (1 - share) * (count - 1).clamp(min=0)
     low, high = ordered[position.floor().long()], ordered[position.ceil().long()]
-    threshold = low + (position - position.floor()).to(dtype) * (high - low)
+    threshold = low + (position - position.floor()).to(low.dtype) * (high - low)
     return torch.where(count > 0, threshold, float("nan"))
 
 
@@ -302,10 +305,9 @@ def high_entropy_mask(entropy: Tensor, threshold: Tensor | float) -> Tensor:
         >>> high_entropy_mask(torch.tensor([[0.1, 0.9]]), 0.5)
         tensor([[0., 1.]])
     """
-    check_floating("entropy", entropy)
+    entropy = _in_float32(check_floating("entropy", entropy))
     if isinstance(threshold, Tensor):
         check_tensor("threshold", threshold)
     else:
         threshold = check_number("threshold", threshold)
-    dtype = torch.promote_types(entropy.dtype, torch.float32)
-    return (entropy.detach() >= threshold).to(dtype)
+    return (entropy >= threshold).to(entropy.dtype)

@@ -27,13 +27,13 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor
 
     Raises:
         TypeError: `lengths` is not an integer tensor.
-        ValueError: `buffer` exceeds `max_length`, or one of them is negative.
+        ValueError: `max_length` is below 1, or `buffer` is negative or exceeds it.
 
     Examples:
         >>> overlong_penalty(torch.tensor([80, 90, 101]), max_length=100, buffer=20)
         tensor([ 0.0000, -0.5000, -1.0000])
     """
-    check_integral("lengths", lengths)
+    lengths = check_integral("lengths", lengths).long()  # a byte would wrap around
     check_count("max_length", max_length)
     if check_count("buffer", buffer, at_least=0) > max_length:
         raise ValueError(f"buffer must be <= max_length = {max_length}, got {buffer}")

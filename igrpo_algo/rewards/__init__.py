@@ -5,8 +5,8 @@ entry per completion. A score of None says "could not be scored": such a complet
 no standard deviation and no draft selection. Texts are untrusted: nothing here evaluates them, and
 every scan takes time linear in their length.
 
-`matching` compares answers with references (`answers` finds them, `rules` and `units` read them,
-`judge` asks math-verify), `formatting` looks at tags, `loading` finds a reward by its name.
+`matching` compares answers with references (`answers` finds them, `remarks`, `rules` and `units`
+read them, `judge` asks math-verify), `formatting` looks at tags, `loading` finds a reward by name.
 """
 
 from .answers import CompletionLike, completion_text

@@ -13,7 +13,8 @@ from typing import Any
 from igrpo_kernels.checks import describe
 
 from ..thinking import text_after_thinking
-from .rules import STATED, WRITTEN, apply_rules
+from .remarks import STATED
+from .rules import WRITTEN, apply_rules
 
 MAX_CHARACTERS = 1000
 """Longer answers are compared as they stand."""
@@ -68,7 +69,7 @@ def extract_answer(text: str) -> str | None:
     answer is then the first of these that the text has: the last `\boxed{...}`; the line behind the
     last `####` (GSM8K's mark); the rest of the sentence behind the last "answer is" or "answer:",
     or the line below a heading "Final answer"; all of the text inside the answer tag. A last box
-    that is empty or never closed states no answer. The rules `rules.STATED` cut off other words
+    that is empty or never closed states no answer. The rules `remarks.STATED` cut off other words
     around an answer that is not boxed. The time is linear in the length of the text.
 
     Args:
@@ -103,7 +104,8 @@ def extract_gold(value: object, *, name: str = "an answer") -> str | None:
     r"""Return the reference answer that a data set's cell holds, or None for an empty cell.
 
     NaN counts as empty. If the cell is a worked solution, `extract_answer` finds its answer; text
-    that marks no answer is the answer itself; a number is written out.
+    that marks no answer is the answer itself; a number is written out, 7.0 as 7 (a table with empty
+    cells makes floats of whole numbers).
 
     Args:
         value: A string, a number or None.
@@ -126,6 +128,8 @@ def extract_gold(value: object, *, name: str = "an answer") -> str | None:
         raise TypeError(f"{name} must be a string, a number or None, got {describe(value)}")
     if value != value:  # NaN is how a table spells a missing number
         return None
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
     try:
         text = str(value)
     except ValueError as error:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from igrpo_kernels.checks import describe
+from igrpo_kernels.checks import check_callable, describe
 
 from .formatting import format_reward, opened_format_reward
 from .matching import exact_match_reward, math_reward
@@ -56,9 +56,7 @@ def load_reward(name: str) -> Callable[..., Any]:
         if not hasattr(target, part):
             raise ValueError(f"reward {name!r}: {module_name} has no attribute {path!r}")
         target = getattr(target, part)
-    if not callable(target):
-        raise TypeError(f"reward {name!r} must be callable, got {type(target).__name__}")
-    return target
+    return check_callable(f"reward {name!r}", target)
 
 
 def _import_from_here(module_name: str) -> object:

@@ -8,7 +8,7 @@ from igrpo_kernels.checks import describe
 
 from .answers import CompletionLike, completion_text, extract_answer, extract_gold, normalize_answer
 from .judge import NoVerdictError, shared_judge
-from .rules import VALUE_WORDS
+from .remarks import VALUE_WORDS
 from .units import split_words
 
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")

@@ -1,9 +1,9 @@
 r"""The table of rules by which answers are read, each with its cases beside it.
 
-`STATED` cuts an answer out of the words around it ("therefore 72, in total"). `WRITTEN` brings its
-spelling to one form: most equal answers become equal texts, and math-verify can read the others. A
-rule is a regular expression and a replacement for its matches; it changes how an answer is
-written, not its value. The tests run every case with its rule and without.
+`WRITTEN` brings an answer's spelling to one form: most equal answers become equal texts, and
+math-verify can read the others. A rule is a regular expression and a replacement for its matches;
+it changes how an answer is written, not its value. The tests run every case with its rule and
+without. `remarks.STATED` has the rules for the words around an answer.
 """
 
 # ruff: noqa: RUF001  (characters that look alike are what it is about)
@@ -32,7 +32,8 @@ class Rule:
     cases: dict[str, str]
 
 
-def _rule(pattern: str, replacement: Replacement, cases: dict[str, str]) -> Rule:
+def rule(pattern: str, replacement: Replacement, cases: dict[str, str]) -> Rule:
+    """Make a rule."""
     return Rule(re.compile(pattern), replacement, cases)
 
 
@@ -41,34 +42,11 @@ def apply_rules(rules: Iterable[Rule], text: str) -> str:
     previous = None
     while previous != text:
         previous = text
-        for rule in rules:
-            text = rule.pattern.sub(rule.replacement, text)
+        for each in rules:
+            text = each.pattern.sub(each.replacement, text)
     return text
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-VALUE_WORDS = _words(
-    "pi sqrt sin cos tan log ln or and to percent choose mod "
-    "hundred thousand million billion trillion dozen"
-)
-"""Words that are part of a value, or that join several."""
-
-_REASONS = _words("which as so hence thus therefore")
-_DOUBTS = _words(
-    "or but no if unless either neither maybe perhaps possibly almost nearly about wait "
-    "actually wrong incorrect other another also both except instead rather alternatively "
-    "plus minus times squared cubed over divided"
-)
-_NUMBER_WORDS = _words(
-    "half halves third thirds quarter quarters fourths fifth fifths one two three four five six "
-    "seven eight nine ten eleven twelve twenty thirty forty fifty"
-)
-_SAME = re.compile(r"\W*or (?:about|approximately|roughly|equivalently)\b")
-_COMMAND = re.compile(r"\\[A-Za-z]+")
-_VALUE = re.compile(r"[\d$\\]|(?<!')\b(?![aI]\b)[A-Za-z]\b")
 _SYMBOLS = {
     "−‐‑–—": "-", "×": r"\times ", "·⋅∙": r"\cdot ", "÷": "/", "≤⩽": r"\le ", "≥⩾": r"\ge ",
     "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∞": r"\infty ", "π": r"\pi ", "°∘": r"^\circ ",
@@ -86,23 +64,6 @@ _SYNONYMS = {
     r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lvert": "|", r"\rvert": "|", "+/-": r"\pm ",
     r"\varnothing": r"\emptyset", r"\textdollar": "", r"\pounds": "",
 }  # fmt: skip
-
-
-def _drop_remark(match: re.Match[str]) -> str:
-    """Drop words behind a value, unless they may name another value or belong to this one."""
-    value, remark = match.string[: match.start()], match[0]
-    words = re.findall("[a-z]+", remark.lower())
-    is_value = re.search(r"\d", value) or not re.search("[A-Za-z]{2}", _COMMAND.sub("", value))
-    if value and is_value and (words[0] in ("because", "since", "not") or _SAME.match(remark)):
-        return ""
-    if not value or not is_value or _DOUBTS.intersection(words):
-        return remark
-    if words[0] in _REASONS:
-        return ""
-    in_words = frozenset() if remark.lstrip().startswith("(") else _NUMBER_WORDS
-    values = (VALUE_WORDS | in_words) - {"and", "to"}
-    names_value = values.intersection(words if words[0] in ("and", "of") else words[:1])
-    return remark if names_value or _VALUE.search(remark) else ""
 
 
 def _plain(match: re.Match[str]) -> str:
@@ -129,83 +90,30 @@ def _fraction(match: re.Match[str]) -> str:
     return rf"\frac{{{above}}}{{{below}}}"
 
 
-STATED = (
-    # Words before the answer.
-    _rule(
-        r"(?i)^(?:[\s:*]*(?:therefore|thus|hence|then|so|indeed|simply|just|clearly|exactly"
-        r"|precisely|approximately|equal to|given by"
-        r"|(?:the |my )?(?:final |correct )?answer(?: is\b)?)\b[\s:\uff1a,*=]*)+(?=.)",
-        "",
-        {
-            "therefore 72": "72",
-            "thus, $72$": "$72$",
-            "**Answer:** 42": "42",
-            "The answer is 42": "42",
-            "so": "so",
-        },
-    ),
-    # Words behind it, set off by punctuation, by a bracket or by the word that they begin with.
-    _rule(
-        r"(?:\s*[,;:.]\s+|\s+[-–—]+\s+|\s*—\s*|\s+(?=\()"
-        r"|\s+(?=(?:and [A-Za-z]{2}|which|as|because|since|so|hence|thus|in (?:total|all)"
-        r"|of (?:the|his|her|its|their|all)\b)))"
-        r"\(?(?:[A-Za-z]{2}|[aI] ).*",
-        _drop_remark,
-        {
-            "72, which is the total": "72",
-            "$72$, as required": "$72$",
-            "72; done": "72",
-            "42 (the answer)": "42",
-            "42 and the steps above confirm that": "42",
-            "15 because 3 * 5 = 15": "15",
-            "-3 — a loss": "-3",
-            "72 or 73": "72 or 73",
-            "72, or maybe 73": "72, or maybe 73",
-            "5 and $6$": "5 and $6$",
-            "x = 1, y = 2": "x = 1, y = 2",
-            "5 feet, 3 inches": "5 feet, 3 inches",
-            "3 (mod 7)": "3 (mod 7)",
-            "7, squared": "7, squared",
-            "5 and one half": "5 and one half",
-            "72 - ten": "72 - ten",
-            "42 (forty-two)": "42",
-            "3/4 of the cake": "3/4",
-            "3/4 of the dozen": "3/4 of the dozen",
-            "5 (not 6)": "5",
-            "1/3, or about 0.33": "1/3",
-            "42 (million)": "42 (million)",
-            "72, Tom has 6 of them": "72, Tom has 6 of them",
-            "(A) and (C)": "(A) and (C)",
-            "2, 3 and 5, which are prime": "2, 3 and 5",
-            "Oslo, Norway": "Oslo, Norway",
-        },
-    ),
-)
-
 WRITTEN = (
     # Unicode becomes LaTeX.
-    _rule("[¼-¾⅐-⅞]", _fraction, {"½": r"\frac{1}{2}", "2½": r"2\frac{1}{2}"}),
-    _rule("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda m: f"^{{{_plain(m)}}}", {"x²": "x^{2}", "10⁻³": "10^{-3}"}),
-    _rule("[₀-₉]+", lambda m: f"_{{{_plain(m)}}}", {"101₂": "101_{2}"}),
-    _rule(
+    rule("[¼-¾⅐-⅞]", _fraction, {"½": r"\frac{1}{2}", "2½": r"2\frac{1}{2}"}),
+    rule("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda m: f"^{{{_plain(m)}}}", {"x²": "x^{2}", "10⁻³": "10^{-3}"}),
+    rule("[₀-₉]+", lambda m: f"_{{{_plain(m)}}}", {"101₂": "101_{2}"}),
+    rule(
         r"([√∛])\s*(?:\(((?:[^()]|\([^()]*\))*)\)|(\d+(?:\.\d+)?|[A-Za-z]))",
         lambda m: rf"\sqrt{'[3]' * (m[1] == '∛')}{{{m[2] or m[3]}}}",
         {"10 - 2√5": r"10 - 2\sqrt{5}", "√(x+1)": r"\sqrt{x+1}", "∛8": r"\sqrt[3]{8}"},
     ),
-    _rule(
+    rule(
         f"[{''.join(_SYMBOL)}]",
         lambda m: _SYMBOL[m[0]],
         {"−3": "-3", "x ≤ 3": r"x \le 3", "(−∞, 2π)": r"(-\infty , 2\pi )"},
     ),
-    _rule("[^\x00-\x7f]+", _plain, {"（1，2）": "(1,2)", "１２％": "12%"}),
+    rule("[^\x00-\x7f]+", _plain, {"（1，2）": "(1,2)", "１２％": "12%"}),
     # LaTeX and Markdown: what only changes the look, and commands with the same meaning.
-    _rule(r"\.{3,}|\\[cdlh]?dots[bcimo]?(?![A-Za-z])", r"\\ldots", {"1, ...": r"1, \ldots"}),
-    _rule(
+    rule(r"\.{3,}|\\[cdlh]?dots[bcimo]?(?![A-Za-z])", r"\\ldots", {"1, ...": r"1, \ldots"}),
+    rule(
         "|".join(rf"{re.escape(written)}(?![A-Za-z])" for written in _SYNONYMS),
         lambda m: _SYNONYMS[m[0]],
         {r"\lbrace 1, 2\rbrace": r"\{ 1, 2\}", r"\varnothing": r"\emptyset", "+/- 3": r"\pm 3"},
     ),
-    _rule(
+    rule(
         r"\\(?:left|right)(?![A-Za-z.])|\\[bB]igg?[lrm]?(?![A-Za-z])|\\displaystyle(?![A-Za-z])"
         r"|\\(?:[hv]space\*?|(?:text)?color)\{[^{}]*\}",
         "",
@@ -216,15 +124,15 @@ WRITTEN = (
             r"5\hspace{1em}": "5",
         },
     ),
-    _rule(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", {r"\dfrac{1}{2}": r"\frac{1}{2}"}),
-    _rule(r"\\(frac|binom) ?(\d) ?(\d)", r"\\\1{\2}{\3}", {r"\frac 1 2": r"\frac{1}{2}"}),
-    _rule(
+    rule(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", {r"\dfrac{1}{2}": r"\frac{1}{2}"}),
+    rule(r"\\(frac|binom) ?(\d) ?(\d)", r"\\\1{\2}{\3}", {r"\frac 1 2": r"\frac{1}{2}"}),
+    rule(
         r"\^ ?(\\(?:sqrt(?:\[\w+\])?|frac\{[^{}]*\})\{[^{}]*\}|\\pi(?![a-z]))",
         r"^{\1}",
         {r"2^\sqrt{2}": r"2^{\sqrt{2}}", r"x^\frac12": r"x^{\frac{1}{2}}"},
     ),
-    _rule(r"(?<=[\w)}])\*\*(?=[\w({])", "^", {"x**2": "x^2"}),
-    _rule(
+    rule(r"(?<=[\w)}])\*\*(?=[\w({])", "^", {"x**2": "x^2"}),
+    rule(
         r"\*\*|(?<!\\)\\[()\[\]]|\\?\$|[€£¥₹]|^Rs\.? ?(?=\d)",
         "",
         {
@@ -236,7 +144,7 @@ WRITTEN = (
             "$a$ and $b$": "a and b",
         },
     ),
-    _rule(
+    rule(
         rf"(?:{_TEXT}\{{|\{{\\rm )([^{{}}\\]*)\}}",
         _unwrap,
         {
@@ -251,7 +159,7 @@ WRITTEN = (
         },
     ),
     # Numbers.
-    _rule(
+    rule(
         r"(?<=\d)(?:,\\!\s*|\\!,(?:\\!)?|\{,\}|\\[,;:]|~|_|')(?=\d{3}(?!\d))",
         "",
         {
@@ -261,34 +169,34 @@ WRITTEN = (
             "1_000": "1000",
         },
     ),
-    _rule(
+    rule(
         r"^([-+]?[1-9]\d{0,2}(?:\.\d{3})+)(?:(?<=\d\.\d{3}\.\d{3})|,(\d\d?))(?=$| ?[A-Za-z\\%])",
         lambda m: m[1].replace(".", "") + ((m[2] and "." + m[2]) or ""),
         {"1.234.567": "1234567", "1.234,50": "1234.50", "1.234": "1.234", "1,5": "1,5"},
     ),
-    _rule(
+    rule(
         r"(?<![\d.])(\d+)\.(\d*)\\(?:overline|bar|dot) ?\{?(\d+)\}?",
         _repeating,
         {r"0.1\overline{6}": r"\frac{15}{90}", r"-2.\bar{3}": r"-\frac{21}{9}"},
     ),
-    _rule(
+    rule(
         r"^([-+]?\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+))(?=$|\.\d|[ ~]*[A-Za-z\\%])",
         lambda m: re.sub("[, ]", "", m[1]),
         {"1,234.5": "1234.5", "1 000 000": "1000000", "1,200 km": "1200 km", "1,2": "1,2"},
     ),
-    _rule(
+    rule(
         rf"^({_NUMBER})[eE]([-+]?\d{{1,3}})(?=$| [A-Za-z])",
         lambda m: f"{m[1]}*10^{{{int(m[2])}}}",
         {"3e8 m/s": "3*10^{8} m/s", "1e3": "1*10^{3}", "-2.5E-07": "-2.5*10^{-7}"},
     ),
-    _rule(r"(?<=\d) ?[xX] ?(?=10\^)", r"\\times ", {"1.6 x 10^5": r"1.6\times 10^5"}),
-    _rule(r"\^ ?(-\d+|-[A-Za-z])(?!\d)", r"^{\1}", {"10^-19": "10^{-19}"}),
-    _rule(
+    rule(r"(?<=\d) ?[xX] ?(?=10\^)", r"\\times ", {"1.6 x 10^5": r"1.6\times 10^5"}),
+    rule(r"\^ ?(-\d+|-[A-Za-z])(?!\d)", r"^{\1}", {"10^-19": "10^{-19}"}),
+    rule(
         r"(?<![\d.,/^_{])(\d+)(?:\\? |~|\\[,;])(\d+)/(\d+)(?![\d./])",
         r"\1\\frac{\2}{\3}",
         {"1 1/4": r"1\frac{1}{4}", "-3 1/2 cm": r"-3\frac{1}{2} cm"},
     ),
-    _rule(
+    rule(
         rf"(?<=\d) ?(?=\({_VALUE_ALONE}+\))|(?<=\d\)) ?(?=\({_VALUE_ALONE}+\)|\d|\\frac)",
         r"\\cdot ",
         {
@@ -297,56 +205,56 @@ WRITTEN = (
             r"(2) \frac12": r"(2)\cdot \frac{1}{2}",
         },
     ),
-    _rule(
+    rule(
         rf"(\\frac\{{\d+\}}\{{\d+\}}) ?(?=\\frac|\({_VALUE_ALONE}+\))",
         r"\1\\cdot ",
         {r"\frac44\frac25": r"\frac{4}{4}\cdot \frac{2}{5}"},
     ),
-    _rule(r"_ ?(\d)(?![\d.])", r"_{\1}", {r"\log_2 8": r"\log_{2} 8", "x_1": "x_{1}"}),
-    _rule(
+    rule(r"_ ?(\d)(?![\d.])", r"_{\1}", {r"\log_2 8": r"\log_{2} 8", "x_1": "x_{1}"}),
+    rule(
         r"^([^:,()\s]+) ?: ?([^:,()\s]+) ?: ?([^:,()\s]+)$",
         r"((\1)/(\3), (\2)/(\3), 1)",
         {"1:2:3": "((1)/(3), (2)/(3), 1)", "3:4": "3:4"},
     ),
-    _rule(r"(?<=\d) ?([ap])\. ?m\.?$", r" \1m", {"3:30 p.m.": "3:30 pm"}),
-    _rule(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", {"2pi": r"2\pi", "pip": "pip"}),
-    _rule(r"^(\w+),? ?\(?(?:in )?base[- ]?(\d\d?)\)?$", r"\1_{\2}", {"52 (base 8)": "52_{8}"}),
-    _rule(
+    rule(r"(?<=\d) ?([ap])\. ?m\.?$", r" \1m", {"3:30 p.m.": "3:30 pm"}),
+    rule(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", {"2pi": r"2\pi", "pip": "pip"}),
+    rule(r"^(\w+),? ?\(?(?:in )?base[- ]?(\d\d?)\)?$", r"\1_{\2}", {"52 (base 8)": "52_{8}"}),
+    rule(
         rf"^({_NUMBER}){_DEGREE}([CF]?)$",
         lambda m: f"{m[1]} {_DEGREES[m[2]]}",
         {"30°": "30 degrees", r"30^{\circ}": "30 degrees", r"20^\circ\text{C}": "20 celsius"},
     ),
-    _rule(
+    rule(
         rf"\\(sin|cos|tan|cot|sec|csc) ?\(?({_NUMBER}){_DEGREE}\)?",
         r"\\\1(\\frac{\2\\pi}{180})",
         {r"\sin 30°": r"\sin(\frac{30\pi}{180})"},
     ),
     # Sets and choices.
-    _rule(r"^[a-z] ?\\in ?(?=[\[(])", "", {r"x\in[1, 2]": "[1, 2]"}),
-    _rule(
+    rule(r"^[a-z] ?\\in ?(?=[\[(])", "", {r"x\in[1, 2]": "[1, 2]"}),
+    rule(
         r"^([\[\]])([^][(),;]+,[^][(),;]+)([\[\]])$",
         lambda m: f"{'[(' [m[1] == ']']}{m[2]}{'])' [m[3] == '[']}",
         {"]1, 2[": "(1, 2)", "[1, 2[": "[1, 2)", "[1, 2]": "[1, 2]"},
     ),
-    _rule(
+    rule(
         r"^\\\{ ?([a-z]) ?(?:\\in ?\\mathbb\{R\} ?)?(?:\||:|\\mid) ?(.+)\\\}$",
         r"\2",
         {r"\{x \mid x < 3\}": "x < 3"},
     ),
-    _rule(
+    rule(
         r"^(?:\\mathbb\{R\}|(?:all )?real numbers|all reals)$",
         r"(-\\infty,\\infty)",
         {"ℝ": r"(-\infty,\infty)", "all real numbers": r"(-\infty,\infty)"},
     ),
-    _rule(
+    rule(
         r"^(?:[Oo]ption|[Cc]hoice)? ?\(?([A-Z])\)?$",
         r"\1",
         {r"\text{(B)}": "B", "option C": "C", "Choice (D)": "D"},
     ),
-    _rule(r"^\\approx ?", "", {"≈ 3.14": "3.14"}),
+    rule(r"^\\approx ?", "", {"≈ 3.14": "3.14"}),
     # Blanks, and punctuation at the end.
-    _rule(r"(?<!\\)\\[,;:> ]|\\q?quad(?![A-Za-z])|~", " ", {r"(1,\,2)": "(1, 2)"}),
-    _rule(r"\\!", "", {r"1\!2": "12"}),
-    _rule(r"\s+", " ", {"a\n b": "a b"}),
-    _rule(r"^ | $|(?<!\\)[.,;: ]+$|\\+$", "", {" 42. ": "42", "7,": "7", r"5\\": "5"}),
+    rule(r"(?<!\\)\\[,;:> ]|\\q?quad(?![A-Za-z])|~", " ", {r"(1,\,2)": "(1, 2)"}),
+    rule(r"\\!", "", {r"1\!2": "12"}),
+    rule(r"\s+", " ", {"a\n b": "a b"}),
+    rule(r"^ | $|(?<!\\)[.,;: ]+$|\\+$", "", {" 42. ": "42", "7,": "7", r"5\\": "5"}),
 )  # fmt: skip

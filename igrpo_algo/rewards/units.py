@@ -2,7 +2,7 @@ r"""Take the unit off an answer: "5 km" is 5, and is not "5 m"."""
 
 import re
 
-from .rules import VALUE_WORDS
+from .remarks import VALUE_WORDS
 
 # A value, and the words behind it: after a blank, or of two letters and more.
 _WORDS_BEHIND = re.compile(

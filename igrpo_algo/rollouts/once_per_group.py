@@ -6,6 +6,7 @@ siblings wait for the same Stage-2 prompt.
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,6 +41,17 @@ class StageTwoPrompt:
     prompt: Prompt
     draft: str
     draft_rewards: tuple[float, ...]
+
+    @property
+    def mean_draft_reward(self) -> float:
+        """Mean reward of the drafts that have one; 0 where none has."""
+        known = [reward for reward in self.draft_rewards if not math.isnan(reward)]
+        return sum(known) / max(len(known), 1)
+
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether a draft stands in the prompt."""
+        return self.draft != ""
 
 
 class OncePerGroup:
@@ -162,16 +174,18 @@ async def stage_one(
 
     Raises:
         RewardError: `rules.selection_score` raised.
+        TypeError: `score` gave something else than numbers.
+        ValueError: `score` gave another number of rewards than there are drafts.
     """
     drafts = await asyncio.gather(*map(draw, range(num_drafts)))
-    rewards = await score(drafts)
+    rewards = _numbers(await score(drafts), num_drafts)
     scores = None
     if rules.selection_score is not None:
         by_name = {name: [value] for name, value in (columns or {}).items()}
         ranking = Scorer(rules.selection_score, [prompt], by_name, "selection_score")
-        scores = torch.tensor([await ranking(0, drafts)])
+        scores = torch.tensor([await ranking(0, drafts)], dtype=torch.float64)
     choices = rules.choose(
-        torch.tensor([rewards]),
+        torch.tensor([rewards], dtype=torch.float64),
         scores=scores,
         lengths=torch.tensor([[len(draft.token_ids) for draft in drafts]]),
         seeds=[seed],
@@ -182,21 +196,39 @@ async def stage_one(
     return StageTwoPrompt(spliced.prompt, spliced.draft, tuple(rewards))
 
 
-def check_rules(rules: DraftRules) -> DraftRules:
+def _numbers(rewards: Any, count: int) -> list[float]:
+    try:
+        numbers = [float(reward) for reward in rewards]
+    except (TypeError, ValueError):
+        raise TypeError(f"score must give a list of numbers, got {describe(rewards)}") from None
+    if len(numbers) != count:
+        raise ValueError(f"score must give one reward per draft = {count}, got {len(numbers)}")
+    return numbers
+
+
+def check_rules(rules: DraftRules, *, by_reward_alone: bool = False) -> DraftRules:
     """Refuse rules that leave prompts out of Stage 2, and what are no rules.
+
+    Args:
+        rules: How a draft is chosen and spliced.
+        by_reward_alone: Refuse a `selection_score` too, where the trainer has no place for it.
 
     Raises:
         TypeError: `rules` is not `DraftRules`.
-        ValueError: A fallback is `Fallback.SKIP`.
+        ValueError: A fallback is `Fallback.SKIP`, or the trainer can't rank drafts as they ask.
     """
     if not isinstance(rules, DraftRules):
         raise TypeError(f"rules must be DraftRules, got {describe(rules)}")
-    for name in ("when_failed", "when_unscored"):
+    for name in ("when_failed", "when_solved", "when_unscored"):
         if getattr(rules, name) is Fallback.SKIP:
             raise ValueError(
                 f"{name} must not be Fallback.SKIP: this trainer can't leave a prompt out of "
                 "Stage 2; take Fallback.PLAIN_PROMPT"
             )
+    if by_reward_alone and rules.selection_score is not None:
+        raise ValueError(
+            "selection_score must be None: this trainer ranks drafts by their training reward"
+        )
     return rules
 
 

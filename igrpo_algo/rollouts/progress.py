@@ -143,10 +143,13 @@ class RolloutProgress:
         parts = [f"{self.done}/{self.total} done"]
         parts += [f"{count} {stage}" for stage, count in self.stage_counts().items() if count]
         parts.append(f"{self.tokens_per_second():,.0f} tok/s")
-        for name in ("draft", "refinement"):
-            total, number = getattr(self, f"{name}_rewards")
+        drafted = self.draft_rewards[1] > 0
+        for name, (total, number) in {
+            "draft reward": self.draft_rewards,
+            "refinement reward" if drafted else "reward": self.refinement_rewards,
+        }.items():
             if number:
-                parts.append(f"{name} reward {total / number:.2f}")
+                parts.append(f"{name} {total / number:.2f}")
         if (cached := self.cached_share()) is not None:
             parts.append(f"{cached:.0%} of prompts cached")
         return " · ".join(parts)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from igrpo_kernels.checks import check_count, describe
 
-from ..prompts import Prompt, check_prompts
+from ..prompts import Prompt, check_ids, check_prompts
 from ..seeds import prompt_seeds
 from .completions import (
     Completion,
@@ -169,7 +169,7 @@ def sample_group(
 def encode(sampler: AnySampler, prompt: Prompt) -> list[int] | None:
     """Render a prompt with the sampler's `encode`; None if it has none."""
     render = getattr(sampler, "encode", None)
-    return None if render is None else render(prompt)
+    return None if render is None else list(check_ids("the result of encode", render(prompt)))
 
 
 async def sample_batch(

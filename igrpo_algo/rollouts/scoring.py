@@ -10,17 +10,20 @@ true attribute `wants_completion_ids`, it gets the tokens too, as `completion_id
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from igrpo_kernels.checks import describe
+from igrpo_kernels.checks import check_callable, check_list, describe
 
 from ..prompts import Prompt
 from .completions import Completion
 
 Reward = Callable[..., Any]
+
+NO_LISTS = (str, bytes, Mapping, Set)
+"""Whose items are no scores in the order of the completions."""
 
 
 class RewardError(RuntimeError):
@@ -59,14 +62,11 @@ class Scorer:
     name: str = "reward"
 
     def __post_init__(self) -> None:
-        if not callable(self.reward):
-            raise TypeError(f"{self.name} must be callable, got {describe(self.reward)}")
+        check_callable(self.name, self.reward)
         for column, values in self.columns.items():
             if column in ("prompts", "completions"):
                 raise ValueError(f"columns must not be named {column!r}: the name is taken")
-            if isinstance(values, str) or not isinstance(values, Sequence):
-                raise TypeError(f"columns[{column!r}] must be a list, got {describe(values)}")
-            if len(values) != len(self.prompts):
+            if len(check_list(f"columns[{column!r}]", values)) != len(self.prompts):
                 raise ValueError(
                     f"columns[{column!r}] must hold one value per prompt: {len(values)} values "
                     f"for {len(self.prompts)} prompts"
@@ -115,7 +115,7 @@ class Scorer:
             values = self.reward(prompts=prompts, completions=answers, **columns)
             if inspect.isawaitable(values):
                 values = await values
-            if isinstance(values, Iterable) and not isinstance(values, str):
+            if isinstance(values, Iterable) and not isinstance(values, NO_LISTS):
                 values = list(values)
         except ConnectionError:
             raise
@@ -139,6 +139,8 @@ class Scorer:
         if value is None:
             return math.nan
         try:
+            if isinstance(value, str | bytes):
+                raise TypeError("text, which float() would read")
             number = float(value)
         except (TypeError, ValueError) as error:
             raise TypeError(

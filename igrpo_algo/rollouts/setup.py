@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from igrpo_kernels.checks import check_count, describe
+from igrpo_kernels.checks import check_callable, check_count, describe
 
 from ..drafts.rules import DraftRules
 from ..drafts.splice import TextSplice
@@ -41,8 +41,8 @@ class Setup:
         check_sampler(self.sampler)
         if not isinstance(self.rules, DraftRules):
             raise TypeError(f"rules must be DraftRules, got {describe(self.rules)}")
-        if self.on_progress is not None and not callable(self.on_progress):
-            raise TypeError(f"on_progress must be callable, got {describe(self.on_progress)}")
+        if self.on_progress is not None:
+            check_callable("on_progress", self.on_progress)
         if self.seed is not None:
             check_count("seed", self.seed, at_least=0)
         self.prompts = check_prompts(self.prompts)

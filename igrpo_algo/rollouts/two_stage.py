@@ -53,8 +53,8 @@ def two_stage_rollout(
         reward: TRL's convention: `reward(prompts=..., completions=..., **columns)` returns a float
             or None (not scored) for each completion; a coroutine function may too. It is called
             once per prompt and stage, and always sees the original prompt.
-        num_drafts: N. 0 leaves Stage 1 out: the group is GRPO's, and options that say which draft
-            is chosen or how it is spliced are refused, unless there is another round.
+        num_drafts: N. 0 leaves Stage 1 out: the group is GRPO's, whatever the rules, unless there
+            is another round.
         num_refinements: G, at least 1.
         rounds: Rounds of refinement. Each chooses among all completions so far, so the best so
             far becomes the draft, and it is spliced into the original prompt.

@@ -16,6 +16,7 @@ from torch import Tensor
 from igrpo_kernels.checks import (
     check_count,
     check_integral,
+    check_list,
     check_rank,
     describe,
 )
@@ -100,8 +101,7 @@ def pack_shared_prompt(
         (tensor([2, 3]), tensor([0, 1, 1], dtype=torch.int32))
     """
     for name, value in (("prompt_ids", prompt_ids), ("completions", completions)):
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise TypeError(f"{name} must be a list of one entry per prompt, got {describe(value)}")
+        check_list(name, value)
     if len(prompt_ids) != len(completions):
         raise ValueError(
             f"completions must hold one list per prompt = {len(prompt_ids)}, got {len(completions)}"
@@ -113,9 +113,7 @@ def pack_shared_prompt(
     index = 0
     for number, (prompt, drawn) in enumerate(zip(prompt_ids, completions, strict=True)):
         name = f"completions[{number}]"
-        if isinstance(drawn, str) or not isinstance(drawn, Sequence):
-            raise TypeError(f"{name} must be a list of completions, got {describe(drawn)}")
-        if not drawn:
+        if not check_list(name, drawn):
             raise ValueError(f"{name} must hold at least one completion, got none")
         ids = _token_ids(f"prompt_ids[{number}]", prompt)
         if not ids:

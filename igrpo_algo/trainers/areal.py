@@ -111,10 +111,9 @@ class IGRPOWorkflow(RLVRWorkflow):
 
         # AReaL starts the episodes of a group together and hands all of them the same dict.
         stage_two = await self.stage_one.prompt(id(data), prompt, draw, score, columns=data)
-        known = [reward for reward in stage_two.draft_rewards if not math.isnan(reward)]
         stats_tracker.get(workflow_context.stat_scope()).scalar(
-            igrpo_draft_reward=sum(known) / max(len(known), 1),
-            igrpo_conditioned=float(stage_two.draft != ""),
+            igrpo_draft_reward=stage_two.mean_draft_reward,
+            igrpo_conditioned=float(stage_two.is_conditioned),
         )
         request = self._request(stage_two.prompt)
         response, reward = await self._collect_samples(engine, request, question, data)

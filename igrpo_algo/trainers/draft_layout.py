@@ -47,14 +47,18 @@ class DraftLayout:
     @property
     def row_prompts(self) -> list[int]:
         """Index of the prompt, among those of all ranks, that each row on this rank belongs to."""
-        first = self.rank * self.rows
-        return [row // self.num_refinements for row in range(first, first + self.rows)]
+        return [row // self.num_refinements for row in self.refinements]
 
     @property
     def drafts(self) -> range:
         """Drafts on this rank, by index among those of all ranks."""
         count = self.rows * self.num_drafts // self.num_refinements
         return range(self.rank * count, (self.rank + 1) * count)
+
+    @property
+    def refinements(self) -> range:
+        """Refinements on this rank, by index among those of all ranks."""
+        return range(self.rank * self.rows, (self.rank + 1) * self.rows)
 
     @property
     def draft_rows(self) -> list[int]:

@@ -6,13 +6,14 @@
 `use_igrpo` wraps the two rollout functions that `grpo_train` calls; the second line is for a loss
 of ours in the place of NeMo-RL's, which `grpo_train` takes as `loss_fn`. G is
 `grpo.num_generations_per_prompt`. A batch in which every prompt stands once, as in validation, is
-single-shot. NeMo-Gym, and the trainers that roll out elsewhere (`async_grpo.enabled`,
-`data_plane.enabled`), are left as they are.
+single-shot. NeMo-Gym and the trainers that roll out elsewhere (`grpo.async_grpo.enabled`,
+`data_plane.enabled`) are refused by NeMo-RL's `setup`.
 """
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import count, groupby
 from typing import Any, NamedTuple
 
@@ -68,13 +69,32 @@ def use_igrpo(
     """
     check_count("max_prompt_tokens", max_prompt_tokens)
     check_count("num_drafts", num_drafts)
-    if check_rules(rules).selection_score is not None:
-        raise ValueError("rules.selection_score is not taken here: give the environment a reward")
+    check_rules(rules, by_reward_alone=True)
     for name in ROLLOUTS:
         run = getattr(nemo_rl.algorithms.grpo, name)
         run = run.run if isinstance(run, _TwoStages) else run  # a second call replaces the first
         stages = _TwoStages(run, num_drafts, rules, max_prompt_tokens, seed)
         setattr(nemo_rl.algorithms.grpo, name, stages)
+    setup = nemo_rl.algorithms.grpo.setup
+
+    @wraps(setup)
+    def checked(master_config: Any, *args: Any, **options: Any) -> Any:
+        _check_config(master_config)
+        return setup(master_config, *args, **options)
+
+    nemo_rl.algorithms.grpo.setup = checked
+
+
+def _check_config(config: Any) -> None:
+    """Refuse what rolls out by other functions, and so without drafts."""
+    elsewhere = {
+        "grpo.async_grpo.enabled": getattr(config.grpo.async_grpo, "enabled", False),
+        "data_plane.enabled": (config.data_plane or {}).get("enabled"),
+        "env.should_use_nemo_gym": config.env.get("should_use_nemo_gym"),
+    }
+    for name, is_on in elsewhere.items():
+        if is_on:
+            raise ValueError(f"{name} must be off: its rollouts would have no drafts")
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,6 @@ def _as_openrlhf(
 ) -> dict[str, Any]:
     """Lay a refinement out as OpenRLHF's own executors do."""
     tokens, logprobs = refinement.token_ids, refinement.logprobs
-    known = [reward for reward in stage_two.draft_rewards if not math.isnan(reward)]
     return {
         "prompt": prompt,
         "label": label,
@@ -171,8 +170,8 @@ def _as_openrlhf(
         "reward": score,
         "scores": score,
         "extra_logs": {
-            "igrpo_draft_reward": sum(known) / len(known) if known else 0.0,
-            "igrpo_conditioned": float(stage_two.draft != ""),
+            "igrpo_draft_reward": stage_two.mean_draft_reward,
+            "igrpo_conditioned": float(stage_two.is_conditioned),
         },
     }
 

@@ -136,11 +136,10 @@ class IGRPOGenerator(GeneratorInterface):
         )
         prompts = [stage_two.prompt] * len(group["prompts"])
         output = await self.generator.generate({**group, "prompts": prompts}, disable_tqdm=True)
-        rewards = stage_two.draft_rewards
         output["rollout_metrics"] = {  # SkyRL averages over groups what is called a mean
             **(output["rollout_metrics"] or {}),
-            "igrpo/mean_draft_reward": sum(rewards) / len(rewards),
-            "igrpo/mean_conditioned": float(stage_two.draft != ""),
+            "igrpo/mean_draft_reward": stage_two.mean_draft_reward,
+            "igrpo/mean_conditioned": float(stage_two.is_conditioned),
         }
         return output
 

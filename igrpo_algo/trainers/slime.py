@@ -45,7 +45,7 @@ with requires("slime", "0.3", "0.3", install="clone github.com/THUDM/slime, pip 
 Generate = Callable[..., Awaitable[Sample]]
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
-KEPT_GROUPS = 4096  # slime numbers groups through all epochs, and a sample may come late: see there
+KEPT_GROUPS = 4096
 
 
 class _Aborted(Exception):  # noqa: N818  # what a group does when slime stops its engines
@@ -76,8 +76,9 @@ def make_generate(
     Raises:
         ValueError: `num_drafts` is below 1, or the rules leave prompts out of Stage 2.
     """
-    # slime lets a bounded number of samples in at once, so siblings may ask when Stage 1 is over;
-    # and a group that was stopped half-way comes back in the next rollout.
+    # slime lets a bounded number of samples in at once, so siblings may ask when Stage 1 is over,
+    # and a group that was stopped half-way comes back in the next rollout. Its groups are numbered
+    # through all epochs.
     stage_one = OncePerGroup(rules=rules, num_drafts=num_drafts, seed=seed, keep=KEPT_GROUPS)
 
     async def generate(

@@ -8,31 +8,26 @@ stages go through ms-swift's own generation, vLLM included. Evaluation is single
 """
 
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
-from igrpo_kernels.checks import check_count, describe
+from igrpo_kernels.checks import check_count
 
 from ..advantages.of_groups import sum_rewards
-from ..drafts.rules import DraftChoices, DraftRules, Fallback
-from ..metrics import stage_uplift, zero_variance_rate
+from ..drafts.rules import DraftChoices, DraftRules
 from ..prompts import decode_completion
-from ..rollouts.once_per_group import fit_to_tokenizer
-from ..seeds import derive_seed
+from ..rollouts.completions import Completion
+from ..rollouts.once_per_group import check_rules, fit_to_tokenizer
 from .draft_layout import DraftLayout
+from .gathered import choose_drafts, log_stages
 from .rendering import AsTokenizer
 from .versions import requires
 
 with requires("ms-swift", "4.6", "4.6"):
     import swift.rlhf_trainers
     from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
-
-
-class _Draft(NamedTuple):
-    text: str
-    token_ids: list[int]
 
 
 def use_igrpo(
@@ -55,18 +50,10 @@ def use_igrpo(
 
     Raises:
         TypeError: `rules` is not `DraftRules`, or `num_drafts` not an int.
-        ValueError: `num_drafts` is below 1, or the rules leave prompts out of Stage 2.
+        ValueError: `num_drafts` is below 1, the rules leave prompts out of Stage 2 or have a
+            `selection_score`. From the trainer: options that contradict drafts.
     """
-    if not isinstance(rules, DraftRules):
-        raise TypeError(f"rules must be DraftRules, got {describe(rules)}")
-    if Fallback.SKIP in (rules.when_failed, rules.when_unscored):
-        raise ValueError(
-            "rules must not skip prompts: ms-swift trains on every row; take Fallback.PLAIN_PROMPT"
-        )
-    if rules.selection_score is not None:
-        raise ValueError(
-            "rules.selection_score is not taken here: add a reward of weight 0 instead"
-        )
+    check_rules(rules, by_reward_alone=True)
     count = check_count("num_drafts", num_drafts)
     trainer = type("IGRPOTrainer", (_IGRPOTrainer,), {"rules": rules, "num_drafts": count})
     swift.rlhf_trainers.GRPOTrainer = trainer
@@ -77,6 +64,10 @@ class _IGRPOTrainer(GRPOTrainer):
     rules: DraftRules
     num_drafts: int
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check_options(self)
+
     def _generate_completions(self, samples: list[Any]) -> list[Any]:
         if not self.model.training:
             return super()._generate_completions(samples)
@@ -86,7 +77,14 @@ class _IGRPOTrainer(GRPOTrainer):
         layout = DraftLayout(len(samples), rank, self.num_drafts, self.num_generations)
         drawn = super()._generate_completions([deepcopy(samples[row]) for row in layout.draft_rows])
         rewards = self._draft_rewards(drawn)
-        choices = self._choose(rewards, drawn)
+        choices = choose_drafts(
+            self.rules,
+            rewards,
+            [len(sample.response_token_ids or []) for sample in drawn],
+            self.args.seed,
+            self.state.global_step,
+            self._step,
+        )
         self._splice(samples, drawn, choices, layout)
         self._draft_rewards_of_step = rewards
         return super()._generate_completions(samples)
@@ -95,17 +93,6 @@ class _IGRPOTrainer(GRPOTrainer):
         """Score the drafts of all ranks. Shape [P, N]."""
         per_function = self._compute_rewards_per_func(drawn)
         return sum_rewards(per_function, self.reward_weights).view(-1, self.num_drafts)
-
-    def _choose(self, rewards: torch.Tensor, drawn: list[Any]) -> DraftChoices:
-        """Choose a draft for each prompt, the same on every rank."""
-        lengths = gather_object([len(sample.response_token_ids or []) for sample in drawn])
-        seeds = [
-            derive_seed(self.args.seed, self.state.global_step, self._step, prompt)
-            for prompt in range(len(rewards))
-        ]
-        return self.rules.choose(
-            rewards.cpu(), lengths=torch.tensor(lengths).view(rewards.shape), seeds=seeds
-        )
 
     def _splice(
         self, samples: list[Any], drawn: list[Any], choices: DraftChoices, layout: DraftLayout
@@ -121,7 +108,7 @@ class _IGRPOTrainer(GRPOTrainer):
         for sample, prompt in zip(samples, layout.row_prompts, strict=True):
             if prompt in chosen:
                 question = [m for m in sample.messages if m["role"] != "assistant" or m["content"]]
-                sample.messages = rules.condition(question, _Draft(*chosen[prompt])).prompt
+                sample.messages = rules.condition(question, Completion(*chosen[prompt])).prompt
 
     def _render(self, messages: list[dict[str, Any]]) -> list[int]:
         with self.template.generate_context():
@@ -132,16 +119,27 @@ class _IGRPOTrainer(GRPOTrainer):
         if self.model.training:
             rewards = sum_rewards(self._rewards_per_func, self.reward_weights)
             refinements = rewards.view(-1, self.num_generations)
-            drafts = self._draft_rewards_of_step
-            metrics = self._metrics["train"]
-            metrics["igrpo/draft_reward"].append(drafts.nanmean().item())
-            metrics["igrpo/uplift"].append(stage_uplift(drafts, refinements).item())
-            metrics["igrpo/refinement_zero_std"].append(zero_variance_rate(refinements).item())
+            log_stages(self._metrics["train"], self._draft_rewards_of_step, refinements)
         return samples
 
 
-def _as_draft(sample: Any, tokenizer: Any) -> tuple[str, list[int]]:
+def _check_options(trainer: GRPOTrainer) -> None:
+    """Refuse what leaves no place for a draft, before anything is sampled."""
+    takes_turns = trainer.args.multi_turn_scheduler or trainer.enable_server_multi_turn
+    contradicting = {
+        "multi_turn_scheduler": (takes_turns, "a draft is one answer, not a conversation"),
+        "use_gym_env": (trainer.use_gym_env, "a draft is one answer, not a game"),
+        "async_generate": (
+            trainer.args.async_generate,
+            "the refinements of a batch can't be sampled before its drafts are scored",
+        ),
+    }
+    for name, (is_on, reason) in contradicting.items():
+        if is_on:
+            raise ValueError(f"{name} can't be combined with drafts: {reason}")
+
+
+def _as_draft(sample: Any, tokenizer: Any) -> tuple[list[int], str]:
     ids = list(sample.response_token_ids or [])
     content = sample.messages[-1]["content"]
-    text = content if isinstance(content, str) else decode_completion(ids, tokenizer)
-    return text, ids
+    return ids, content if isinstance(content, str) else decode_completion(ids, tokenizer)

@@ -66,6 +66,9 @@ class IGRPO(RolloutStrategy):
 
     def __post_init__(self) -> None:
         check_count("num_drafts", self.num_drafts)
+        check_count("seed", self.seed, at_least=0)
+        if self.max_prompt_tokens is not None:
+            check_count("max_prompt_tokens", self.max_prompt_tokens)
         check_rules(self.rules)
 
     @property
@@ -105,8 +108,8 @@ class IGRPO(RolloutStrategy):
         for trajectory in refined.trajectories:
             trajectory.transitions[-1].metrics.update(
                 {
-                    "igrpo/draft_reward": sum(rewards) / len(rewards),
-                    "igrpo/conditioned": float(stage_two.draft != ""),
+                    "igrpo/draft_reward": stage_two.mean_draft_reward,
+                    "igrpo/conditioned": float(stage_two.is_conditioned),
                 }
             )
         return RolloutResult(refined.trajectories, refined.envs, [*drafts.errors, *refined.errors])

@@ -23,12 +23,11 @@ from igrpo_kernels.checks import check_count
 
 from ..advantages.of_groups import sum_rewards
 from ..drafts.rules import DraftRules
-from ..metrics import stage_uplift, zero_variance_rate
 from ..prompts import decode_completion
 from ..rollouts.completions import Completion
 from ..rollouts.once_per_group import check_rules, fit_to_tokenizer, refuse_templated
-from ..seeds import derive_seed
 from .draft_layout import DraftLayout
+from .gathered import choose_drafts, log_stages
 from .versions import requires
 
 with requires("unsloth", "2026.10", "2026.10"):
@@ -57,16 +56,14 @@ def make_trainer(
         A subclass, with the arguments of `GRPOTrainer`.
 
     Raises:
-        TypeError: `rules` is not `DraftRules`, or `num_drafts` not an int.
-        ValueError: `num_drafts` is below 1, the rules leave prompts out of Stage 2 or have a
+        TypeError: `rules` is not `DraftRules`, or a count not an int.
+        ValueError: A count is below 1, the rules leave prompts out of Stage 2 or have a
             `selection_score`.
     """
-    if check_rules(rules).selection_score is not None:
-        raise ValueError(
-            "rules.selection_score is not taken here: add a reward of weight 0 instead"
-        )
+    if max_prompt_tokens is not None:
+        check_count("max_prompt_tokens", max_prompt_tokens)
     own = {
-        "rules": rules,
+        "rules": check_rules(rules, by_reward_alone=True),
         "num_drafts": check_count("num_drafts", num_drafts),
         "max_prompt_tokens": max_prompt_tokens,
     }
@@ -125,13 +122,9 @@ class _TwoStages(_Trainer):
             per_function = self._calculate_rewards(mine, prompts, texts, ids)
         weights = self.reward_weights.to(per_function.device)
         rewards = sum_rewards(per_function, weights).view(-1, self.num_drafts)
-        lengths = gather_object([len(each) for each in ids])
+        lengths = [len(each) for each in ids]
         step = (self.state.global_step, self._step)
-        choices = self.rules.choose(
-            rewards.cpu(),
-            lengths=torch.tensor(lengths).view(rewards.shape),
-            seeds=[derive_seed(self.args.seed, *step, prompt) for prompt in range(len(rewards))],
-        )
+        choices = choose_drafts(self.rules, rewards, lengths, self.args.seed, *step)
         here = [
             (prompt, list(ids[place]), decode_completion(ids[place], self._tokens))
             for prompt, place in layout.chosen_here(choices).items()
@@ -168,8 +161,5 @@ class _TwoStages(_Trainer):
         if drafts is not None:  # these are their refinements
             rewards = sum_rewards(per_function, self.reward_weights.to(per_function.device))
             refinements = rewards.view(-1, self.num_generations)
-            metrics = self._metrics["train"]
-            metrics["igrpo/draft_reward"].append(drafts.nanmean().item())
-            metrics["igrpo/uplift"].append(stage_uplift(drafts, refinements).item())
-            metrics["igrpo/refinement_zero_std"].append(zero_variance_rate(refinements).item())
+            log_stages(self._metrics["train"], drafts, refinements)
         return per_function

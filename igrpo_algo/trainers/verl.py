@@ -145,6 +145,10 @@ class IGRPOAgentLoop(SingleTurnAgentLoop):
                 "rollout.full_determinism must be off: verl numbers its requests by sample, and "
                 "drafts belong to a whole group"
             )
+        if self.rollout_config.multi_turn.enable:
+            raise ValueError(
+                "rollout.multi_turn.enable must be off: a draft is one answer, not a conversation"
+            )
         self._worker = _Worker.of(self.config, self.tokenizer)
 
     async def run(

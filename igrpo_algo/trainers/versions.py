@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
+from packaging.version import Version
+
 
 @contextmanager
 def requires(package: str, oldest: str, newest: str, *, install: str = "") -> Iterator[None]:
@@ -26,39 +28,27 @@ def requires(package: str, oldest: str, newest: str, *, install: str = "") -> It
         ImportError: this adapter needs a-trainer, which is not installed: pip install...
     """
     try:
-        yield
-    except ImportError as error:
-        try:
-            version(package)
-        except PackageNotFoundError:
-            raise ImportError(
-                f"this adapter needs {package}, which is not installed: "
-                f"{install or f'pip install {package}=={newest}.*'}"
-            ) from error
-        raise
-    try:
         found = version(package)
-    except PackageNotFoundError:  # run from a clone
-        return
-    if not _release(oldest) <= _release(found)[: len(_release(newest))] <= _release(newest):
+    except PackageNotFoundError:  # or run from a clone
+        found = None
+    if found is not None and not _is_tested(found, oldest, newest):
         tried = newest if oldest == newest else f"{oldest} to {newest}"
         warnings.warn(
             f"this adapter is tested with {package} {tried}, and {found} is installed: it builds "
             "on classes that may have changed",
             stacklevel=4,
         )
+    try:
+        yield
+    except ImportError as error:
+        if found is not None:
+            raise
+        raise ImportError(
+            f"this adapter needs {package}, which is not installed: "
+            f"{install or f'pip install {package}=={newest}.*'}"
+        ) from error
 
 
-def _release(text: str) -> list[int]:
-    """Give the numbers that a version begins with.
-
-    Examples:
-        >>> _release("0.8.1.dev9")
-        [0, 8, 1]
-    """
-    numbers = []
-    for part in text.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return numbers
+def _is_tested(found: str, oldest: str, newest: str) -> bool:
+    last = Version(newest).release
+    return Version(oldest).release <= Version(found).release[: len(last)] <= last

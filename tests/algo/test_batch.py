@@ -6,6 +6,7 @@ the oracle.
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from igrpo_algo.advantages.baselines import rloo
 from igrpo_algo.advantages.of_groups import center_by_group, standardize_by_group
 from igrpo_algo.batch import DRAFTS, REFINEMENTS, MicroBatch, training_batch
+from igrpo_algo.layouts import pack_sequences, pad_sequences
 from igrpo_algo.rollouts.completions import Completion
 from igrpo_algo.rollouts.records import DraftChoice, Rollout, Rollouts, Stage
 from igrpo_algo.trainers.transformers import enable_shared_prompt
@@ -127,6 +129,17 @@ def test_without_prompt_ids_encode_gives_them():
     assert batch.prompt_ids == [[ord("q")]] * 3
     with pytest.raises(ValueError, match="encode must be given"):
         training_batch(bare)
+
+
+def test_advantages_are_plain_float32_whatever_the_function_returns():
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    for advantages in (
+        lambda rewards: center_by_group(rewards) * scale,
+        lambda rewards: center_by_group(rewards).mul(2).half(),
+        lambda rewards: center_by_group(rewards).long(),
+    ):
+        found = training_batch(ROLLOUTS, advantages=advantages).advantages
+        assert (found.dtype, found.requires_grad) == (torch.float32, False)
 
 
 # The layouts, worked by hand.
@@ -360,6 +373,26 @@ def test_leaving_out_what_has_no_advantage_changes_nothing(model, layout, aggreg
 def test_bad_arguments(arguments, error, match):
     with pytest.raises(error, match=match):
         training_batch(**{"rollouts": ROLLOUTS, **arguments})
+
+
+def test_prompts_without_tokens_are_refused():
+    """No position predicts the first token of the completion."""
+    stage = replace(ROLLOUTS[0].drafts, prompt_ids=[])
+    empty = Rollouts([replace(ROLLOUTS[0], drafts=stage)])
+    with pytest.raises(ValueError, match="prompt_ids must have at least one token, got none of 'q"):
+        training_batch(empty, stages=[DRAFTS])
+    for lay in (pack_sequences, partial(pad_sequences, pad_token_id=0)):
+        with pytest.raises(ValueError, match=r"prompts\[1\] must have at least one token"):
+            lay([[5], []], [[7], [8]])
+        with pytest.raises(ValueError, match="completions must hold one per prompt = 2, got 1"):
+            lay([[5], [6]], [[7]])
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([5]), [5.0], "5", None])
+def test_encode_must_give_token_ids(ids):
+    bare = Rollouts([replace(ROLLOUTS[0], drafts=Stage("q", [completion(7)], [1.0]))])
+    with pytest.raises(TypeError, match="the result of encode"):
+        training_batch(bare, stages=[DRAFTS], encode=lambda prompt: ids)
 
 
 def test_a_stage_that_drew_nothing_is_refused():

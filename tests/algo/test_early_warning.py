@@ -37,7 +37,7 @@ def test_a_healthy_run_is_left_alone() -> None:
             "100% after a right draft and in 0%",
             "draft_dropout",
         ),
-        ({"uplift": -0.2}, 3, "0.2", "draft_template"),
+        ({"uplift": -0.3}, 3, "0.3 (+- 0) below the drafts' 0.5", "draft_template"),
     ],
 )
 def test_each_is_said_once_with_its_number_and_the_way_out(
@@ -63,8 +63,21 @@ def test_a_negative_uplift_counts_at_the_start_alone() -> None:
 
 
 def test_an_uplift_within_its_noise_is_not_warned_of() -> None:
-    noisy = [{"uplift": value} for value in (-0.9, 0.5, -0.6, 0.4)]
+    noisy = [{"uplift": value} for value in (-0.9, 0.3, -0.9, 0.1)]
     assert not any(said(*noisy))
+
+
+def test_a_worst_draft_costs_something_and_breaks_nothing() -> None:
+    assert not any(said(*[{"uplift": -0.2}] * 8))
+
+
+def test_where_no_draft_is_shown_the_template_is_not_to_blame() -> None:
+    assert not any(said(*[{"uplift": -0.4, "copied": math.nan}] * 8))
+
+
+def test_a_few_equal_groups_by_chance_are_not_warned_of() -> None:
+    gaps = [{"refinement_zero_std": 1.0, "draft_zero_std": of} for of in (0.0, 1.0, 1.0, 0.5)]
+    assert not any(said(*gaps))
 
 
 def test_batches_without_a_number_are_left_out() -> None:

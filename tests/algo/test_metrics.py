@@ -149,10 +149,12 @@ def test_bad_input_is_named() -> None:
         zero_variance_rate(row[0])
     with pytest.raises(ValueError, match=r"refinements must have P = 2 entries"):
         copy_rate(["1", "2"], [["1"]])
-    with pytest.raises(TypeError, match=r"drafts must be a list of one entry per prompt, got str"):
+    with pytest.raises(TypeError, match=r"drafts must be a list, got str"):
         copy_rate("12", [["1"], ["2"]])
-    with pytest.raises(TypeError, match=r"refinements must be a list .*, got NoneType None"):
+    with pytest.raises(TypeError, match=r"refinements must be a list, got NoneType None"):
         copy_rate(["1"], None)
+    with pytest.raises(TypeError, match="draft must be a string, got int 0"):
+        copy_rate([0], [["0"]])
     with pytest.raises(TypeError, match=r"refinements\[1\] must be a list, got str 'two'"):
         copy_rate(["1", "2"], [["1"], "two"])
 

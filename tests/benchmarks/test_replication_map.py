@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from made_records import by_arm, record
 
-from benchmarks.replication import compare, page, prose
+from benchmarks.replication import compare, page, prose, tables
+from benchmarks.replication.arms import MAIN, PLANNED
 from benchmarks.replication.compare import Verdict, judge, refined
 from igrpo_algo.cli.intervals import Interval
+from igrpo_algo.early_warning import EarlyWarning
 
 GRPO = [(0.60, 0.50), (0.64, 0.52), (0.62, 0.54)]
 AHEAD = [(0.60, 0.60), (0.65, 0.63), (0.62, 0.64)]
@@ -21,6 +23,28 @@ def test_differences_are_paired_by_seed() -> None:
     assert gap.mean == pytest.approx((0.10 + 0.11 + 0.10) / 3)
     # std of .10, .11, .10 is .01 / sqrt 3; t of 2 degrees of freedom is 4.3027.
     assert gap.high - gap.mean == pytest.approx(4.3027 * 0.01 / 3, rel=1e-4)
+
+
+def test_the_bootstrap_resamples_the_pairs() -> None:
+    arms = by_arm(grpo=GRPO, worst=AHEAD)
+    gap = compare.resampled(arms, "worst", "grpo", refined)
+    # Of the 27 resamples one each is all .10's pair or all .11: the percentiles reach both ends.
+    assert gap == pytest.approx((0.31 / 3, 0.10, 0.11))
+    once = compare.resampled(by_arm(grpo=GRPO[:1], worst=AHEAD), "worst", "grpo", refined)
+    assert once.mean == pytest.approx(0.10)
+    assert math.isnan(once.low)
+
+
+def test_a_verdict_needs_both_intervals() -> None:
+    """Five gaps of one sign: the bootstrap leaves zero out, Student's interval does not."""
+    worst = [(0.5, 0.5 + gap) for gap in (0.01, 0.01, 0.01, 0.01, 0.2)]
+    arms = by_arm(grpo=[(0.5, 0.5)] * 5, worst=worst)
+    versus = (arms, "worst", "grpo", refined)
+    assert compare.resampled(*versus).excludes_zero
+    assert not compare.difference(*versus).excludes_zero
+    assert compare.verdict_on(*versus) is Verdict.OPEN
+    narrow, wide = Interval(0.0, -0.01, 0.01), Interval(0.0, -0.05, 0.05)
+    assert judge(narrow, wide) is judge(wide, narrow) is Verdict.OPEN
 
 
 def test_seeds_without_a_partner_or_an_end_are_left_out() -> None:
@@ -114,14 +138,52 @@ def test_the_page_from_records(tmp_path: Path) -> None:
     text = out.read_text()
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "Never behind GRPO on these tasks, and ahead somewhere: *worst draft*" in text
-    assert "12 finished runs of 480 planned" in text
+    assert "12 finished runs of 465 planned" in text
     assert "- chain-64x2, best, seed 3: diverged (a reason)" in text
     assert "Made on: x86_64 (1 thread), torch 2.13, Made: 13 runs." in text
-    assert "| chain-64x2 | 20.0 % | 12 | 1 | 0 | 147 |" in text
+    assert "| chain-64x2 | 20.0 % | 12 | 1 | 0 | 142 |" in text
     row = next(line for line in text.splitlines() if line.startswith("| worst draft | 3 | 62.3 %"))
-    assert row.endswith("| 62.3 % | +10.3 [+8.9, +11.8] | **ahead** |")
+    assert row.endswith("| 62.3 % | +10.3 [+8.9, +11.8] | [+10.0, +11.0] | **ahead** |")
     assert "| step 4, 1 of 3 runs |" in text
+    assert "Here that form was never warned of." in text
+    assert "have not been measured yet" in text
+    assert "Up a ladder" not in text
     assert "| **behind** |" in next(x for x in text.splitlines() if x.startswith("| best draft"))
+
+
+def test_sizes_stand_side_by_side_and_the_verdict_is_that_of_the_first() -> None:
+    small = by_arm(grpo=GRPO, worst=AHEAD, best=AHEAD)
+    large = by_arm(grpo=GRPO, worst=[(0.1, 0.1)] * 3, best=GRPO[:2])
+    maps = {"chain-128x3": large, "chain-64x2": small}
+    text = page.build_page(maps)
+    assert "ahead somewhere: *best draft (the paper)*, *worst draft*" in text
+    ladder = text.partition("## Up a ladder")[2].partition("\n## ")[0]
+    head, *rows = [line for line in ladder.splitlines() if line.startswith("|")]
+    assert "| single-shot, 64x2 | less GRPO, 64x2 | single-shot, 128x3 | less" in head
+    assert any(x.startswith("| worst draft | 62.3 % |") and "**behind**" in x for x in rows)
+    assert any(x.startswith("| best draft") and "fewer than 3 seeds" in x for x in rows)
+    assert "Larger models" not in text
+    assert f"planned. The plan is {len(PLANNED)} arms" in text
+    main = len(MAIN) * prose.SEEDS
+    assert f"| chain-128x3 | 20.0 % | 8 | 0 | 0 | {main - 8} |" in text
+
+
+def test_costs_of_too_few_seeds_are_not_compared() -> None:
+    rows = tables.costs(by_arm(grpo=GRPO, worst=AHEAD[:2], best=AHEAD))
+    few = next(row for row in rows if row[0] == "worst draft")
+    assert few[-3:] == [tables.FEW] * 3
+    assert tables.FEW not in next(row for row in rows if row[0].startswith("best"))
+
+
+def test_the_templates_warning_is_told_by_the_uplift() -> None:
+    watch, batch = EarlyWarning(2), {"uplift": -0.5, "draft_reward": 0.5, "copied": 0.0}
+    (template,) = [text for _ in range(2) for text in watch.see(batch)]
+    runs = [record(0.5, 0.5, warnings=[{"step": 2, "text": template}])]
+    assert tables.first_warning(runs) == "none"
+    runs[0]["warnings"].append({"step": 7, "text": "55% of the refinements"})
+    assert tables.first_warning(runs * 2) == "step 7, 2 of 2 runs"
+    said = tables.first_warnings({"chain-64x2": {"best": dict(enumerate(runs))}})
+    assert said == "Here the first warnings of that form came at step 7, in 1 of 1 runs."
 
 
 def test_no_preset_is_named_where_none_holds() -> None:
@@ -143,11 +205,11 @@ def test_a_task_on_which_grpo_learns_nothing_decides_nothing() -> None:
     maps = {"chain-64x2": by_arm(grpo=GRPO, worst=AHEAD), "signs-64x2": flat}
     assert list(compare.telling(maps)) == ["chain-64x2"]
     assert "ahead somewhere: *worst draft*" in page.takeaway(maps)
-    assert prose.NOTHING_LEARNED in page.section("signs-64x2", flat)
-    assert prose.NOTHING_LEARNED not in page.section("chain-64x2", maps["chain-64x2"])
+    assert prose.NOTHING_LEARNED in tables.section("signs-64x2", flat)
+    assert prose.NOTHING_LEARNED not in tables.section("chain-64x2", maps["chain-64x2"])
     assert math.isnan(compare.gain({}))
     early = by_arm(grpo=GRPO[:2])
-    assert prose.TOO_FEW_SEEDS in page.section("signs-64x2", early)
+    assert prose.TOO_FEW_SEEDS in tables.section("signs-64x2", early)
     assert compare.telling({"signs-64x2": early}) == {}
 
 

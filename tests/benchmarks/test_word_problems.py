@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.replication import runs, smollm, templates
+from benchmarks.replication import base, runs, smollm, templates
 from benchmarks.replication.models import PRETRAINED
 from benchmarks.replication.runs import Run
 from benchmarks.replication.tasks import WORD_TASKS, words
@@ -125,6 +125,23 @@ def test_a_run_of_the_pretrained_model_is_recorded_like_any_other(folder: Path, 
     assert set(record["final"]["pass_at_k"]) == {"1", "2"}
 
 
+def test_the_base_accuracy_is_measured_level_by_level(folder: Path, tmp_path, capsys) -> None:
+    output, threads = tmp_path / "base.json", torch.get_num_threads()
+    options = ["--problems", "2", "--samples", "2", "--dtype", "fp32", "--output", str(output)]
+    base.main([str(folder / PRETRAINED), *options, "--levels", "2"])
+    first = json.loads(output.read_text())["levels"]
+    assert first["2"]["sampled"]["by_problem"] == [0.0, 0.0]
+    first["2"]["greedy"]["by_problem"] = [1.0, 1.0]  # what is recorded is not measured again
+    output.write_text(json.dumps({"levels": first}))
+    base.main([str(folder / PRETRAINED), *options, "--levels", "2", "3"])
+    torch.set_num_threads(threads)
+    record = json.loads(output.read_text())
+    assert list(record["levels"]) == ["2", "3"]
+    assert record["all levels"]["greedy"]["mean"] == 0.5
+    assert record["all levels"]["sampled"]["mean"] == 0.0
+    assert "level 3" in capsys.readouterr().out
+
+
 def test_the_templates_are_measured_and_recorded(folder: Path, tmp_path, capsys) -> None:
     output = tmp_path / "templates.json"
     options = ("--problems", "2", "--drafts", "1", "--dtype", "fp32", "--output", str(output))
@@ -132,7 +149,7 @@ def test_the_templates_are_measured_and_recorded(folder: Path, tmp_path, capsys)
     templates.main([str(folder / PRETRAINED), *options])
     torch.set_num_threads(threads)
     record = json.loads(output.read_text())
-    assert record["drafts"] == 0
+    assert record["drafts"]["mean"] == 0
     for shown in ("answers shown", "correction shown"):
         assert list(record[shown]) == ["default", "one line", "paper"]
         assert record[shown]["default"]["over_default"] == {"mean": 0.0, "low": 0.0, "high": 0.0}

@@ -72,6 +72,11 @@ def test_the_loop_of_the_readme_runs(monkeypatch):
         return [float(len(set(completion[0]["content"]))) for completion in completions]
 
     monkeypatch.setattr("igrpo_algo.rewards.math_reward", reward)
-    data = {"tokenizer": make_tokenizer(), "batches": [([question] * 2, ["A"] * 2)]}
-    exec(loop.replace("max_new_tokens=512", "max_new_tokens=3"), {"model": model, **data})
+    given = {
+        "model": model,
+        "tokenizer": make_tokenizer(),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "batches": [([question] * 2, ["A"] * 2)],
+    }
+    exec(loop.replace("max_new_tokens=512", "max_new_tokens=3"), given)
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,31 +1,36 @@
-"""The largest difference that the tests of each host saw, for docs/use/conformance.md.
+"""The largest differences that the tests of a host saw, for docs/use/conformance.md.
 
-Written with `RECORD=1 make conformance`; tools/conformance_table.py makes the table.
+`RECORD=1 make conformance` names the file in the environment, and moves it into the host's folder
+once all its tests have passed; tools/conformance_table.py makes the table.
 """
 
 import json
 import os
-from importlib.metadata import version
+from importlib.metadata import version as installed
 from pathlib import Path
 
 import torch
 
-RECORD = Path(__file__).parents[2] / "docs" / "use" / "conformance.json"
+RUN, COPY = "the trainer itself", "a copy of its source"
 
 
-def note(host: str, what: str, difference: float, read: str = "") -> None:
-    """Keep a difference if it is the largest of its kind; `read` is the version of a copy."""
-    if not os.environ.get("RECORD"):
+def note(trainer: str, what: str, difference: float, *, version: str = "", how: str = RUN) -> None:
+    """Keep a difference if it is the largest of its kind; `version` is for what is no package."""
+    if "DIFFERENCES" not in os.environ:
         return
-    known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    entry = known.setdefault(host, {"version": "", "differences": {}})
-    entry["version"] = read or version(host)
-    seen = entry["differences"]
+    path = Path(os.environ["DIFFERENCES"])
+    seen = json.loads(path.read_text())["differences"] if path.exists() else {}
     seen[what] = max(difference, seen.get(what, 0.0))
-    RECORD.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+    record = {
+        "trainer": trainer,
+        "version": version or installed(trainer),
+        "how": how,
+        "differences": seen,
+    }
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def note_tensors(
-    host: str, what: str, ours: torch.Tensor, theirs: torch.Tensor, read: str = ""
+    trainer: str, what: str, ours: torch.Tensor, theirs: torch.Tensor, **known: str
 ) -> None:
-    note(host, what, (ours.detach() - theirs.detach()).abs().max().item(), read)
+    note(trainer, what, (ours.detach() - theirs.detach()).abs().max().item(), **known)

@@ -1,17 +1,15 @@
-"""Tiny models that vLLM's CPU build takes (heads of 32), with a tokenizer of characters."""
+"""Tiny models that vLLM's CPU build takes (heads of 32)."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from tiny_qwen3 import CHARACTERS, SPECIAL
+from tiny_qwen3 import make_tokenizer as make_tokenizer
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -24,12 +22,6 @@ KINDS = {
     "qwen3 tied": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32, "tie_word_embeddings": True}),
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
 }
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
-)
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 CONTEXT = 512
 
 # float32, against which transformers is compared; the cache is small, and its blocks too.
@@ -47,22 +39,6 @@ PROMPTS: list[Any] = [
     [{"role": "user", "content": "2+2"}],
     [9, 8, 7],
 ]
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: index for index, token in enumerate(SPECIAL + CHARACTERS)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
 
 
 def make_model(kind: str, seed: int) -> PreTrainedModel:

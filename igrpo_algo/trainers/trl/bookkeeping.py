@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Sampler
 from trl import GRPOTrainer
@@ -113,8 +112,7 @@ def save_batches(path: Path, batches: list[dict[str, Tensor]]) -> None:
 def load_batches(path: Path, device: torch.device) -> list[dict[str, Tensor]]:
     """Read what `save_batches` wrote."""
     batches: dict[int, dict[str, Tensor]] = {}
-    with safe_open(path, "pt", device=str(device)) as file:
-        for key in file.keys():  # noqa: SIM118
-            index, _, name = key.partition("/")
-            batches.setdefault(int(index), {})[name] = file.get_tensor(key)
+    for key, value in load_file(path).items():
+        index, _, name = key.partition("/")
+        batches.setdefault(int(index), {})[name] = value.to(device)
     return [batches[index] for index in range(len(batches))]

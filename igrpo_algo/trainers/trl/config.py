@@ -31,7 +31,8 @@ class IGRPOConfig(GRPOConfig):
     `generation_batch_size / num_refinements` prompts, and each prompt costs `num_drafts` more
     completions in Stage 1. With `draft_loss_coef > 0` every micro-batch of
     `per_device_train_batch_size` refinements carries
-    `per_device_train_batch_size * num_drafts / num_refinements` drafts besides.
+    `per_device_train_batch_size * num_drafts / num_refinements` drafts besides; with
+    `refinement_rounds` > 1, as many refinements again for each further round.
 
     Source: Hatamizadeh et al. 2026, arXiv:2602.09000, sections 3 and 4.1.
 
@@ -40,6 +41,10 @@ class IGRPOConfig(GRPOConfig):
         num_refinements: G, completions of each spliced prompt in Stage 2; None takes
             `num_generations`, and 4 without it.
         num_generations: TRL's name for the same number.
+        refinement_rounds: Rounds of Stage 2, of `num_refinements` each. Every round chooses among
+            all completions so far, drafts and refinements, and is trained under its own prompts,
+            with advantages over its own group. Metrics are means over the rounds, and the table
+            of completions shows the last. Evaluation refines once.
         draft_choice: Which draft Stage 2 sees: "best" (the paper), or a control: "random", "worst",
             "best_wrong" (none where all are right), "random_tokens" (as many as the best draft
             has), "none" (drafts are drawn and scored, and the prompt stays plain).
@@ -98,6 +103,9 @@ class IGRPOConfig(GRPOConfig):
     num_refinements: int | None = field(
         default=None,
         metadata={"help": "Completions of each spliced prompt in Stage 2; 4 if not given."},
+    )
+    refinement_rounds: int = field(
+        default=1, metadata={"help": "Rounds of Stage 2; each refines the best completion so far."}
     )
     draft_choice: str = field(
         default="best",
@@ -260,6 +268,7 @@ class IGRPOConfig(GRPOConfig):
         for name in ("max_draft_length", "max_spliced_prompt_length"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        check_count("refinement_rounds", self.refinement_rounds)
         check_count("sampler_concurrency", self.sampler_concurrency)
         check_number("draft_dropout", self.draft_dropout, at_least=0.0, at_most=1.0)
         check_number("draft_loss_coef", self.draft_loss_coef, at_least=0.0)

@@ -40,6 +40,8 @@ def _check_prompt(
                 f"row {row} of the data set has a conversation without a user's message, which "
                 "is where the draft goes; give one, or train with num_drafts=0"
             )
+        for message in prompt:
+            _check_content(row, message.get("content"))  # type: ignore[union-attr]
         return
     text = prompt.removeprefix(bos_token or "").rstrip()
     found = [control for control in controls if control in text]
@@ -50,6 +52,16 @@ def _check_prompt(
             f"row {row} of the data set is a string that already carries a chat template "
             f"({max(found, key=len)!r}), so the draft would stand in the assistant's turn; give "
             "the conversation as a list of messages, or rules with a splice of your own"
+        )
+
+
+def _check_content(row: int, content: Any) -> None:
+    kinds = [part.get("type") for part in content] if isinstance(content, list) else []
+    others = sorted({str(kind) for kind in kinds} - {"text"})
+    if others:
+        raise ValueError(
+            f"row {row} of the data set has a message with a part of type {', '.join(others)}: "
+            "the trainer takes text alone"
         )
 
 

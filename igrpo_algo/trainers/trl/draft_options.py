@@ -61,7 +61,14 @@ OF_RULES = (
 )
 """Options that `rules_of` reads: beside rules of the caller's own they would have no effect."""
 
-OF_DRAFTS = (*OF_RULES, "selection_reward", "reward_max", "draft_loss_coef", "eval_with_draft")
+OF_DRAFTS = (
+    *OF_RULES,
+    "refinement_rounds",
+    "selection_reward",
+    "reward_max",
+    "draft_loss_coef",
+    "eval_with_draft",
+)
 """Options that have no effect without drafts."""
 
 

@@ -1,6 +1,6 @@
 """A micro-batch as the loss sees it: one completion per row, drafts and refinements among them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -102,40 +102,44 @@ class GivenWeights:
 
 
 def join_stages(
-    refinements: Mapping[str, Any], drafts: Mapping[str, Any], *, pad_token_id: int
+    rounds: Sequence[Mapping[str, Any]], drafts: Mapping[str, Any] | None, *, pad_token_id: int
 ) -> dict[str, Any]:
-    """Put the drafts' rows below the refinements', padded to one width.
+    """Put the rows of all rounds of refinement below each other, and those of the drafts last.
 
-    Prompts are padded on the left, what belongs to completions on the right. `is_draft` [B] tells
-    the rows apart, and the drafts' token count becomes `num_draft_items_in_batch`.
+    Prompts are padded on the left, what belongs to completions on the right. The rounds' token
+    counts add up. `is_draft` [B] tells the drafts' rows apart, and their token count becomes
+    `num_draft_items_in_batch`.
 
     Args:
-        refinements: TRL's batch of Stage 2.
-        drafts: TRL's batch of Stage 1.
+        rounds: TRL's batches of Stage 2, one or more.
+        drafts: TRL's batch of Stage 1 where it is trained, or None.
         pad_token_id: What stands in masked slots of ids.
 
     Returns:
-        One batch with the rows of both.
+        One batch with the rows of all.
     """
+    stages = [*rounds] if drafts is None else [*rounds, drafts]
     batch: dict[str, Any] = {}
-    for name, rows in refinements.items():
+    for name in rounds[0]:
         fill = pad_token_id if name.endswith("_ids") else 0
-        batch[name] = _stack(rows, drafts[name], fill, left=name.startswith("prompt_"))
-    own, others = refinements["advantages"], drafts["advantages"]
-    batch["is_draft"] = torch.cat([torch.zeros_like(own), torch.ones_like(others)]).bool()
-    batch["num_draft_items_in_batch"] = drafts["num_items_in_batch"]
+        batch[name] = _stack([s[name] for s in stages], fill, left=name.startswith("prompt_"))
+    batch["num_items_in_batch"] = sum(each["num_items_in_batch"] for each in rounds)
+    if drafts is not None:
+        rows = torch.arange(len(batch["advantages"]), device=batch["advantages"].device)
+        batch["is_draft"] = rows >= len(rows) - len(drafts["advantages"])
+        batch["num_draft_items_in_batch"] = drafts["num_items_in_batch"]
     return batch
 
 
-def _stack(above: Tensor, below: Tensor, fill: float, *, left: bool) -> Tensor:
-    if above.dim() == 0:
-        return above
-    if above.dim() == 1:
-        return torch.cat([above, below])
-    width = max(above.shape[1], below.shape[1])
+def _stack(parts: Sequence[Tensor], fill: float, *, left: bool) -> Tensor:
+    if parts[0].dim() == 0:
+        return parts[0]
+    if parts[0].dim() == 1:
+        return torch.cat([*parts])
+    width = max(rows.shape[1] for rows in parts)
 
     def widen(rows: Tensor) -> Tensor:
         missing = width - rows.shape[1]
         return torch.nn.functional.pad(rows, (missing, 0) if left else (0, missing), value=fill)
 
-    return torch.cat([widen(above), widen(below)])
+    return torch.cat([widen(rows) for rows in parts])

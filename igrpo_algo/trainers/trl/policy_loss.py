@@ -47,13 +47,13 @@ class PolicyLossTrainer(ExactBookkeeping):
 
     loss = refinements + draft_loss_coef * drafts
 
-    Each stage is averaged over its own rows: sequences and tokens are counted over one accumulation
-    window, as TRL does, so micro-batches add up. Equal to TRL's loss in value and gradient for each
-    `loss_type`. The loss is taken from the hidden states in one pass (`linear_policy_loss`), inside
-    the wrapped model's forward; where it needs the log-probs of the whole micro-batch first
-    (`top_entropy_quantile`, `off_policy_mask_threshold`, `entropy_coef`), in two. In one pass,
-    completions of zero advantage are left out of forward and backward, unless KL or a mixture of
-    experts wants them (`args.skip_zero_advantages`).
+    Each is averaged over its own rows, refinements over those of all rounds: sequences and tokens
+    are counted over one accumulation window, as TRL does, so micro-batches add up. Equal to TRL's
+    loss in value and gradient for each `loss_type`. The loss is taken from the hidden states in one
+    pass (`linear_policy_loss`), inside the wrapped model's forward; where it needs the log-probs of
+    the whole micro-batch first (`top_entropy_quantile`, `off_policy_mask_threshold`,
+    `entropy_coef`), in two. In one pass, completions of zero advantage are left out of forward and
+    backward, unless KL or a mixture of experts wants them (`args.skip_zero_advantages`).
 
     Args:
         args: The configuration.
@@ -265,10 +265,12 @@ class PolicyLossTrainer(ExactBookkeeping):
         if "is_draft" not in inputs:
             return self._weights_of(mask, sequences, inputs["num_items_in_batch"])
         args, is_draft = self.args, inputs["is_draft"][:, None]
-        sequences = args.per_device_train_batch_size  # on average: rows of both are shuffled
-        refinements = self._weights_of(mask * ~is_draft, sequences, inputs["num_items_in_batch"])
-        sequences = sequences * args.num_drafts // args.num_refinements
-        drafts = self._weights_of(mask * is_draft, sequences, inputs["num_draft_items_in_batch"])
+        size = args.per_device_train_batch_size  # on average: rows of all stages are shuffled
+        refinements = self._weights_of(
+            mask * ~is_draft, size * args.refinement_rounds, inputs["num_items_in_batch"]
+        )
+        size = size * args.num_drafts // args.num_refinements
+        drafts = self._weights_of(mask * is_draft, size, inputs["num_draft_items_in_batch"])
         return torch.where(is_draft, args.draft_loss_coef * drafts, refinements)
 
     def _weights_of(self, mask: Tensor, sequences: int, generated: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Both stages of a batch drawn by a sampler of the library, as a stream, for all ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from ...rollouts.records import Rollout
 from ...rollouts.sampling import AnySampler
 from ..draft_layout import DraftLayout
 from .sampler import draw_rollouts, sync_sampler
-from .stages import Drafts, Sampled, Stage, TwoStages
+from .stages import Drafts, Refined, Round, Sampled, Stage
 from .streamed_rewards import Scored, StreamedRewards
 from .two_stages import TwoStageTrainer
 
@@ -26,12 +26,12 @@ class ScoredRollout(NamedTuple):
     Attributes:
         prompt: Index of the prompt among those of all ranks.
         rollout: All that was drawn.
-        said: Of each completion of Stage 1, and of each of Stage 2.
+        said: Of each completion of each stage.
     """
 
     prompt: int
     rollout: Rollout
-    said: tuple[list[Scored], list[Scored]]
+    said: list[list[Scored]]
 
 
 class SampledTrainer(TwoStageTrainer):
@@ -47,29 +47,30 @@ class SampledTrainer(TwoStageTrainer):
             stage.sampled = self._sampled(self._draw(inputs, layout), layout, number=1)
         return stage
 
-    def draw_two_stages(self, inputs: list[dict[str, Any]], layout: DraftLayout) -> TwoStages:
-        """Draw both stages; TRL is left to make a batch of them."""
+    def draw_rounds(self, inputs: list[dict[str, Any]], layout: DraftLayout) -> Iterator[Round]:
+        """Draw all stages; TRL is left to make batches of them."""
         if self.sampler is None:
-            return super().draw_two_stages(inputs, layout)
+            yield from super().draw_rounds(inputs, layout)
+            return
         device, drawn = self.accelerator.device, self._draw(inputs, layout)
         batch = None
         if self.trains_drafts:
             stage = Stage(layout.num_drafts, sampled=self._sampled(drawn, layout, number=0))
             with self.drafting():
                 batch = self.run_stage([inputs[row] for row in layout.draft_rows], stage)
-        rewards, lengths = _draft_table(drawn)
-        drafts = Drafts([], lengths.to(device), rewards.to(device), None, batch)
-        refined = []
-        for prompt in layout.row_prompts:
-            rollout = drawn[prompt].rollout
-            choice = rollout.choices[-1]
-            refined.append(
-                self.refined(rollout.refinements[-1].prompt, choice.draft, choice.tokens_cut)
+        rewards = torch.tensor([each.rollout.drafts.rewards for each in drawn], device=device)
+        for number in range(1, self.rounds + 1):
+            refined = [
+                self._refined(drawn[prompt].rollout, number) for prompt in layout.row_prompts
+            ]
+            stage = Stage.of_refined(
+                layout.num_refinements, refined, self._sampled(drawn, layout, number=number)
             )
-        stage = Stage.of_refined(
-            layout.num_refinements, refined, self._sampled(drawn, layout, number=1)
-        )
-        return TwoStages(drafts, _choices(drawn, device), refined, stage)
+            yield Round(Drafts(rewards, batch), _choices(drawn, number, device), refined, stage)
+
+    def _refined(self, rollout: Rollout, number: int) -> Refined:
+        choice = rollout.choices[number - 1]
+        return self.refined(rollout.stages[number].prompt, choice.draft, choice.tokens_cut)
 
     def _draw(self, inputs: list[dict[str, Any]], layout: DraftLayout) -> list[ScoredRollout]:
         """Draw what belongs to this rank's prompts, and exchange it: rollouts of all prompts."""
@@ -89,6 +90,7 @@ class SampledTrainer(TwoStageTrainer):
             rewards,
             num_drafts=layout.num_drafts,
             num_refinements=layout.num_refinements,
+            rounds=self.rounds,
             rules=self._ranked_by(rewards, rows) if layout.num_drafts else DraftRules(),
             seed=self._seed(layout.rank, 0),
             concurrency=self.args.sampler_concurrency,
@@ -121,8 +123,7 @@ class SampledTrainer(TwoStageTrainer):
     ) -> Sampled:
         """Lay out the completions of a stage that this rank trains on."""
         group = layout.num_refinements if number else layout.num_drafts
-        first = layout.rank * layout.rows
-        rows = range(first, first + layout.rows) if number else layout.drafts
+        rows = layout.refinements if number else layout.drafts
         places = [(drawn[row // group], row % group) for row in rows]
         stages = [each.rollout.stages[number] for each, _ in places]
         said = [each.said[number][place] for each, place in places]
@@ -157,18 +158,11 @@ def owned_prompts(layout: DraftLayout) -> dict[int, int]:
     return {prompt: row for prompt, row in starts.items() if row >= 0}
 
 
-def _choices(drawn: Sequence[ScoredRollout], device: torch.device) -> DraftChoices:
-    choices = [each.rollout.choices[-1] for each in drawn]
+def _choices(drawn: Sequence[ScoredRollout], number: int, device: torch.device) -> DraftChoices:
+    choices = [each.rollout.choices[number - 1] for each in drawn]
     columns: dict[str, list[Any]] = {
         name: [getattr(choice, name) for choice in choices]
         for name in ("index", "reward", "failed", "dropped", "skipped")
     }
     columns["plain"] = [not choice.draft for choice in choices]
     return DraftChoices(**{k: torch.tensor(v, device=device) for k, v in columns.items()})
-
-
-def _draft_table(drawn: Sequence[ScoredRollout]) -> tuple[Tensor, Tensor]:
-    """Give rewards and lengths of all drafts. Shape [P, N] each."""
-    stages = [each.rollout.drafts for each in drawn]
-    lengths = [[len(draft.token_ids) for draft in stage.completions] for stage in stages]
-    return torch.tensor([stage.rewards for stage in stages]), torch.tensor(lengths)

@@ -77,35 +77,29 @@ class Stage:
         )
 
 
-class TwoStages(NamedTuple):
-    """Both stages of a batch, Stage 2 not yet run by TRL.
-
-    Attributes:
-        drafts: What Stage 1 drew.
-        choices: The chosen drafts.
-        refined: The Stage-2 prompt of each row on this rank.
-        stage: Stage 2.
-    """
-
-    drafts: "Drafts"
-    choices: DraftChoices
-    refined: list[Refined]
-    stage: Stage
-
-
 class Drafts(NamedTuple):
     """What Stage 1 drew.
 
     Attributes:
-        completions: The drafts of this rank.
-        lengths: Tokens of each draft, those of all ranks. Shape [P, N].
-        rewards: The training reward of each, NaN where it has none. Shape [P, N].
-        scores: What ranks them in its place, or None. Shape [P, N].
+        rewards: The training reward of each draft, NaN where it has none. Shape [P, N].
         batch: TRL's rows for the loss, where drafts are trained too.
     """
 
-    completions: Sequence[Completion]
-    lengths: Tensor
     rewards: Tensor
-    scores: Tensor | None
     batch: dict[str, Any] | None
+
+
+class Round(NamedTuple):
+    """One round of Stage 2, not yet run by TRL.
+
+    Attributes:
+        drafts: What Stage 1 drew; the same in each round.
+        choices: The chosen completions: drafts, and refinements of the rounds before.
+        refined: The Stage-2 prompt of each row on this rank.
+        stage: What TRL is to run.
+    """
+
+    drafts: Drafts
+    choices: DraftChoices
+    refined: list[Refined]
+    stage: Stage

@@ -128,8 +128,8 @@ class StreamedRewards:
         scores: list[float] = model(**inputs.to(device)).logits[:, 0].tolist()
         return scores
 
-    def of(self, rollout: Rollout) -> tuple[list[Scored], list[Scored]]:
-        """Give what each draft and each refinement of a prompt got."""
+    def of(self, rollout: Rollout) -> list[list[Scored]]:
+        """Give what each completion of each stage of a prompt got."""
         left = {key: list(found) for key, found in self._scored.items()}
         nothing = Scored([float("nan")] * len(self.functions), {})
 
@@ -137,11 +137,7 @@ class StreamedRewards:
             found = left.get((rollout.index, tuple(ids)))
             return found.pop(0) if found else nothing  # in the order in which they were scored
 
-        drafts, refinements = rollout.drafts, rollout.refinements[-1]
-        return (
-            [find(each.token_ids) for each in drafts.completions],
-            [find(each.token_ids) for each in refinements.completions],
-        )
+        return [[find(each.token_ids) for each in stage.completions] for stage in rollout.stages]
 
     def column(self, number: int) -> Callable[..., list[float]]:
         """Make a selection score out of one of the reward functions."""

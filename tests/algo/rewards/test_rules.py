@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from igrpo_algo.rewards.rules import STATED, WRITTEN, Rule, apply_rules
+from igrpo_algo.rewards.remarks import STATED
+from igrpo_algo.rewards.rules import WRITTEN, Rule, apply_rules
 
 RULES = [
     pytest.param(table, rule, id=f"{name}-{number}")

@@ -11,7 +11,12 @@ import torch
 from igrpo_algo import Completion, DraftRules, DraftTemplate, TextSplice
 from igrpo_algo.drafts.rules import Fallback, Ties
 from igrpo_algo.drafts.splice import TokenBudget
-from igrpo_algo.rollouts.once_per_group import OncePerGroup, StageTwoPrompt, fit_to_tokenizer
+from igrpo_algo.rollouts.once_per_group import (
+    OncePerGroup,
+    StageTwoPrompt,
+    fit_to_tokenizer,
+    stage_one,
+)
 from igrpo_algo.rollouts.scoring import RewardError
 
 SPLICE = TextSplice(DraftTemplate("[", "]"))
@@ -98,6 +103,12 @@ def test_without_a_scored_draft_the_prompt_stays_plain():
     ((stage_two, *_),) = Host(["x", "y"]).groups("q?")
     assert (stage_two.prompt, stage_two.draft) == ("q?", "")
     assert all(map(math.isnan, stage_two.draft_rewards))
+    assert (stage_two.mean_draft_reward, stage_two.is_conditioned) == (0.0, False)
+
+
+def test_drafts_without_a_score_are_left_out_of_the_mean():
+    ((stage_two, *_),) = Host(["2", "x", "4"]).groups("q?")
+    assert (stage_two.mean_draft_reward, stage_two.is_conditioned) == (3.0, True)
 
 
 def test_the_rules_see_scores_of_their_own_columns_and_lengths():
@@ -149,7 +160,39 @@ def test_an_error_reaches_every_sample_and_the_next_call_starts_anew():
     assert host.groups("q?")[0][0].draft == "1"
 
 
-@pytest.mark.parametrize("name", ["when_failed", "when_unscored"])
+@pytest.mark.parametrize(
+    ("rewards", "error", "message"),
+    [
+        ([0.0], ValueError, "score must give one reward per draft = 2, got 1"),
+        ([0.0, 0.0, 1.0], ValueError, "score must give one reward per draft = 2, got 3"),
+        ([0.0, None], TypeError, r"score must give a list of numbers, got list \[0.0, None\]"),
+        (None, TypeError, "score must give a list of numbers, got NoneType"),
+    ],
+)
+def test_score_must_give_one_number_per_draft(rewards: Any, error: Any, message: str):
+    with pytest.raises(error, match=message):
+        scored_by(rewards)
+
+
+def scored_by(rewards: Any) -> StageTwoPrompt:
+    async def draw(number: int) -> Completion:
+        return Completion([number], str(number))
+
+    async def score(_: Sequence[Completion]) -> Any:
+        return rewards
+
+    return asyncio.run(
+        stage_one("q?", draw, score, rules=DraftRules(splice=SPLICE), num_drafts=2, seed=0)
+    )
+
+
+def test_rewards_close_to_each_other_are_no_tie():
+    """As in `two_stage_rollout`: float32 would make these equal, and take the first."""
+    assert scored_by([1.0, 1.0 + 1e-9]).draft == "1"
+    assert scored_by([False, True]).draft_rewards == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["when_failed", "when_solved", "when_unscored"])
 def test_rules_that_skip_prompts_are_refused(name: str):
     rules = DraftRules(**{name: Fallback.SKIP}, failed_below=1.0)
     with pytest.raises(ValueError, match=rf"{name} must not be Fallback\.SKIP"):

@@ -84,6 +84,14 @@ def test_a_sampler_that_encodes_is_asked_with_ids_and_they_are_kept():
     assert samples.texts == [["[97, 98]/0/7"], ["[99]/0/8"]]
 
 
+@pytest.mark.parametrize("ids", [{"input_ids": [1]}, "1", [1.0], torch.tensor([1])])
+def test_what_encode_gives_must_be_token_ids(ids):
+    sampler = Encoding()
+    sampler.encode = lambda prompt: ids
+    with pytest.raises(TypeError, match="the result of encode"):
+        sample_group(["a"], sampler, 1)
+
+
 def test_a_blocking_sampler_runs_off_the_loop_and_only_there():
     threads = []
 

@@ -82,6 +82,10 @@ def test_nothing_to_score_is_not_asked():
         (3.0, TypeError, r"reward must return a list of numbers, got float 3.0 on prompt 1"),
         (None, TypeError, r"reward must return a list of numbers, got None"),
         ("10", TypeError, r"reward must return a list of numbers, got str '10'"),
+        (b"10", TypeError, r"reward must return a list of numbers, got bytes b'10'"),
+        ({1.0: 0, 0.0: 1}, TypeError, r"reward must return a list of numbers, got dict"),
+        ({1.0, 0.0}, TypeError, r"reward must return a list of numbers, got set"),
+        ([1.0, "0"], TypeError, r"numbers or None, got str '0' on prompt 1 \('b'\)"),
     ],
 )
 def test_what_a_reward_may_not_return(values, error, match):

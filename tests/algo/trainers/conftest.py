@@ -43,3 +43,13 @@ def make_trainer(tmp_path: Path) -> Callable[..., Any]:
         return IGRPOTrainer(args=args, processing_class=tiny_qwen.make_tokenizer(), **given)
 
     return build
+
+
+@pytest.fixture
+def saved_model(tmp_path: Path) -> str:
+    """A folder to load the reference model from."""
+    from tiny_qwen import make_model, make_tokenizer
+
+    make_model(seed=1).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType, PartialState
+from cpus_for_gpus import pass_for_gpus
 from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny_qwen import base_options, early_letters, make_dataset, make_model, make_tokenizer
@@ -27,6 +27,7 @@ from igrpo_algo.trainers.trl.sampler import whole_weights
 RUNS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo"},
     "drafts-trained": {"loss_type": "dapo", "draft_loss_coef": 1.0},
+    "two-rounds": {"loss_type": "dapo", "refinement_rounds": 2, "draft_loss_coef": 0.5},
     "adapter": {"adapter": {"target_modules": ["q_proj", "down_proj"]}},
     "adapter-and-head": {"adapter": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}},
 }
@@ -70,18 +71,13 @@ ZERO3 = {
 
 
 def shard(kind: str) -> dict[str, Any]:
-    """Let accelerate shard the weights; it does so on GPUs alone, so the CPUs pass for GPUs."""
-    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
-    os.environ.pop("ACCELERATE_USE_CPU", None)
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    """Let accelerate shard the weights."""
     if kind == "fsdp2":
         os.environ |= FSDP2
-        return {"use_cpu": False}
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo, nothing to compile
-    return {"use_cpu": False, "deepspeed": ZERO3}
+    else:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    pass_for_gpus()
+    return {"use_cpu": False} | ({} if kind == "fsdp2" else {"deepspeed": ZERO3})
 
 
 def train(folder: Path, adapter: dict[str, Any] | None = None, **given: Any) -> None:

@@ -22,8 +22,8 @@ class Characters:
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return "".join(map(chr, ids))
 
-    def convert_tokens_to_ids(self, token: str) -> None:
-        return None
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return list(map(chr, ids))
 
 
 def test_the_adapter_of_the_page_gives_a_group_its_best_draft():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from scripted import DRAFTS, REFINED, chat, run_stages
 from tiny_qwen import (
     SHORT_TEMPLATE,
@@ -28,6 +29,19 @@ def test_unscored_drafts_are_never_shown(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(reward_funcs=digit_reward, draft_template=SHORT_TEMPLATE)
     _, sampler = run_stages(trainer, ["a", "b", "c0", "d", "e", "f", "g", "h"], REFINED)
     assert sampler.prompts[1] == [chat("0+0?[c0]")] * 4 + [chat("1+1?")] * 4
+
+
+def test_turns_of_tools_stay_as_they_are(make_trainer: MakeTrainer) -> None:
+    """The draft goes into the user's message; what followed it still does."""
+    turns = [("user", "1?"), ("assistant", "call"), ("tool", "one")]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    dataset = Dataset.from_dict({"prompt": [prompt] * 2})
+    trainer = make_trainer(
+        reward_funcs=digit_reward, draft_template=SHORT_TEMPLATE, train_dataset=dataset
+    )
+    _, sampler = run_stages(trainer, DRAFTS, REFINED)
+    end = "</s><s>assistant:call</s><s>tool:one</s><s>assistant:"
+    assert sampler.prompts[1] == [f"<s>user:1?[b3]{end}"] * 4 + [f"<s>user:1?[e0]{end}"] * 4
 
 
 def test_tie_of_the_shortest_draft(make_trainer: MakeTrainer) -> None:

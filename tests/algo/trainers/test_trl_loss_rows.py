@@ -28,7 +28,7 @@ def stage(rows: int, prompt: int, completion: int, **more: Any) -> dict[str, Any
 def test_joined_stages_keep_every_row_and_pad_outwards() -> None:
     refinements = stage(2, 4, 2, old_per_token_logps=torch.full((2, 2), -1.0))
     drafts = stage(3, 2, 3, old_per_token_logps=torch.full((3, 3), -2.0))
-    joined = join_stages(refinements, drafts, pad_token_id=99)
+    joined = join_stages([refinements], drafts, pad_token_id=99)
     assert joined["prompt_ids"][:2].equal(refinements["prompt_ids"])
     assert joined["prompt_ids"][2].tolist() == [99, 99, 1, 2]
     assert joined["prompt_mask"][2].tolist() == [0, 0, 1, 1]
@@ -45,8 +45,15 @@ def test_joined_stages_keep_every_row_and_pad_outwards() -> None:
 def test_joined_stages_keep_a_ratio_per_sequence() -> None:
     refinements = stage(2, 2, 2, importance_sampling_ratio=torch.tensor([[1.0], [2.0]]))
     drafts = stage(1, 2, 4, importance_sampling_ratio=torch.tensor([[3.0]]))
-    joined = join_stages(refinements, drafts, pad_token_id=0)
+    joined = join_stages([refinements], drafts, pad_token_id=0)
     assert joined["importance_sampling_ratio"].tolist() == [[1.0], [2.0], [3.0]]
+
+
+def test_rounds_are_joined_and_their_tokens_added_up() -> None:
+    joined = join_stages([stage(2, 2, 2), stage(2, 3, 4)], None, pad_token_id=9)
+    assert joined["prompt_ids"].tolist() == [[9, 1, 2], [9, 5, 6], [1, 2, 3], [8, 9, 10]]
+    assert int(joined["num_items_in_batch"]) == 2 * 2 + 2 * 4
+    assert "is_draft" not in joined
 
 
 def test_rows_are_taken_with_all_that_belongs_to_them() -> None:

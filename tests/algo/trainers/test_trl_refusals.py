@@ -41,6 +41,15 @@ def test_images_are_refused(make_trainer: MakeTrainer) -> None:
         make_trainer(eval_dataset={"one": make_dataset().add_column("images", [None] * 8)})
 
 
+def test_images_in_messages_are_refused(make_trainer: MakeTrainer) -> None:
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "What is this?"}]
+    prompts = [[{"role": "user", "content": content}] for content in (parts[1:], parts)]
+    with pytest.raises(
+        ValueError, match=r"row 1 of the data set has .* of type image: .* text alone"
+    ):
+        make_trainer(train_dataset=Dataset.from_dict({"prompt": prompts}))
+
+
 def test_the_ranking_must_be_one_that_exists(make_trainer: MakeTrainer) -> None:
     with pytest.raises(ValueError, match="selection_reward must be one of digit_reward, got 'no'"):
         make_trainer(reward_funcs=digit_reward, selection_reward="no")

@@ -105,7 +105,8 @@ def test_a_batch_survives_its_file(tmp_path: Path) -> None:
         {"ids": shared[2:], "is_draft": torch.tensor([True, False]), "count": torch.tensor(7)},
     ]
     save_batches(tmp_path / "new" / "batch.safetensors", batches)
-    loaded = load_batches(tmp_path / "new" / "batch.safetensors", torch.device("cpu"))
+    device = torch.device("cpu", 0)  # as a second rank has it: an index that files do not know
+    loaded = load_batches(tmp_path / "new" / "batch.safetensors", device)
     for mine, other in zip(loaded, batches, strict=True):
         assert mine.keys() == other.keys()
         for name, value in mine.items():

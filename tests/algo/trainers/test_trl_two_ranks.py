@@ -21,12 +21,12 @@ pytestmark = [third_party, pytest.mark.slow]
 HERE = Path(__file__).parent
 
 
-def launch(worker: str, *arguments: str) -> str:
+def launch(worker: str, *arguments: str, ends: bool = True) -> str:
     """Run a file of this folder on two ranks, each with one thread; give what they print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     command += [str(HERE / worker), *arguments]
-    return run(command)
+    return run(command, ends=ends)
 
 
 def run(command: list[str], *, ends: bool = True) -> str:
@@ -45,24 +45,30 @@ def run_two(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     return ranks
 
 
-@pytest.mark.parametrize("draft_loss_coef", [0.0, 1.0])
-def test_groups_that_straddle_two_ranks(tmp_path: Path, draft_loss_coef: float) -> None:
-    """4 refinements of a prompt, 2 on each rank: one draft for all, one model on both."""
-    ranks = run_two(tmp_path, str(draft_loss_coef), "by-trl")
-    for first, second in zip(ranks[0]["batches"], ranks[1]["batches"], strict=True):
-        assert first["drawn"] != second["drawn"]  # each rank draws drafts of its own
-        drafts = first["drawn"] + second["drawn"]
-        rewards = early_letters(drafts)
-        best = drafts[rewards.index(max(rewards))]
-        assert len(set(first["prompts"] + second["prompts"])) == 1
-        assert f"[{best}]" in first["prompts"][0]
-    assert ranks[0]["rows"] == ([4, 4] if draft_loss_coef else [2, 2])
+@pytest.mark.parametrize(("draft_loss_coef", "rounds"), [(0.0, 1), (1.0, 2)])
+def test_groups_that_straddle_two_ranks(
+    tmp_path: Path, draft_loss_coef: float, rounds: int
+) -> None:
+    """4 completions of a prompt in each stage, 2 on each rank: one draft for all, one model."""
+    ranks = run_two(tmp_path, str(draft_loss_coef), str(rounds), "by-trl")
+    calls = [*zip(ranks[0]["calls"], ranks[1]["calls"], strict=True)]
+    assert len(calls) == 3 * (1 + rounds)
+    for number, (first, second) in enumerate(calls):
+        assert first["drawn"] != second["drawn"]  # each rank draws its own
+        (prompt,) = {*first["prompts"], *second["prompts"]}
+        if number % (1 + rounds) == 0:
+            pool: list[str] = []
+        else:
+            rewards = early_letters(pool)
+            assert f"[{pool[rewards.index(max(rewards))]}]" in prompt
+        pool += first["drawn"] + second["drawn"]
+    assert ranks[0]["rows"] == ([6, 6] if draft_loss_coef else [2, 2])
 
 
 def test_a_sampler_draws_for_both_ranks(tmp_path: Path) -> None:
     """The rank with a prompt's first row draws it for both; each rank's engine is synced."""
-    ranks = run_two(tmp_path, "0.0", "sampled")
-    for first, second in zip(ranks[0]["batches"], ranks[1]["batches"], strict=True):
+    ranks = run_two(tmp_path, "0.0", "1", "sampled")
+    for first, second in zip(ranks[0]["calls"], ranks[1]["calls"], strict=True):
         assert len(set(first["prompts"] + second["prompts"])) == 1
         assert first["drawn"] != second["drawn"]  # each rank trains on its own rows
     assert ranks[0]["engine"] == ranks[1]["engine"]
@@ -126,3 +132,21 @@ def test_a_run_is_the_same_however_it_is_dealt_out(runs: dict[str, Path], name: 
         for mine, other in zip(other_logs, logs, strict=True):
             for metric in ("reward", "grad_norm", "igrpo/uplift", "completions/mean_length"):
                 assert mine[metric] == pytest.approx(other[metric], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("how", ["plain", "fsdp2", "zero3"])
+def test_a_run_that_is_killed_on_two_ranks_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, how: str
+) -> None:
+    if how == "zero3" and find_spec("deepspeed") is None:
+        pytest.skip("make test-zero3 installs DeepSpeed")
+    launch("resumed_run.py", str(tmp_path), how, "whole")
+    launch("resumed_run.py", str(tmp_path), how, "killed", ends=False)
+    left = {path.name for path in (tmp_path / "killed" / "checkpoint-3").iterdir()}
+    assert left >= {f"generated_batch_{rank}.safetensors" for rank in (0, 1)}
+    assert not (tmp_path / "killed.safetensors").exists()
+    launch("resumed_run.py", str(tmp_path), how, "resumed")
+    whole, resumed = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "resumed"))
+    assert resumed.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, msg=name)

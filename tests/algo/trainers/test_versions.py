@@ -28,6 +28,15 @@ def test_a_trainer_that_is_there_and_broken_shows_its_own_error() -> None:
         import _pytest.no_such_name  # noqa: F401
 
 
+def test_an_untested_version_that_fails_to_import_is_named_too() -> None:
+    with (
+        pytest.warns(UserWarning, match=rf"pytest 1\.0, and {HERE} is installed"),
+        pytest.raises(ImportError, match="no_such_name"),
+        requires("pytest", "1.0", "1.0"),
+    ):
+        import _pytest.no_such_name  # noqa: F401
+
+
 @pytest.mark.parametrize(("oldest", "newest"), [("1.0", "2.0"), ("98.0", "99.0")])
 def test_an_untested_version_is_a_warning_that_names_both(oldest: str, newest: str) -> None:
     message = rf"pytest {oldest} to {newest}, and {HERE} is installed"

@@ -1,22 +1,16 @@
-"""A tiny Qwen3 with a tokenizer of characters and a chat template, built in code."""
+"""What the tests of the TRL trainer train the tiny Qwen3 with."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
-)
-CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+sys.path.append(str(Path(__file__).parents[2] / "models"))  # for scripts that a test runs
+from tiny_qwen3 import make_model as make_model
+from tiny_qwen3 import make_tokenizer as make_tokenizer
+
 SHORT_TEMPLATE = {"before": "[", "after": "]", "delimiters": ["[", "]"]}
 
 # Warnings that TRL and its dependencies give about themselves.
@@ -26,42 +20,6 @@ third_party = pytest.mark.filterwarnings(
     "ignore:.*use_reentrant.*:UserWarning",
     "ignore::ResourceWarning",
 )
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: index for index, token in enumerate(SPECIAL + CHARACTERS)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        padding_side="left",
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-def make_model(seed: int = 0) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(SPECIAL + CHARACTERS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return Qwen3ForCausalLM(config)
 
 
 def make_dataset(size: int = 8, *, chat: bool = True) -> Dataset:

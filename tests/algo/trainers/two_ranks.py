@@ -26,12 +26,13 @@ def digest(model: torch.nn.Module) -> str:
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
-def main(folder: Path, draft_loss_coef: float, *, sampled: bool) -> None:
+def main(folder: Path, draft_loss_coef: float, rounds: int, *, sampled: bool) -> None:
     warnings.simplefilter("ignore")
     options = base_options(folder) | {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 2,
         "draft_loss_coef": draft_loss_coef,
+        "refinement_rounds": rounds,
         "draft_template": {"before": "[", "after": "]"},
         "max_steps": 3,
     }
@@ -46,18 +47,15 @@ def main(folder: Path, draft_loss_coef: float, *, sampled: bool) -> None:
         sampler=engine if sampled else None,
     )
     before = digest(model)
-    batches: list[dict[str, list[str]]] = []
+    calls: list[dict[str, list[str]]] = []
     rows: list[int] = []
     sample, compute = trainer._generate_single_turn, trainer._compute_loss
 
     def listen(prompt_ids: list[list[int]], *rest: Any, **options: Any) -> Any:
         completion_ids, logprobs = sample(prompt_ids, *rest, **options)
         decode = make_tokenizer().batch_decode
-        if len(batches) == 0 or "prompts" in batches[-1]:
-            batches.append({"drawn": decode(completion_ids, skip_special_tokens=True)})
-        if sampled or "rank" in batches[-1]:  # TRL is asked for drafts first, then for refinements
-            batches[-1]["prompts"] = decode(prompt_ids)
-        batches[-1]["rank"] = str(trainer.accelerator.process_index)
+        drawn = decode(completion_ids, skip_special_tokens=True)
+        calls.append({"prompts": decode(prompt_ids), "drawn": drawn})
         return completion_ids, logprobs
 
     def count(model: Any, inputs: dict[str, Any]) -> Any:
@@ -68,7 +66,7 @@ def main(folder: Path, draft_loss_coef: float, *, sampled: bool) -> None:
     trainer.train()
     seen = {
         "world": trainer.accelerator.num_processes,
-        "batches": batches,
+        "calls": calls,
         "before": before,
         "parameters": digest(model),
         "rows": [sum(rows[:2]), sum(rows[2:4])],
@@ -84,7 +82,8 @@ def main(folder: Path, draft_loss_coef: float, *, sampled: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]), sampled=sys.argv[3] == "sampled")
+    _, folder, draft_loss_coef, rounds, how = sys.argv
+    main(Path(folder), float(draft_loss_coef), int(rounds), sampled=how == "sampled")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     os._exit(0)  # a thread of torch's that is still there when Python ends aborts the process

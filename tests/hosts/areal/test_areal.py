@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from contract import Group
 from differences import note_tensors
 from letters_reward import letters
-from tiny_model import make_model, make_tokenizer
+from tiny_qwen3 import make_model, make_tokenizer
 
 from igrpo_algo import DraftRules, DraftTemplate, TextSplice
 from igrpo_algo.drafts.rules import Fallback

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +19,14 @@ from hypothesis import strategies as st
 HOSTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOSTS), str(HOSTS / "nemo_rl" / "nemo_rl_0_6")]
 from contract import Group
-from differences import note_tensors
+from differences import COPY, note_tensors
 from nemo_rl.algorithms import grpo
 from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossConfig, ClippedPGLossFn
 from nemo_rl.algorithms.utils import calculate_baseline_and_std_per_prompt
 from nemo_rl.data.llm_message_utils import batched_message_log_to_flat_message
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict, EnvironmentReturn
-from tiny_model import make_model, make_tokenizer
+from patient_ray import start_ray
+from tiny_qwen3 import make_model, make_tokenizer
 
 from igrpo_algo import DraftRules, DraftTemplate, TextSplice, select_worst_draft
 from igrpo_algo.drafts.rules import Fallback
@@ -96,8 +98,9 @@ class Generation:
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[Any]:
-    paths = {"PYTHONPATH": os.pathsep.join([*sys.path[:2], str(HOSTS.parents[1])])}
-    ray.init(num_cpus=1, include_dashboard=False, runtime_env={"env_vars": paths})
+    folders = [*sys.path[:2], str(HOSTS.parent / "models"), str(HOSTS.parents[1])]
+    paths = {"PYTHONPATH": os.pathsep.join(folders)}
+    start_ray(1, paths)
     yield Letters.remote()
     ray.shutdown()
 
@@ -234,13 +237,31 @@ def test_what_can_not_work_is_refused_before_sampling(environment: Any) -> None:
         use_igrpo(rules=skipping, max_prompt_tokens=100)
     with pytest.raises(ValueError, match="num_drafts"):
         use_igrpo(num_drafts=0, max_prompt_tokens=100)
-    with pytest.raises(ValueError, match="selection_score is not taken"):
+    with pytest.raises(ValueError, match="selection_score must be None"):
         use_igrpo(rules=DraftRules(selection_score=len), max_prompt_tokens=100)
     use_igrpo(num_drafts=2, rules=RULES, max_prompt_tokens=100)
     batch = batch_of(["1+1?"], 2)
     batch["message_log"][0][0]["content"] = "1+1?"  # no template was applied
     with pytest.raises(ValueError, match="there is no other place for a draft"):
         roll_out(environment, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("async_grpo.enabled", {"grpo": SimpleNamespace(async_grpo=SimpleNamespace(enabled=True))}),
+        ("data_plane.enabled", {"data_plane": {"enabled": True}}),
+        ("should_use_nemo_gym", {"env": {"should_use_nemo_gym": True}}),
+    ],
+)
+def test_rollouts_without_drafts_are_refused_before_anything_is_set_up(
+    name: str, changed: dict[str, Any]
+) -> None:
+    use_igrpo(num_drafts=2, rules=RULES, max_prompt_tokens=100)
+    plain = {"grpo": SimpleNamespace(async_grpo=None), "data_plane": None, "env": {}}
+    grpo.setup(SimpleNamespace(**plain), None, None, None)
+    with pytest.raises(ValueError, match=f"{name} must be off"):
+        grpo.setup(SimpleNamespace(**plain | changed), None, None, None)
 
 
 @settings(max_examples=40, deadline=None)
@@ -301,7 +322,7 @@ def test_loss_and_gradient_are_those_of_nemo_rl(
     assert results[0][2] == results[1][2]
     names = ("loss", "gradient")
     for name, their, our in zip(names, *(each[:2] for each in results), strict=True):
-        what = f"{name}; both means, dual clip, KL, weights (a copy of its source)"
-        note_tensors("nemo-rl", what, our, their, VERSION)
+        what = f"{name}; both means, dual clip, KL, weights"
+        note_tensors("nemo-rl", what, our, their, version=VERSION, how=COPY)
         # NeMo-RL adds 1e-8 to its denominators; the rest is float64.
         torch.testing.assert_close(our, their, atol=1e-7, rtol=1e-7)

@@ -24,7 +24,7 @@ from openrlhf.utils.agent import AgentExecutorBase
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from contract import Group
 from differences import note_tensors
-from tiny_model import make_model, make_tokenizer
+from tiny_qwen3 import make_model, make_tokenizer
 
 from igrpo_algo import DraftRules, DraftTemplate, TextSplice, select_worst_draft
 from igrpo_algo.drafts.rules import Fallback

@@ -30,7 +30,7 @@ from slime.rollout import sglang_rollout
 from slime.rollout.data_source import RolloutDataSourceWithBuffer
 from slime.utils.misc import SingletonMeta
 from slime.utils.types import Sample
-from tiny_model import make_model, make_tokenizer
+from tiny_qwen3 import make_model, make_tokenizer
 
 from igrpo_algo.engines.transformers import TransformersSampler
 from igrpo_algo.trainers.slime import make_generate
@@ -378,7 +378,7 @@ def test_loss_and_gradient_are_those_of_slime(
     ours = run_loss(of_slime, loss_args(**options, loss_type="custom_loss"), batch, logits)
     for name, their, our in zip(("loss", "gradient"), theirs, ours, strict=False):
         what = f"{name}; sample and token means, dual clip, KL, entropy, TIS"
-        note_tensors("slime", what, our, their, VERSION)
+        note_tensors("slime", what, our, their, version=VERSION)
         torch.testing.assert_close(our, their, atol=1e-6, rtol=1e-6)
     for name in ("loss", "ppo_kl"):
         torch.testing.assert_close(ours[2][name], theirs[2][name], atol=1e-6, rtol=1e-5)

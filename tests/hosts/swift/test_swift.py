@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,10 @@ import torch
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from igrpo_algo import DraftRules
+from igrpo_algo.drafts.rules import Fallback
+from igrpo_algo.trainers.swift import _check_options, use_igrpo
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -141,3 +146,31 @@ def test_the_plugin_of_the_examples_trains_under_its_best_draft(
         (prompt,) = set(prompts)
         assert re.match(r"(\d)\+\1\?\n", prompt)
         assert best in prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "state"),
+    [
+        ("multi_turn_scheduler", {"multi_turn_scheduler": "math_tip_trick"}, {}),
+        ("multi_turn_scheduler", {}, {"enable_server_multi_turn": True}),
+        ("use_gym_env", {}, {"use_gym_env": True}),
+        ("async_generate", {"async_generate": True}, {}),
+    ],
+)
+def test_options_that_contradict_drafts_are_refused(
+    name: str, settings: dict[str, Any], state: dict[str, Any]
+) -> None:
+    settings = {"multi_turn_scheduler": None, "async_generate": False} | settings
+    state = {"enable_server_multi_turn": False, "use_gym_env": False} | state
+    with pytest.raises(ValueError, match=f"{name} can't be combined with drafts"):
+        _check_options(SimpleNamespace(args=SimpleNamespace(**settings), **state))
+
+
+def test_bad_arguments_are_refused() -> None:
+    skipping = DraftRules(failed_below=1.0, when_failed=Fallback.SKIP)
+    with pytest.raises(ValueError, match=r"when_failed must not be Fallback\.SKIP"):
+        use_igrpo(skipping)
+    with pytest.raises(ValueError, match="selection_score must be None"):
+        use_igrpo(DraftRules(selection_score=len))
+    with pytest.raises(ValueError, match="num_drafts"):
+        use_igrpo(num_drafts=0)

@@ -27,7 +27,7 @@ HOSTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOSTS))
 from contract import Group
 from differences import note_tensors
-from tiny_model import SPECIAL, make_model, make_tokenizer
+from tiny_qwen3 import SPECIAL, make_model, make_tokenizer
 
 from igrpo_algo import DraftRules, DraftTemplate, TextSplice, select_worst_draft
 from igrpo_algo.drafts.rules import Fallback
@@ -236,8 +236,9 @@ def test_failures_are_repeated_as_each_says() -> None:
 def test_what_can_not_work_is_refused_before_sampling() -> None:
     with pytest.raises(ValueError, match=r"when_failed must not be Fallback\.SKIP"):
         IGRPO(rules=DraftRules(failed_below=1.0, when_failed=Fallback.SKIP))
-    with pytest.raises(ValueError, match="num_drafts"):
-        IGRPO(num_drafts=0)
+    for name in ("num_drafts", "max_prompt_tokens"):
+        with pytest.raises(ValueError, match=f"{name} must be >= 1"):
+            IGRPO(**{name: 0})
 
     class Tokens(Letters):
         def __init__(self) -> None:

@@ -1,18 +1,35 @@
-"""Train two steps as the example does, and write what was sampled and trained to seen.json."""
+"""Train two steps as the example does, and write what was sampled and trained to seen.json.
+
+`train_on_cpu.py FOLDER` runs Unsloth's CPU backend, which leaves TRL's trainer as it is.
+`train_on_cpu.py FOLDER rewritten` takes the trainer that Unsloth writes for a GPU. Its own switch
+for tests starts it without one and then rewrites nothing, so the rewriting is called here.
+"""
 
 import importlib.util
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.append(str(HERE.parents[1] / "models"))
 
-import unsloth  # noqa: F401  # isort: skip
+REWRITTEN = sys.argv[2:] == ["rewritten"]
+if REWRITTEN:
+    os.environ |= {"UNSLOTH_ALLOW_CPU": "1", "UNSLOTH_COMPILE_DISABLE": "1"}
+
+import unsloth  # isort: skip
 import torch
 import trl
-from tiny_model import make_model, make_tokenizer
+
+if REWRITTEN:
+    from unsloth.models.rl import patch_trl_rl_trainers
+
+    patch_trl_rl_trainers()
+
+from tiny_qwen3 import make_model, make_tokenizer
 
 from igrpo_algo import DraftRules, DraftTemplate, TextSplice
 
@@ -66,7 +83,10 @@ def main(output: str) -> None:
         {"prompt": [{"role": "user", "content": f"{n}+{n}?"}], "answer": str(2 * n)}
         for n in range(4)
     ]
-    model = make_model().train()
+    model = make_model()
+    if REWRITTEN:  # as its `from_pretrained` does
+        for name in ("for_training", "for_inference"):
+            setattr(model, name, partial(getattr(unsloth.FastLanguageModel, name), model))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     trainer = example.train(
         model,
@@ -76,12 +96,14 @@ def main(output: str) -> None:
         reward=letters,
         output_dir=output,
         per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
         max_completion_length=8,
         max_steps=2,
         learning_rate=1e-3,
         logging_steps=1,
         report_to="none",
         save_strategy="no",
+        gradient_checkpointing=False,
         use_cpu=True,
         bf16=False,
     )
@@ -92,4 +114,4 @@ def main(output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

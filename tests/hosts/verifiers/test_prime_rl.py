@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 HOSTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HOSTS), str(HOSTS / "verifiers"), str(HOSTS / "verifiers" / "prime_rl_0_8")]
-from differences import note_tensors
+from differences import COPY, note_tensors
 from prime_rl.configs.trainer import CustomLossConfig, DefaultLossConfig
 from prime_rl.trainer.rl.loss import LossInputs, LossOutputs, compute_loss, setup_rl_loss_fn
 
@@ -80,7 +80,7 @@ def differ(
         results.append((loss.detach(), logprobs.grad))
     compared = list(zip(("loss", "gradient"), *results, strict=True))
     for what, their, our in compared if value else compared[1:]:
-        note_tensors("prime-rl", f"{what}; {name} (a copy of its source)", our, their, "0.8.0")
+        note_tensors("prime-rl", f"{what}; {name}", our, their, version="0.8.0", how=COPY)
         torch.testing.assert_close(our, their, atol=1e-12, rtol=1e-12)  # float64 on both sides
 
 

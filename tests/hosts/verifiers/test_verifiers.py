@@ -21,7 +21,7 @@ from contract import Group
 from letters import LettersTask
 from prime_rl.grpo import GRPOAlgorithm, iter_trainable_traces
 from serve import Server
-from tiny_model import make_model, make_tokenizer
+from tiny_qwen3 import make_model, make_tokenizer
 
 import igrpo_algo.trainers.verifiers
 from igrpo_algo import Completion, DraftRules, DraftTemplate, TextSplice, select_worst_draft

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from tiny_model import make_model
+from tiny_qwen3 import make_model
 from transformers import AutoTokenizer
 from verl.workers.rollout.replica import TokenOutput
 

@@ -28,7 +28,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from contract import Group
 from on_cpu import Client, compute_score
-from tiny_model import make_model, make_tokenizer
+from patient_ray import start_ray
+from tiny_qwen3 import make_model, make_tokenizer
 
 G, N, WORKERS = 4, 3, 2
 QUESTIONS = ["1+1?", "2+2?", "3+3?"]
@@ -44,9 +45,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "VERL_LOGGING_LEVEL": "ERROR"}
-    ray.init(num_cpus=16, runtime_env={"env_vars": environment}, include_dashboard=False)
+    folders = [str(HERE), str(HERE.parents[1] / "models"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        "PYTHONPATH": os.pathsep.join(folders),
+        "OMP_NUM_THREADS": "1",
+        "VERL_LOGGING_LEVEL": "ERROR",
+    }
+    start_ray(16, environment)
     yield
     ray.shutdown()
 
@@ -158,6 +163,7 @@ def test_the_question_is_never_cut(model: Path, tmp_path: Path) -> None:
 def test_what_can_not_work_is_refused_before_sampling(model: Path, tmp_path: Path) -> None:
     wanted = {
         "actor_rollout_ref.rollout.full_determinism=true": "full_determinism must be off",
+        "actor_rollout_ref.rollout.multi_turn.enable=true": "multi_turn.enable must be off",
         "igrpo.num_drafts=0": "num_drafts",
         "+igrpo.drafts=3": "unexpected keyword argument 'drafts'",
     }
@@ -206,7 +212,7 @@ def test_v1_trains_each_group_on_one_stage_two_prompt(
     tags = [{"is_prompt": True, "status": "pending", "global_steps": 1}] * len(uids)
     tq.kv_batch_put(keys=uids, partition_id="train", tags=tags)
     manager.generate_sequences(batch)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 900
     while True:
         known = tq.kv_list(partition_id="train")["train"]
         states = [known[uid]["status"] for uid in uids]

@@ -11,7 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from differences import note
-from tiny_model import make_model, make_tokenizer
+from tiny_qwen3 import make_model, make_tokenizer
 
 
 def test_three_steps_of_the_fsdp2_engine_are_those_of_the_vanilla_loss(tmp_path: Path) -> None:

@@ -87,11 +87,11 @@ def test_the_first_sentence_names_grpo_unless_another_is_ahead(
     assert first_line(grpo=(HIGH, HIGH), igrpo=other) == "Here, train with GRPO."
 
 
-def test_a_difference_within_noise_is_level() -> None:
+def test_a_difference_within_noise_is_open() -> None:
     noisy = ([[2, 2, 0, 0], [2, 2, 2, 2]], EVEN), ([[2, 2, 2, 2], [2, 2, 0, 0]], EVEN)
     text = write_verdict(summary_of(grpo=noisy[0], igrpo=noisy[1]))
     # Differences +0.5 and -0.5: mean 0, half width 12.706 * 0.7071 / sqrt(2).
-    assert "single-shot +0.0 points (-635.3 to +635.3): level" in text
+    assert "single-shot +0.0 points (-635.3 to +635.3): open" in text
     assert "Less GRPO's, with the 95 % interval over seeds:" in text
     assert text.startswith("Here, train with GRPO.")
 
@@ -121,8 +121,8 @@ def test_the_numbers_behind_it_are_in_the_text() -> None:
         "50.0 % of refinements copy their draft"
     )
     assert gaps == (
-        "  iGRPO of the paper: single-shot -68.8 points (-148.2 to +10.7): level; "
-        "draft, then refine +0.0 points (+0.0 to +0.0): level"
+        "  iGRPO of the paper: single-shot -68.8 points (-148.2 to +10.7): open; "
+        "draft, then refine +0.0 points (+0.0 to +0.0): open"
     )
 
 

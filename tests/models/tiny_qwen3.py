@@ -1,4 +1,6 @@
-"""A tiny random Qwen3 with a tokenizer of characters, for hosts whose environments have no TRL."""
+"""A tiny random Qwen3 with a tokenizer of characters and a chat template, built in code."""
+
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders
@@ -31,21 +33,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(seed: int = 0) -> Qwen3ForCausalLM:
+def make_model(seed: int = 0, **config: Any) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(SPECIAL + CHARACTERS),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            max_position_embeddings=1024,
-            tie_word_embeddings=False,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    ).eval()
+    tiny = {
+        "vocab_size": len(SPECIAL + CHARACTERS),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(**tiny | config))
