@@ -31,7 +31,7 @@ from igrpo_algo.drafts.text import (
     splice_prompt,
 )
 from igrpo_algo.engines.static import StaticSampler
-from igrpo_algo.rollouts.completions import Completion, Groups
+from igrpo_algo.rollouts.completions import Completion, CompletionGroups
 
 ONE_LINE = DraftTemplate(before="\nDraft: ", after="")
 TEMPLATES = {
@@ -44,7 +44,7 @@ SHOWN = ("answers shown", CORRECTION)
 WHAT_AND_WHERE = ("shown", "levels", "output")  # options that the record itself answers
 
 
-def rights(groups: Groups, problems: Sequence[WordProblem]) -> list[list[float]]:
+def rights(groups: CompletionGroups, problems: Sequence[WordProblem]) -> list[list[float]]:
     """Score the completions of each problem."""
     return [
         [score(each.text, problem) for each in group]
@@ -60,12 +60,12 @@ def share(values: Sequence[float]) -> float | None:
 def refine(
     sampler: StaticSampler,
     problems: Sequence[WordProblem],
-    drafts: Groups,
+    drafts: CompletionGroups,
     template: DraftTemplate,
     *,
     corrects: bool,
     seed: int,
-) -> Groups:
+) -> CompletionGroups:
     """Draw one refinement of each draft."""
     shown = [
         splice_prompt(
