@@ -77,8 +77,7 @@ def can_carry(objective: TokenObjective, head: LinearHead, longest: int) -> bool
     surrogate, kl = type(objective.surrogate), objective.kl
     while isinstance(kl, WEIGHTED):
         kl = kl.estimate
-    budget = implementation(head).CHUNK_BYTES if head.chunk_bytes is None else head.chunk_bytes
-    fits = 4 * longest * head.widest <= budget
+    fits = 4 * longest * head.widest <= implementation(head).budget(head)
     known = surrogate in OF_TOKENS or (surrogate in OF_SEQUENCES and fits)
     return known and type(kl) in ESTIMATORS
 

@@ -15,10 +15,14 @@ from .row_statistics import LARGEST, RowStatistics
 CHUNK_BYTES = 2**28
 
 
+def budget(head: LinearHead) -> int:
+    """Bytes held at a time."""
+    return CHUNK_BYTES if head.chunk_bytes is None else head.chunk_bytes
+
+
 def rows_per_chunk(head: LinearHead, count: int, keeps: bool) -> int:
     """How many rows of fp32 logits fit the budget; at least one."""
-    budget = CHUNK_BYTES if head.chunk_bytes is None else head.chunk_bytes
-    return max(1, budget // (4 * head.widest))
+    return max(1, budget(head) // (4 * head.widest))
 
 
 def new_memory(head: LinearHead, rows: int, keeps: bool) -> Tensor:

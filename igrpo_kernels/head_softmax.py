@@ -1,11 +1,13 @@
 """From hidden states to softmax rows: the one place where the head's product meets the softmax.
 
 `softmax_chunks` serves all ops over hidden states. What runs a chunk is chosen in `implementation`:
-`cpu_head_softmax` or `_triton.head_softmax`, two modules of the same three functions:
+`cpu_head_softmax` or `_triton.head_softmax`, two modules of the same four functions:
 
+    budget(head) -> int
+        Bytes of logits or exponentials held at a time: `head.chunk_bytes`, or a default.
     rows_per_chunk(head, count, keeps) -> int
-        How many of `count` rows' logits or exponentials may be held at a time within
-        `head.chunk_bytes`, at least 1. Alike on all ranks of a shard: count `head.widest` columns.
+        How many of `count` rows that is, at least 1. Alike on all ranks of a shard: count
+        `head.widest` columns.
         A product that only sums (`keeps=False`) holds nothing and may take any number.
     new_memory(head, rows, keeps) -> Tensor
         Memory for a chunk of at most `rows` rows, which the chunks of a pass share.
@@ -89,11 +91,12 @@ def softmax_chunks(
         head.shard.check_rows(len(rows), head.weight.device)
     run = implementation(head)
     most = run.rows_per_chunk(head, len(rows), keeps)
-    memory = None
-    for chunk in row_chunks(rows, most, owner):
+    chunks = list(row_chunks(rows, most, owner))
+    if not chunks:
+        return
+    memory = run.new_memory(head, max(map(len, chunks)), keeps)
+    for chunk in chunks:
         some = take(hidden, chunk)
-        if memory is None:
-            memory = run.new_memory(head, min(len(rows), most), keeps)
         softmax = run.softmax_of_rows(
             head,
             memory,

@@ -98,7 +98,8 @@ def linear_token_logprobs(
         shard: Which slice of the vocabulary `weight` is, of those that the ranks of a process group
             hold. Same results on every rank; see `VocabularyShard`.
         chunk_bytes: Bytes of logits, or of their exponentials, held at a time, at least one row's.
-            None: 256 MiB on a CPU, 2.5 GiB on CUDA.
+            None: 256 MiB on a CPU; on CUDA four times the weight's, 1.25 GiB at least and 2.5 at
+            most.
         skip_zero_rows: Find rows whose upstream gradient is exactly zero, and leave them out of the
             backward. On a GPU the host waits for that; with False and no mask it never waits (CUDA
             graphs).

@@ -169,32 +169,16 @@ def _score_rows(
     return RowStatistics.join(found).spread(rows, targets.shape[0]).tensors
 
 
-def _differentiate_rows(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    temperature: float | Tensor,
-    known: list[Tensor],
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-) -> Tensor:
+def _differentiate_rows(logits: Tensor, *rest: Any) -> Tensor:
     """Return the gradient of the logits, in memory of its own."""
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _write_gradient(grad, logits, targets, mask, temperature, known, grad_logprobs, grad_entropy)
+    _write_gradient(grad, logits, *rest)
     return grad
 
 
-def _differentiate_rows_(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    temperature: float | Tensor,
-    known: list[Tensor],
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-) -> None:
+def _differentiate_rows_(logits: Tensor, *rest: Any) -> None:
     """Overwrite logits by their gradient."""
-    _write_gradient(logits, logits, targets, mask, temperature, known, grad_logprobs, grad_entropy)
+    _write_gradient(logits, logits, *rest)
 
 
 def _write_gradient(

@@ -91,7 +91,8 @@ def linear_policy_loss(
         shard: Which slice of the vocabulary `weight` is, of those that the ranks of a process group
             hold. Same results on every rank; see `VocabularyShard`.
         chunk_bytes: Bytes of logits, or of their exponentials, held at a time, at least one row's.
-            None: 256 MiB on a CPU, 2.5 GiB on CUDA.
+            None: 256 MiB on a CPU; on CUDA four times the weight's, 1.25 GiB at least and 2.5 at
+            most.
         skip_zero_rows: Find rows that cannot have a gradient first, and leave them out. On a GPU
             the host waits for that; with False and no mask it never waits (CUDA graphs).
         cu_seqlens: Packed only: offsets of the sequences. Shape [B + 1].

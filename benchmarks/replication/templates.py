@@ -31,7 +31,7 @@ from igrpo_algo.drafts.text import (
     splice_prompt,
 )
 from igrpo_algo.engines.static import StaticSampler
-from igrpo_algo.rollouts.completions import Completion, Groups
+from igrpo_algo.rollouts.completions import Completion, CompletionGroups
 
 ONE_LINE = DraftTemplate(before="\nDraft: ", after="")
 TEMPLATES = {
@@ -44,7 +44,7 @@ SHOWN = ("answers shown", CORRECTION)
 WHAT_AND_WHERE = ("shown", "levels", "output")  # options that the record itself answers
 
 
-def rights(groups: Groups, problems: Sequence[WordProblem]) -> list[list[float]]:
+def rights(groups: CompletionGroups, problems: Sequence[WordProblem]) -> list[list[float]]:
     """Score the completions of each problem."""
     return [
         [score(each.text, problem) for each in group]
@@ -60,12 +60,12 @@ def share(values: Sequence[float]) -> float | None:
 def refine(
     sampler: StaticSampler,
     problems: Sequence[WordProblem],
-    drafts: Groups,
+    drafts: CompletionGroups,
     template: DraftTemplate,
     *,
     corrects: bool,
     seed: int,
-) -> Groups:
+) -> CompletionGroups:
     """Draw one refinement of each draft."""
     shown = [
         splice_prompt(
@@ -108,10 +108,12 @@ def measure(
     problems = [draw(rng, (options.level,)) for _ in range(options.problems)]
     drafts = sampler.sample([ask(problem, None) for problem in problems], options.drafts, seed=0)
     drafted = rights(drafts, problems)
-    found = json.loads(output.read_bytes()) if output.exists() else record
+    found: dict[str, Any] = json.loads(output.read_bytes()) if output.exists() else record
     found["drafts"] = bounded_mean_interval([fmean(row) for row in drafted])._asdict()
-    for shown in [shown for shown in options.shown if shown not in found]:
-        rows: dict[str, Any] = {}
+    for shown in options.shown:
+        if found.get(shown, {}).keys() == TEMPLATES.keys():
+            continue
+        rows = found[shown] = {}
         baseline: list[list[float]] = []
         for name, template in TEMPLATES.items():
             refinements = refine(
@@ -122,8 +124,7 @@ def measure(
             flat = [each for group in refinements for each in group]
             rows[name] = summarize(refined, drafted, baseline, flat)
             print(f"{shown}, {name}: {rows[name]}", flush=True)
-        found[shown] = rows
-        results.write(found, output)
+            results.write(found, output)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

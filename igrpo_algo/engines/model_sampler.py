@@ -21,8 +21,7 @@ from transformers import (
 from igrpo_kernels.checks import check_count
 
 from ..prompts import Prompt, decode_completion
-from ..rollouts.completions import Completion
-from ..rollouts.sampling import Groups
+from ..rollouts.completions import Completion, CompletionGroups
 from ..seeds import derive_seed
 from .base import EngineSampler, seeds_or_fresh, stop_ids
 from .distribution import Distribution
@@ -69,7 +68,7 @@ class ModelSampler(EngineSampler):
 
     def sample(
         self, prompts: Sequence[Prompt], n: int, *, seed: int | Sequence[int] | None = None
-    ) -> Groups:
+    ) -> CompletionGroups:
         """Draw n completions of each prompt.
 
         Args:

@@ -68,7 +68,7 @@ class Completion:
             )
 
 
-Groups = list[list[Completion]]
+CompletionGroups = list[list[Completion]]
 
 
 class Padded(NamedTuple):
@@ -155,7 +155,7 @@ def pack_completions(completions: Sequence[Completion]) -> Packed:
     return Packed(torch.tensor(ids, dtype=torch.int64), cu_seqlens, logprobs)
 
 
-def check_groups(groups: object, count: int, n: int) -> Groups:
+def check_groups(groups: object, count: int, n: int) -> CompletionGroups:
     """Return what the sampler gave as lists, if it is `count` groups of n completions."""
     if isinstance(groups, str) or not isinstance(groups, Sequence):
         raise TypeError(f"sampler must return a list of groups, got {describe(groups)}")

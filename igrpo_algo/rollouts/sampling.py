@@ -37,7 +37,7 @@ from ..prompts import Prompt, check_ids, check_prompts
 from ..seeds import prompt_seeds
 from .completions import (
     Completion,
-    Groups,
+    CompletionGroups,
     Packed,
     Padded,
     check_groups,
@@ -53,7 +53,7 @@ class Sampler(Protocol):
 
     def sample(
         self, prompts: Sequence[Prompt], n: int, *, seed: int | Sequence[int] | None = None
-    ) -> Groups:
+    ) -> CompletionGroups:
         """Return n completions for each prompt; the same seed returns the same ones."""
         ...
 
@@ -69,7 +69,7 @@ class AsyncSampler(Protocol):
 
 
 SamplerFunction = Callable[
-    [Sequence[Prompt], int, Sequence[int] | None], Groups | Awaitable[Groups]
+    [Sequence[Prompt], int, Sequence[int] | None], CompletionGroups | Awaitable[CompletionGroups]
 ]
 AnySampler = Sampler | AsyncSampler | SamplerFunction
 
@@ -92,7 +92,7 @@ class Samples:
     """
 
     prompts: list[Prompt]
-    completions: Groups
+    completions: CompletionGroups
     prompt_ids: list[list[int] | None]
 
     @property
@@ -178,7 +178,7 @@ async def sample_batch(
     n: int,
     seeds: list[int] | None,
     on_done: Callable[[int], None] | None = None,
-) -> Groups:
+) -> CompletionGroups:
     """Draw n completions of each prompt in one call if the sampler has a form for that.
 
     If it has none, `on_done` gets the position of each prompt when its own call returns.

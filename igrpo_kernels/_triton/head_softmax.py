@@ -28,6 +28,18 @@ from .head_rows import clip_rows, gradient_rows, weigh_rows_
 # Bytes of exponentials, or of fp32 products, held at a time: 8833 rows of 151,936 columns in bf16.
 # Larger chunks spend less on summing dW, smaller ones hold less.
 CHUNK_BYTES = 5 * 2**29
+LEAST_CHUNK_BYTES = CHUNK_BYTES // 2
+
+
+def budget(head: LinearHead) -> int:
+    """Bytes held at a time: by default four times the weight's, within bounds.
+
+    A small model's step holds little but these; a large one's has room for them.
+    """
+    if head.chunk_bytes is not None:
+        return head.chunk_bytes
+    weight = head.widest * head.weight.shape[1] * head.weight.itemsize
+    return min(CHUNK_BYTES, max(LEAST_CHUNK_BYTES, 4 * weight))
 
 
 def rows_per_chunk(head: LinearHead, count: int, keeps: bool) -> int:
@@ -43,8 +55,7 @@ def rows_per_chunk(head: LinearHead, count: int, keeps: bool) -> int:
         row = 2 * head.widest
     else:  # the sums and moments of the tiles
         row = 8 * -(-head.widest // tile.columns)
-    budget = CHUNK_BYTES if head.chunk_bytes is None else head.chunk_bytes
-    most = max(1, budget // max(1, row))
+    most = max(1, budget(head) // max(1, row))
     if keeps and count > most and head.chunk_bytes is None and head.weight.requires_grad:
         size = -(-count // -(-count // most))
         wider = 4 - gradient_dtype(head.weight.dtype).itemsize

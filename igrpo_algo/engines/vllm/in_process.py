@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...prompts import Prompt, decode_completion
-from ...rollouts.completions import Completion
-from ...rollouts.sampling import Groups
+from ...rollouts.completions import Completion, CompletionGroups
 from ..base import EngineSampler, request_seed, seed_or_fresh, seeds_or_fresh, stop_ids
 from ..distribution import Distribution
 from ..weights import WantedWeights, Weights, as_folder, memory_folder, open_weights
@@ -123,7 +122,7 @@ class VllmSampler(EngineSampler):
         *,
         seed: int | Sequence[int] | None = None,
         priority: int = 0,
-    ) -> Groups:
+    ) -> CompletionGroups:
         """Draw n completions of each prompt.
 
         Args:

@@ -10,8 +10,8 @@ from typing import Any
 from igrpo_kernels.checks import check_count
 
 from ...prompts import Prompt, decode_completion
-from ...rollouts.completions import Completion
-from ...rollouts.sampling import Groups, run_blocking
+from ...rollouts.completions import Completion, CompletionGroups
+from ...rollouts.sampling import run_blocking
 from ..base import EngineSampler, request_seed, seed_or_fresh, seeds_or_fresh, stop_ids
 from ..distribution import Distribution
 from ..weights import FolderWeights, WantedWeights, Weights, as_folder, memory_folder, open_weights
@@ -133,7 +133,7 @@ class VllmServerSampler(EngineSampler):
         *,
         seed: int | Sequence[int] | None = None,
         priority: int = 0,
-    ) -> Groups:
+    ) -> CompletionGroups:
         """Draw n completions of each prompt.
 
         Args:
@@ -233,7 +233,7 @@ class VllmServerSampler(EngineSampler):
 
     async def _sample_all(
         self, encoded: list[list[int]], n: int, seeds: list[int], priority: int
-    ) -> Groups:
+    ) -> CompletionGroups:
         gate = asyncio.Semaphore(self.max_requests)
 
         async def draw(ids: list[int], seed: int) -> list[Completion]:
