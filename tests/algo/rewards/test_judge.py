@@ -92,10 +92,19 @@ def test_judge_survives_its_child_and_close(judge: MathJudge) -> None:
     assert judge.equal("4" * 1001, "4") is None
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """A shell's background jobs ignore SIGINT, and hand that on to what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_soon(pid: int) -> None:
     threading.Timer(1.5, os.kill, (pid, signal.SIGINT)).start()  # the read waits by then
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_an_interrupted_question_is_not_answered_later(judge: MathJudge) -> None:
     """Ctrl-C in a notebook: the late answer must not count for the next question."""
     assert judge.equal("0.5", "1/2") is True
