@@ -94,8 +94,12 @@ MORE = {
     "best-dapo": Arm("best draft, DAPO, two updates", TWICE | DAPO),
     "best-gspo": Arm("best draft, GSPO, two updates", TWICE | GSPO),
     "both-worst-twice": Arm("both stages, worst draft, two updates", _both("worst") | TWICE),
-    "both-worst-dapo": Arm("the same with DAPO", _both("worst") | TWICE | DAPO),
-    "both-worst-gspo": Arm("the same with GSPO", _both("worst") | TWICE | GSPO),
+    "both-worst-dapo": Arm(
+        "both stages, worst draft, DAPO, two updates", _both("worst") | TWICE | DAPO
+    ),
+    "both-worst-gspo": Arm(
+        "both stages, worst draft, GSPO, two updates", _both("worst") | TWICE | GSPO
+    ),
 }
 
 ARMS = MAIN | MORE

@@ -40,7 +40,8 @@ def draw(maps: Mapping[str, ByArm], path: Path) -> None:
     grid[0].set_yticks(range(len(arms)), [ARMS[arm].label for arm in arms], fontsize=8)
     grid[0].invert_yaxis()
     figure.suptitle(
-        "Accuracy less GRPO's at equal completions, in points, with 95 % intervals over seeds",
+        "Accuracy less GRPO's at equal completions, in points, with 95 % intervals over seeds: "
+        "green ahead, orange behind, blue level (within the band), grey open",
         fontsize=10, x=0.01, ha="left",
     )  # fmt: skip
     save(figure, path)
