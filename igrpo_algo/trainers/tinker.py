@@ -116,7 +116,8 @@ class IGRPO(RolloutStrategy):
 
     def _fit_rules(self, renderer: Any) -> DraftRules:
         def render(messages: list[dict[str, Any]]) -> list[int]:
-            return renderer.build_generation_prompt(messages).to_ints()
+            # Only counted, as images have a length but no ids.
+            return list(range(renderer.build_generation_prompt(messages).length))
 
         tokenizer = AsTokenizer(renderer.tokenizer, render)
         return fit_to_tokenizer(self.rules, tokenizer, self.max_prompt_tokens)

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinker.lib.public_interfaces.training_client import TrainingClient
+from tinker.types import ImageChunk
 from tinker_cookbook.completers import TokenCompleter, TokensWithLogprobs
 from tinker_cookbook.renderers import get_renderer
 from tinker_cookbook.rl.data_processing import compute_advantages, trajectory_to_data
@@ -163,6 +164,37 @@ def test_the_draft_is_cut_to_fit_and_the_question_never() -> None:
     done = group(policy, IGRPO(2, RULES, max_prompt_tokens=plain))
     assert {len(t.transitions[0].ob.to_ints()) for t in done.trajectories_G} == {plain}
     assert done.trajectories_G[0].transitions[0].metrics["igrpo/conditioned"] == 0.0
+
+
+class Pictured:
+    """A renderer that puts an image of 3 tokens before every prompt."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(RENDERER, name)
+
+    def build_generation_prompt(self, messages: list[Any], **options: Any) -> tinker.ModelInput:
+        image = ImageChunk(data=b"", format="png", expected_tokens=3)
+        text = RENDERER.build_generation_prompt(messages, **options)
+        return tinker.ModelInput(chunks=[image, *text.chunks])
+
+
+def test_an_image_stays_and_counts_as_its_tokens() -> None:
+    class PicturedLetters(Letters):
+        def __init__(self) -> None:
+            super().__init__()
+            self.renderer = Pictured()
+
+    class Blind(Policy):
+        async def __call__(self, model_input: tinker.ModelInput, stop: Any, **options: Any) -> Any:
+            text = tinker.ModelInput(chunks=model_input.chunks[1:])
+            return await super().__call__(text, stop, **options)
+
+    plain = len(RENDERER.build_generation_prompt([{"role": "user", "content": "1+1?"}]).to_ints())
+    strategy = IGRPO(2, RULES, max_prompt_tokens=plain + 8)
+    done = group(Blind(), strategy, ProblemGroupBuilder(PicturedLetters, 2))
+    shown = [t.transitions[0].ob for t in done.trajectories_G]
+    assert {each.length for each in shown} == {plain + 8}
+    assert all(isinstance(each.chunks[0], ImageChunk) for each in shown)
 
 
 class TwoTurns(MessageEnv):
