@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 import trl
+from safetensors.torch import load_file
 from tiny_qwen import make_model, make_tokenizer, third_party
 
 pytestmark = [third_party, pytest.mark.slow]
@@ -63,6 +66,20 @@ def test_eight_gpus_as_two_processes(folder: Path, config: str) -> None:
     if config == "zero3" and find_spec("deepspeed") is None:
         pytest.skip("make test-zero3 installs DeepSpeed")
     finish([start(folder, config)], folder)
+
+
+def test_the_command_resumes_on_two_ranks(folder: Path) -> None:
+    """From the checkpoint before the last, as after a kill: the run that never stopped."""
+    run = folder / "run"
+    finish([start(folder, "fsdp2")], folder)
+    whole, state = load_file(run / "model.safetensors"), run / "checkpoint-1/trainer_state.json"
+    written = state.stat().st_mtime_ns
+    shutil.rmtree(run / "checkpoint-2")
+    (run / "model.safetensors").unlink()
+    finish([start(folder, "fsdp2", more=("--resume",))], folder)
+    assert state.stat().st_mtime_ns == written  # the first update was not done again
+    for name, weight in load_file(run / "model.safetensors").items():
+        assert torch.equal(weight, whole[name]), name
 
 
 def test_several_machines_as_two_launchers(folder: Path) -> None:
