@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import machine, results
 from benchmarks.cases import DTYPES
+from benchmarks.counts import positive
 from benchmarks.models import random_qwen3
 from benchmarks.shared_prompt import quartiles
 from igrpo_algo.engines.static import StaticSampler
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **{"prompts": 8, "completions": 8, "prompt_tokens": 256, "new_tokens": 64, "rounds": 5},
         **{"width": 512, "layers": 12, "vocabulary": 32768, "threads": 1},
     }.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=value)
     parser.add_argument("--stop-share", type=float, nargs="+", default=[0.0, 0.03])
     parser.add_argument("--weights", type=Path, help="the folder of a model to take instead")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import GRPOTrainer
 
 from benchmarks import results
+from benchmarks.counts import positive
 from benchmarks.measure import spread
 from benchmarks.models import random_qwen3
 from igrpo_algo.trainers.trl import IGRPOConfig, IGRPOTrainer
@@ -156,10 +157,10 @@ def compare(case: Case, rounds: int, folder: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--output", type=Path, help="the JSON; default: under results/")
     for name in asdict(Case()):
-        parser.add_argument(f"--{name}", type=int)
+        parser.add_argument(f"--{name}", type=positive)
     options = parser.parse_args()
     given = {name: value for name in asdict(Case()) if (value := getattr(options, name))}
     case = Case(**given)

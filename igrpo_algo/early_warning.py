@@ -2,13 +2,15 @@
 
 Seen in pilots: training on refinements of the best draft alone runs into copying, every group of
 refinements becomes equal, and learning stops; and a template that a model does not understand makes
-refinements worse than drafts from the first batch on. Nothing here needs torch.
+refinements worse than drafts from the first batch on.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from igrpo_kernels.checks import check_count
 
 WINDOW = 10
 COPIES_TAKE_OVER = 0.5
@@ -39,6 +41,9 @@ class EarlyWarning:
     window: int = WINDOW
     _seen: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     _said: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        check_count("window", self.window)
 
     def see(self, metrics: Mapping[str, float]) -> list[str]:
         """Take the metrics of a batch; NaN, and a name that is missing, say nothing.

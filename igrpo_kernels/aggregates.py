@@ -28,6 +28,8 @@ class Aggregate(Protocol):
 
 def _check_denominator(denominator: float | Tensor | None) -> None:
     if isinstance(denominator, Tensor):
+        if denominator.is_complex():
+            raise TypeError(f"denominator must be a real number, got {denominator.dtype}")
         if denominator.numel() != 1:
             raise ValueError(
                 f"denominator must be a number or a tensor of one element, "

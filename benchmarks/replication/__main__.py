@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.counts import positive
 from benchmarks.replication.arms import ARMS, PLANNED
 from benchmarks.replication.models import PRETRAINED, SHIPPED, SIZES
 from benchmarks.replication.sweep import plan, sweep
@@ -23,13 +24,6 @@ SMOKE = Settings(
 )
 
 REAL = Settings(steps=100, prompts=32, learning_rate=1e-5)
-
-
-def positive(text: str) -> int:
-    """Read a count."""
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a count from 1 on, got {text!r}")
-    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.cases import DTYPES
+from benchmarks.counts import positive
 from benchmarks.replication import smollm
 from benchmarks.replication.tasks.words import LEVELS, ask, draw, make_task
 from benchmarks.replication.templates import add_options, new_record, rights
@@ -47,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the levels that are not recorded yet; print, record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_options(parser)
-    parser.add_argument("--problems", type=int, default=12, help="of each level")
-    parser.add_argument("--samples", type=int, default=4, help="of each problem")
+    parser.add_argument("--problems", type=positive, default=12, help="of each level")
+    parser.add_argument("--samples", type=positive, default=4, help="of each problem")
     parser.add_argument("--levels", type=int, nargs="+", choices=LEVELS, default=LEVELS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import machine, results
 from benchmarks.cases import DTYPES
+from benchmarks.counts import positive
 from benchmarks.replication import smollm
 from benchmarks.replication.tasks.words import WordProblem, ask, draw, make_task, score
 from igrpo_algo.cli.intervals import bounded_mean_interval, mean_interval
@@ -132,7 +133,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("weights", type=Path, help="the model's folder; made if it is missing")
     parser.add_argument("--seed", type=int, default=7, help="of the problems")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--output", type=Path, help="the JSON; default: under results/")
 
 
@@ -155,8 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_options(parser)
-    parser.add_argument("--problems", type=int, default=48)
-    parser.add_argument("--drafts", type=int, default=2, help="of each problem")
+    parser.add_argument("--problems", type=positive, default=48)
+    parser.add_argument("--drafts", type=positive, default=2, help="of each problem")
     parser.add_argument("--level", type=int, default=2, help="operations of a problem")
     parser.add_argument("--shown", nargs="+", choices=SHOWN, default=SHOWN, help="in the examples")
     options = parser.parse_args(arguments)

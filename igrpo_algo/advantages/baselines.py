@@ -103,8 +103,8 @@ def opo(rewards: Tensor, weights: Tensor, groups: int | Tensor | None = None) ->
 
     Raises:
         TypeError: As in `center_by_group`.
-        ValueError: As in `center_by_group`, or `weights` do not have the shape of `rewards` or are
-            negative (on a GPU a device assertion).
+        ValueError: As in `center_by_group`, or `weights` do not have the shape of `rewards`, or are
+            negative or NaN where a reward is scored (on a GPU a device assertion).
 
     Examples:
         >>> opo(torch.tensor([[1.0, 0.0]]), torch.tensor([[30, 10]]))
@@ -112,8 +112,8 @@ def opo(rewards: Tensor, weights: Tensor, groups: int | Tensor | None = None) ->
     """
     grouped = GroupedRewards.of(rewards, groups)
     weights = check_shape("weights", to_scores("weights", weights), grouped.shape, "of rewards")
-    require(~(weights < 0), "weights must not be negative")
     weight = weights.reshape(grouped.rewards.shape).where(grouped.scored, torch.nan)
+    require(~grouped.scored | (weight >= 0), "weights must not be negative or NaN")
     centered = grouped.centered()
     total = grouped.sum(weight)
     shift = torch.where(total > 0, grouped.sum(weight * centered) / total, 0.0)

@@ -85,3 +85,9 @@ def test_batches_without_a_number_are_left_out() -> None:
     messages = said(*[{"refinement_zero_std": 1.0}, unknown] * 4)
     assert [bool(each) for each in messages] == [False] * 6 + [True, False]
     assert EarlyWarning(1).see({}) == []
+
+
+@pytest.mark.parametrize(("window", "error"), [(0, ValueError), (2.5, TypeError)])
+def test_a_window_is_a_count(window: float, error: type[Exception]) -> None:
+    with pytest.raises(error, match="window must be"):
+        EarlyWarning(window=window)

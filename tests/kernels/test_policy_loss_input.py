@@ -150,3 +150,8 @@ def test_errors_do_not_print_whole_inputs():
     with pytest.raises(TypeError) as error:
         call(logprobs=[0.0] * 1000)
     assert len(str(error.value)) < 200
+
+
+def test_a_complex_denominator_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"denominator must be a real number, got torch\.complex64"):
+        SequenceMean(torch.tensor(1j))

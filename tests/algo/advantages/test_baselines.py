@@ -93,6 +93,12 @@ def test_weights_must_fit_the_rewards() -> None:
         opo(torch.ones(1, 2), [1, 2])
     with pytest.raises(ValueError, match="weights must not be negative"):
         opo(torch.ones(1, 2), torch.tensor([[1, -1]]))
+    unknown = torch.tensor([[1.0, torch.nan]])
+    with pytest.raises(ValueError, match="weights must not be negative or NaN"):
+        opo(torch.ones(1, 2), unknown)
+    rewards, weights = torch.tensor([[1.0, 0.0, torch.nan]]), torch.tensor([[1.0, 2.0, torch.nan]])
+    wanted = opo(rewards, weights.nan_to_num())  # where no reward is scored, no weight counts
+    torch.testing.assert_close(opo(rewards, weights), wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_over_the_mean_of_negative_rewards_every_sign_would_turn() -> None:
