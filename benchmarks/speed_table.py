@@ -44,8 +44,9 @@ def readme_part(record: Record, path: str) -> str:
 ([every figure]({path})):
 
 {table(lines)}
-Median times and peak memory above the inputs; at a ratio below 1 igrpo is faster. 30 % active: the other tokens
-are masked or have advantage zero. [How it was measured, all sizes and peers, CPUs](docs/speed.md).
+Median times and peak memory above the inputs; at a ratio below 1 igrpo is faster. 30 % active: the
+other tokens are masked or have advantage zero. [How it was measured, other sizes, peers and
+CPUs](docs/speed.md).
 """
 
 

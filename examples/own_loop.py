@@ -2,8 +2,8 @@
 
     python examples/own_loop.py Qwen/Qwen3-0.6B
 
-`two_stage_rollout` samples both stages and `training_batch` makes the step's batch of them. The loss
-takes hidden states, so the logits never exist as a whole, and the micro-batches add up to the step.
+`two_stage_rollout` samples both stages and `training_batch` makes the step's batch of them. The
+loss takes hidden states, so the logits never exist as a whole; micro-batches add up to the step.
 """
 
 import sys
