@@ -133,8 +133,8 @@ class DraftRules:
         when_failed: What Stage 2 sees if all drafts failed. `Fallback.CHOSEN_DRAFT` takes the
             paper literally.
         when_solved: The same if the drafts have solved the prompt.
-        when_unscored: The same if no draft could be scored, or `select` wants none: the plain
-            prompt, or nothing.
+        when_unscored: The same if no draft could be scored, or `select` wants none and the two
+            fields above say nothing else: the plain prompt, or nothing.
         dropout: Probability that Stage 2 sees the plain prompt although there is a draft.
         splice: Puts the draft into the prompt: `TextSplice` (template, thinking stripped or kept,
             token budget), `TokenSplice` for token ids, or a function of prompt and draft.
@@ -232,12 +232,15 @@ class DraftRules:
             failed = ~(rewards >= self.failed_below).any(-1)
             solved = ~failed & ~(rewards < self.failed_below).any(-1)
 
-        def falls_back_to(rule: Fallback) -> Tensor:
-            when_found = failed & (self.when_failed is rule) | solved & (self.when_solved is rule)
-            return torch.where(found, when_found, self.when_unscored is rule)
+        all_failed = failed & ~rewards.isnan().all(-1)
 
-        skipped = falls_back_to(Fallback.SKIP)
-        plain = skipped | falls_back_to(Fallback.PLAIN_PROMPT)
+        def falls_back_to(rule: Fallback) -> Tensor:
+            return all_failed & (self.when_failed is rule) | solved & (self.when_solved is rule)
+
+        skipped, plain = falls_back_to(Fallback.SKIP), falls_back_to(Fallback.PLAIN_PROMPT)
+        if self.when_unscored is Fallback.SKIP:
+            skipped = skipped | ~(found | plain)
+        plain = plain | skipped | ~found
         dropped = ~plain & (draws[:, 0] < self.dropout)
         return DraftChoices(index, reward, failed, dropped, skipped, plain | dropped)
 

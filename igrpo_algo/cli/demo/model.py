@@ -9,6 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ...files import write_whole
+from ...thinking import MARK_TOKENS
 from . import chain
 
 PAD, UNKNOWN, TURN_START, TURN_END = "<|pad|>", "<|unknown|>", "<|im_start|>", "<|im_end|>"
@@ -52,6 +53,7 @@ def build_tokenizer(words: Sequence[str] = CHAIN_WORDS) -> PreTrainedTokenizerFa
         Regex(r" ?[+*-]?\d+| ?\p{L}+| ?[^\s\p{L}\d]|\s"), behavior="isolated"
     )
     tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_tokens([word for word in words if word in MARK_TOKENS])  # whole, as models do
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
