@@ -259,9 +259,7 @@ def test_a_draft_only_where_drafts_differ():
 
 
 def test_a_solved_prompt_is_skipped_though_no_draft_of_it_is_wrong():
-    rules = DraftRules(
-        select_best_wrong_draft, failed_below=1.0, when_solved=Fallback.SKIP
-    )
+    rules = DraftRules(select_best_wrong_draft, failed_below=1.0, when_solved=Fallback.SKIP)
     chosen = choose([[0.0, 1.0], [1.0, 1.0], [NAN, NAN]], rules=rules)
     assert chosen.index.tolist() == [0, -1, -1]
     assert chosen.skipped.tolist() == [False, True, False]
