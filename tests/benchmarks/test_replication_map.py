@@ -201,7 +201,6 @@ def test_what_changes_with_the_size_is_told_from_the_numbers(tmp_path: Path) -> 
     page.draw_ladder(ladder.rungs_of(maps), tmp_path / "ladder.png")
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
 
-
     maps["chain-128x3"] = rung([0.05, 0.07, 0.06])
     assert "**Single-shot**: *best draft (the paper)* behind on 1 and ahead on 1 of 2." in (
         ladder.standing(ladder.rungs_of(maps))
