@@ -1,4 +1,4 @@
-"""What the ops over rows of logits check at their door, and what they bring to one shape."""
+"""Checks of the ops over rows of logits, and the shapes they bring their arguments to."""
 
 import math
 

@@ -23,7 +23,7 @@ WORDS = ("\n", "user", "assistant", " mod", "draft", "refine", ":")
 
 
 def write_words(largest: int, *others: str) -> tuple[str, ...]:
-    """Give a task's words: those of prompts, the numbers with and without a space, and others."""
+    """Return a task's words: those of prompts, the numbers with and without a space, and others."""
     numbers = [str(number) for number in range(largest + 1)]
     return (*WORDS, *numbers, *(f" {number}" for number in numbers), *others)
 

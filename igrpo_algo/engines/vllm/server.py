@@ -1,4 +1,4 @@
-"""A sampler over vLLM's OpenAI-compatible servers: the idlest is asked, dead ones are left out."""
+"""A sampler with vLLM's OpenAI-compatible servers: picks the least busy, skips dead ones."""
 
 import asyncio
 import threading
@@ -9,7 +9,7 @@ from typing import Any
 
 from igrpo_kernels.checks import check_count
 
-from ...prompts import Prompt, decode_completion
+from ...prompts import Prompt
 from ...rollouts.completions import Completion, CompletionGroups
 from ...rollouts.sampling import run_blocking
 from ..base import EngineSampler, request_seed, seed_or_fresh, seeds_or_fresh, stop_ids
@@ -41,7 +41,7 @@ class VllmServerSampler(EngineSampler):
     Args:
         urls: The servers, "http://host:port"; one or several, all with the same model.
         tokenizer: The model's tokenizer.
-        max_new_tokens: Most tokens of a completion.
+        max_new_tokens: Maximum tokens of a completion.
         temperature: Divides the logits; 0 decodes greedily, with `logprobs` None.
         top_p: Draws from the fewest tokens whose probabilities add up to this, in (0, 1].
         top_k: Draws from this many tokens; 0 from all.
@@ -267,9 +267,9 @@ class VllmServerSampler(EngineSampler):
         self.prompt_tokens += answer.prompt_tokens
         self.cached_tokens += answer.cached_tokens
         return [
-            Completion(
-                token_ids=drawn.token_ids,
-                text=decode_completion(drawn.token_ids, self.tokenizer),
+            Completion.decoded(
+                drawn.token_ids,
+                self.tokenizer,
                 logprobs=drawn.logprobs,
                 finish_reason=drawn.finish_reason,
             )
