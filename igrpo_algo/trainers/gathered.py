@@ -21,7 +21,7 @@ def choose_drafts(
         rules: How a draft is chosen.
         rewards: Of the drafts of all ranks. Shape [P, N].
         lengths_here: Tokens of each draft on this rank.
-        seed: Of random ties, random drafts and dropout.
+        seed: For random ties, random drafts and dropout.
         step: What tells this batch from the others.
 
     Returns:
