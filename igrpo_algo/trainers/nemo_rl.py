@@ -56,8 +56,8 @@ def use_igrpo(
     messages as the model saw them, the draft included.
 
     Args:
-        max_prompt_tokens: Most tokens of a spliced prompt: what `max_total_sequence_length` leaves
-            beside an answer. The draft is cut to fit, the question never is.
+        max_prompt_tokens: Maximum tokens of a spliced prompt: what `max_total_sequence_length`
+            leaves beside an answer. The draft is cut to fit, the question never is.
         num_drafts: N.
         rules: How a draft is chosen and spliced.
         seed: For random ties, random drafts and dropout.
