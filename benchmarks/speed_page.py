@@ -11,11 +11,11 @@ HEAD = """# Speed
 
 Written by `python -m benchmarks.speed_table` from the records in `benchmarks/results/`.
 
-Every op beside its peers: milliseconds, in brackets our time over the peer's (below 1: igrpo is
-faster), and the peak in MiB above the inputs. Figures are medians; the peers take turns, so that a
-clock that moves moves for all. No output is timed before it was held against float64; *error* is
-our largest. 30 % active: 60 % of the rows are unmasked, and half of the groups have an advantage of
-zero. What changed after a run's commit is not in its figures.
+Every op beside its peers. A cell holds milliseconds, in brackets our time over the peer's (below 1:
+igrpo is faster), and the peak memory in MiB above the inputs. Times are medians, and the peers take
+turns, so that a change of the clock rate hits all of them. Every output is compared with float64
+before it is timed; *error* is our largest. 30 % active: 60 % of the rows are unmasked, and half of
+the groups have advantage zero. What changed after a run's commit is not in its figures.
 
 Not yet measured on a GPU: torch's linear cross entropy, Liger's CuTe and QuACK's kernels, the
 FlexAttention under shared prompts (the H100's row below is of the attention before it), and every

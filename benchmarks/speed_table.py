@@ -44,8 +44,9 @@ def readme_part(record: Record, path: str) -> str:
 ([every figure]({path})):
 
 {table(lines)}
-Medians, the peers in turns, each output held against float64 first; peak memory above the inputs; a
-ratio below 1: igrpo is faster. [All sizes and peers, CPUs, whole training steps](docs/speed.md).
+Median times and peak memory above the inputs; at a ratio below 1 igrpo is faster. 30 % active: the
+other tokens are masked or have advantage zero. [How it was measured, other sizes, peers and
+CPUs](docs/speed.md).
 """
 
 

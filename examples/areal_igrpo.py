@@ -6,9 +6,9 @@ Launch, with AReaL's own settings for GSM8K:
         gconfig.n_samples=8 actor.reward_norm.mean_level=group actor.reward_norm.std_level=group \
         actor.reward_norm.group_size=8 actor.adv_norm=null
 
-Expect igrpo_draft_reward and igrpo_conditioned beside reward in the rollout's statistics, and N / G
-times more sampling. tests/hosts/areal runs the workflow in AReaL's groups; the whole launch needs
-SGLang or vLLM on a GPU and was read, not run.
+The rollout's statistics get igrpo_draft_reward and igrpo_conditioned. Sampling grows by N / G.
+tests/hosts/areal runs the workflow in AReaL's groups; the whole launch needs SGLang or vLLM on a
+GPU and has not been run.
 """
 
 import sys

@@ -5,9 +5,8 @@ Launch, in a clone of NeMo-RL with this package installed:
     uv run python nemo_rl_grpo.py --config examples/configs/grpo_math_1B.yaml \
         loss_fn.reference_policy_kl_penalty=0 grpo.num_generations_per_prompt=8
 
-Expect igrpo_draft_reward and igrpo_conditioned among the rollout metrics, and N / G times more
-sampling. Read, not run: tests/hosts/nemo_rl runs the rollout, the groups and the loss as copies of
-NeMo-RL's source.
+The rollout metrics get igrpo_draft_reward and igrpo_conditioned. Sampling grows by N / G. This
+launch has not been run: tests/hosts/nemo_rl runs copies of NeMo-RL's rollout, groups and loss.
 """
 
 import runpy

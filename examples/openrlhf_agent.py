@@ -6,9 +6,9 @@ Launch:
         --rollout.n_samples_per_prompt 8 --actor.loss_agg_mode seq-mean-token-mean \
         --algo.advantage.estimator group_norm ...
 
-Give chat messages (--data.input_key messages) and leave --data.apply_chat_template off. Expect two
-more columns in the logs: igrpo_draft_reward and igrpo_conditioned, and N / G times more sampling.
-Run in tests/hosts/openrlhf under OpenRLHF's own executors; the whole launch was read, not run.
+Give chat messages (--data.input_key messages) and leave --data.apply_chat_template off. The logs
+get igrpo_draft_reward and igrpo_conditioned. Sampling grows by N / G. tests/hosts/openrlhf runs
+the agent under OpenRLHF's own executors; the whole launch has not been run.
 """
 
 from igrpo_algo.rewards import math_reward

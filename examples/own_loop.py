@@ -2,8 +2,8 @@
 
     python examples/own_loop.py Qwen/Qwen3-0.6B
 
-Both stages come from `two_stage_rollout` and the step's batch from `training_batch`. The loss takes
-hidden states, so no logits exist as a whole, and micro-batches add up to the step.
+`two_stage_rollout` samples both stages and `training_batch` makes the step's batch of them. The
+loss takes hidden states, so the logits never exist as a whole; micro-batches add up to the step.
 """
 
 import sys
@@ -28,14 +28,14 @@ def train(
     learning_rate: float = 1e-6,
     max_tokens: int = 16384,
 ) -> Iterator[Rollouts]:
-    """Take one step on each batch of prompts and answers; yield what it was taken on."""
+    """Take one step on each batch of prompts and answers, and yield its rollouts."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     for step, (prompts, answers) in enumerate(batches):
         rollouts = two_stage_rollout(
             prompts, sampler, ends_with_answer, columns={"answer": answers}, rules=rules, seed=step
         )
         batch = training_batch(rollouts)
-        batch = batch.keep(batch.advantages != 0)  # the others add nothing to this loss
+        batch = batch.keep(batch.advantages != 0)  # the others have no gradient
         for micro in batch.padded(pad_token_id=0, max_tokens=max_tokens):
             micro = micro.to(model.device)
             hidden = model.get_decoder()(**micro.model_inputs()).last_hidden_state

@@ -6,9 +6,9 @@ Launch:
         trainer.algorithm.loss_reduction=sequence_mean trainer.algorithm.use_kl_loss=false \
         generator.n_samples_per_prompt=8 environment.env_class=gsm8k data.train_data="['...']" ...
 
-Expect igrpo/mean_draft_reward and igrpo/mean_conditioned in the logs, and N / G times more
-sampling. tests/hosts/skyrl runs `get_generator` with SkyRL's generator; the whole launch
-needs vLLM on a GPU and was read, not run.
+The logs get igrpo/mean_draft_reward and igrpo/mean_conditioned. Sampling grows by N / G.
+tests/hosts/skyrl runs `get_generator` with SkyRL's generator; the whole launch needs vLLM on a GPU
+and has not been run.
 """
 
 import sys

@@ -5,8 +5,8 @@ Launch:
     swift rlhf --rlhf_type grpo --external_plugins examples/swift_plugin.py \
         --model Qwen/Qwen3-0.6B --dataset ... --reward_funcs accuracy --num_generations 8
 
-Its rewards, template and losses stay. Expect igrpo/draft_reward, igrpo/uplift and
-igrpo/refinement_zero_std in the logs. Run in tests/hosts/swift inside ms-swift's own command.
+Rewards, template and losses stay ms-swift's. The logs get igrpo/draft_reward, igrpo/uplift and
+igrpo/refinement_zero_std. tests/hosts/swift runs it inside ms-swift's own command.
 """
 
 from igrpo_algo.trainers.swift import use_igrpo

@@ -1,12 +1,12 @@
-"""iGRPO in tinker-cookbook 0.6.1: its basic recipe on GSM8K, with one setting more.
+"""iGRPO in tinker-cookbook 0.6.1: its basic recipe on GSM8K, plus one setting.
 
 Launch, with a key of Tinker:
 
     TINKER_API_KEY=... python examples/tinker_math.py
 
-Expect igrpo/draft_reward and igrpo/conditioned among its metrics, and N / G times more sampling.
-Run in tests/hosts/tinker_cookbook as far as its rollouts, with a model of our own as the policy;
-the launch, which needs Tinker's servers, was read, not run.
+The metrics get igrpo/draft_reward and igrpo/conditioned. Sampling grows by N / G.
+tests/hosts/tinker_cookbook runs the rollouts with a model of our own as the policy; the launch
+needs Tinker's servers and has not been run.
 """
 
 import asyncio

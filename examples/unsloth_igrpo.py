@@ -2,9 +2,9 @@ r"""iGRPO in Unsloth 2026.10.9: LoRA on a small model, products as the task.
 
     python examples/unsloth_igrpo.py unsloth/Qwen3-0.6B
 
-Expect igrpo/draft_reward, igrpo/uplift and igrpo/refinement_zero_std in the logs.
-tests/hosts/unsloth runs `train` on a CPU with a tiny model, on Unsloth's CPU backend and with the
-trainer that it writes for GPUs; its kernels need a GPU and were read, not run.
+The logs get igrpo/draft_reward, igrpo/uplift and igrpo/refinement_zero_std. tests/hosts/unsloth
+runs `train` on a CPU with a tiny model, on Unsloth's CPU backend and with the trainer that it
+writes for GPUs; its kernels need a GPU and have not been run.
 """
 
 import sys

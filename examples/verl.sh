@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# iGRPO in verl 0.9.1: `pip install` of this package is enough, verl finds it by its entry point.
-# Expect extra_fields["igrpo_draft_rewards"] with each sample. tests/hosts/verl runs the agent loop,
-# the loss and the engine; this launch line needs vLLM on a GPU and was read, not run.
+# iGRPO in verl 0.9.1: install this package beside verl, which finds it by its entry point.
+# Each sample gets extra_fields["igrpo_draft_rewards"]. tests/hosts/verl runs the agent loop, the
+# loss and the engine; this launch line needs vLLM on a GPU and has not been run.
 set -euo pipefail
 python -m verl.trainer.main_ppo \
     algorithm.adv_estimator=grpo \

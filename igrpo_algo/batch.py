@@ -57,14 +57,14 @@ class MicroBatch:
         return replace(self, **{name: value.to(device) for name, value in known.items()})
 
     def model_inputs(self) -> dict[str, Any]:
-        """Give the keyword arguments of a transformers model."""
+        """Return the keyword arguments of a transformers model."""
         return self.layout.model_inputs()
 
     def loss_inputs(self, hidden: Tensor) -> dict[str, Any]:
-        """Give the first arguments of `linear_policy_loss` by name.
+        """Return the first arguments of `linear_policy_loss` by name.
 
-        `hidden`, `targets`, `advantages`, `old_logprobs`, and `mask` or `cu_seqlens`. Logits may
-        come in place of hidden states: `hidden` are then those that predict the targets.
+        `hidden`, `targets`, `advantages`, `old_logprobs`, and `mask` or `cu_seqlens`. If you pass
+        logits, `hidden` holds the logits that predict the targets.
 
         Args:
             hidden: The model's last hidden states. Shape [B, S, H], or [1, S, H] in rows.
@@ -104,8 +104,8 @@ class TrainingBatch:
     def keep(self, mask: Tensor) -> "TrainingBatch":
         """Leave completions out of the model, but not out of the counts that a loss divides by.
 
-        `batch.keep(batch.advantages != 0)` changes no gradient, unless the loss has a KL or an
-        entropy term, and saves the forward of groups that teach nothing.
+        `batch.keep(batch.advantages != 0)` changes no gradient unless the loss has a KL or an
+        entropy term, and saves the forward of groups that have no gradient.
 
         Args:
             mask: True where a completion stays. Shape [B], bool.
@@ -128,11 +128,11 @@ class TrainingBatch:
         )
 
     def padded(self, pad_token_id: int, *, max_tokens: int | None = None) -> list[MicroBatch]:
-        """Lay each completion after its prompt, in rows that are padded on the right.
+        """Put each completion after its prompt, in rows padded on the right.
 
         Args:
             pad_token_id: What fills the rows.
-            max_tokens: Most tokens of a micro-batch, padding included; None makes one micro-batch.
+            max_tokens: Maximum tokens of a micro-batch with padding; None makes one micro-batch.
 
         Returns:
             The micro-batches, on the CPU; none if there are no completions.
@@ -152,7 +152,7 @@ class TrainingBatch:
         of attention alone do; a recurrent layer would carry its state from one into the next.
 
         Args:
-            max_tokens: Most tokens of a row; None makes one row.
+            max_tokens: Maximum tokens of a row; None makes one row.
 
         Returns:
             The micro-batches, one row each, on the CPU; none if there are no completions.
@@ -166,10 +166,10 @@ class TrainingBatch:
     def shared_prompt(self, max_tokens: int | None = None) -> list[MicroBatch]:
         """Lay each group's prompt once, and its completions after it. See `pack_shared_prompt`.
 
-        The model must have been through `enable_shared_prompt`.
+        Call `enable_shared_prompt` on the model first.
 
         Args:
-            max_tokens: Most tokens of a row; None makes one row.
+            max_tokens: Maximum tokens of a row; None makes one row.
 
         Returns:
             The micro-batches, one row each, on the CPU; none if there are no completions.
@@ -214,7 +214,7 @@ def training_batch(
     stages: Sequence[int] = (REFINEMENTS,),
     encode: Callable[[Prompt], list[int]] | None = None,
 ) -> TrainingBatch:
-    """Collect what a step trains on.
+    """Make the batch that a step trains on.
 
     The paper trains on the refinements alone, under q': iGRPO, arXiv:2602.09000, equations 4 and 5.
     Drafts, where they are trained too, are groups of their own, under q. Completions without tokens
@@ -281,7 +281,7 @@ def training_batch(
 
 
 def _check_stages(stages: Sequence[int], *, rounds: int) -> list[int]:
-    """Give the numbers of the stages as indices of `Rollout.stages`, each once."""
+    """Return the numbers of the stages as indices of `Rollout.stages`, each once."""
     if isinstance(stages, str) or not isinstance(stages, Sequence) or not stages:
         raise TypeError(f"stages must be a list of stage numbers, got {describe(stages)}")
     numbers: list[int] = []
@@ -299,7 +299,7 @@ def _check_stages(stages: Sequence[int], *, rounds: int) -> list[int]:
 def _stage_advantages(advantages: Callable[[Tensor], Tensor], drawn: Sequence[Stage]) -> Tensor:
     rewards = torch.tensor([stage.rewards for stage in drawn])
     if not rewards.numel():
-        raise ValueError("stages must have drawn something, got one of no completions")
+        raise ValueError("stages must have completions, got a stage without any")
     values = check_tensor("the result of advantages", advantages(rewards))
     check_shape("the result of advantages", values, rewards.shape, "of the rewards")
     if not values.isfinite().all():

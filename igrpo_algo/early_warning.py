@@ -1,8 +1,8 @@
-"""Warnings, with the number and the way out, that learning has stopped for iGRPO's own reasons.
+"""Warnings that learning has stopped because of iGRPO, each with the number and a remedy.
 
-Seen in pilots: training on refinements of the best draft alone runs into copying, every group of
-refinements becomes equal, and learning stops; and a template that a model does not understand makes
-refinements worse than drafts from the first batch on.
+Both were seen in pilots. Training only on refinements of the best draft ends in copying: every
+group of refinements becomes equal, and learning stops. A template that a model does not understand
+makes refinements worse than drafts from the first batch on.
 """
 
 import math
@@ -23,13 +23,12 @@ STAGES = ("refinement", "draft")
 
 @dataclass
 class EarlyWarning:
-    """Watches the metrics of a two-stage run, batch by batch; says each thing once.
+    """Watches the metrics of a two-stage run batch by batch, and gives each warning once.
 
     A gap counts if it is more than three standard errors of its mean over the window's batches.
 
     Attributes:
-        window: Batches that a mean is taken over; no warning but that of copies comes before it is
-            full.
+        window: Batches that a mean is taken over; before it is full, only copies are warned of.
 
     Examples:
         >>> watch = EarlyWarning(window=2)
@@ -46,7 +45,7 @@ class EarlyWarning:
         check_count("window", self.window)
 
     def see(self, metrics: Mapping[str, float]) -> list[str]:
-        """Take the metrics of a batch; NaN, and a name that is missing, say nothing.
+        """Take the metrics of a batch; NaN and missing names are left out.
 
         Args:
             metrics: Of `copied`, `refinement_zero_std`, `draft_zero_std`, `draft_reward`, `uplift`,
@@ -79,7 +78,7 @@ class EarlyWarning:
         return sum(last) / self.window if len(last) == self.window else math.nan
 
     def _error(self, name: str) -> float:
-        """Give the standard error of `_mean`, from how much batches differ (ddof 1)."""
+        """Return the standard error of `_mean`, from how much batches differ (ddof 1)."""
         mean, last = self._mean(name), self._seen[name][-self.window :]
         variance = sum((value - mean) ** 2 for value in last) / max(self.window - 1, 1)
         return math.sqrt(variance / self.window)

@@ -1,4 +1,4 @@
-"""Files that a dying process leaves whole, and that one process at a time, and one run, writes."""
+"""Files that stay whole when a process dies, and that only one process and one run writes."""
 
 import os
 import secrets
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file: the whole of it or nothing. Its folder is made where it is missing.
+    """Write a whole file or nothing. Its folder is made if it is missing.
 
     The content goes into a file beside it, which is renamed when it is on disk: readers find the
     old file or the new one.
@@ -49,7 +49,7 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
         Nothing.
 
     Raises:
-        BlockingIOError: Somebody else holds it, in this process or another.
+        BlockingIOError: It is already held, in this process or another.
 
     Examples:
         >>> import tempfile

@@ -49,12 +49,12 @@ class PaddedRows:
         return move(self, device)
 
     def model_inputs(self) -> dict[str, Any]:
-        """Give the keyword arguments of a transformers model."""
+        """Return the keyword arguments of a transformers model."""
         mask = self.attention_mask.long()
         return {"input_ids": self.input_ids, "attention_mask": mask, "use_cache": False}
 
     def loss_inputs(self, hidden: Tensor) -> dict[str, Tensor]:
-        """Give `hidden`, `targets` and `mask` as `linear_policy_loss` takes them.
+        """Return `hidden`, `targets` and `mask` as `linear_policy_loss` takes them.
 
         Args:
             hidden: Last hidden states, or logits. Shape [B, S, H].
@@ -104,12 +104,12 @@ class PackedRow:
         return move(self, device)
 
     def model_inputs(self) -> dict[str, Any]:
-        """Give the keyword arguments of a transformers model, which finds the bounds in them."""
+        """Return a transformers model's keyword arguments; positions tell the sequences apart."""
         positions = self.position_ids
         return {"input_ids": self.input_ids, "position_ids": positions, "use_cache": False}
 
     def loss_inputs(self, hidden: Tensor) -> dict[str, Tensor]:
-        """Give `hidden`, `targets` and `cu_seqlens` as `linear_policy_loss` takes them.
+        """Return `hidden`, `targets` and `cu_seqlens` as `linear_policy_loss` takes them.
 
         Args:
             hidden: Last hidden states of the row, or logits. Shape [1, S, H] or [S, H].

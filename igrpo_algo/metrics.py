@@ -25,11 +25,11 @@ from .thinking import strip_thinking
 
 
 def zero_variance_rate(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
-    """Share of groups whose rewards are all equal, and which therefore teach nothing.
+    """Share of groups whose rewards are all equal, which therefore have no gradient.
 
     share = #{groups with std(r) = 0} / #groups
 
-    A group with a single scored reward is among them; a group with none is left out of both counts.
+    A group with one scored reward counts among them; a group with none is left out of both counts.
     NaN where no reward is scored.
 
     Args:
@@ -56,7 +56,7 @@ def zero_variance_rate(rewards: Tensor, groups: int | Tensor | None = None) -> T
 
 
 def draft_success_rate(draft_rewards: Tensor, *, threshold: float = 1.0) -> Tensor:
-    """Share of prompts with a draft that succeeded: what Stage 2 is given to start from.
+    """Share of prompts with a successful draft, from which Stage 2 can start.
 
     share = #{p : max_n r_pn >= threshold} / #prompts
 
@@ -89,7 +89,7 @@ def stage_uplift(draft_rewards: Tensor, refinement_rewards: Tensor) -> Tensor:
 
     uplift = mean_p ( mean_g r_pg - mean_n r_pn )
 
-    Each prompt weighs the same, whatever the numbers of its scored samples; prompts that lack a
+    Each prompt has the same weight, however many of its samples were scored; prompts that lack a
     scored sample in either stage are left out. NaN where none is left.
 
     Args:
@@ -97,11 +97,11 @@ def stage_uplift(draft_rewards: Tensor, refinement_rewards: Tensor) -> Tensor:
         refinement_rewards: Stage 2, NaN where unscored. Shape [P, G].
 
     Returns:
-        Mean Stage-2 less mean Stage-1 reward, a scalar in float32 or float64, detached.
+        Mean Stage-2 reward minus mean Stage-1 reward, a scalar in float32 or float64, detached.
 
     Raises:
         TypeError: An argument is not a tensor of real numbers.
-        ValueError: An argument has no two axes, or the numbers of prompts differ.
+        ValueError: An argument does not have two axes, or the numbers of prompts differ.
 
     Examples:
         >>> stage_uplift(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 1.0, 0.0, 1.0]]))
@@ -160,7 +160,7 @@ def accuracy_after_draft(
 
 
 def pass_at_k(rewards: Tensor, k: int, *, threshold: float = 1.0) -> Tensor:
-    """Estimate, without bias, how likely at least one of k samples succeeds, prompt by prompt.
+    """Estimate, without bias, the probability that at least one of k samples succeeds, per prompt.
 
     pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{j < k} (n - c - j) / (n - j)
 
@@ -203,7 +203,7 @@ def copy_rate(
     *,
     strip: Callable[[str], str] | None = strip_thinking,
 ) -> float:
-    """Share of refinements that say nothing but the draft that they were shown.
+    """Share of refinements that only repeat the draft they were shown.
 
     share = #{(p, j) : strip(o_pj) = d_p} / #refinements
 
@@ -241,7 +241,7 @@ def copy_rate(
 def repeats_draft(
     draft: str, refinement: str, *, strip: Callable[[str], str] | None = strip_thinking
 ) -> bool:
-    """Whether a refinement says nothing but its draft; `copy_rate` says how they are compared.
+    """Whether a refinement only repeats its draft; `copy_rate` says how they are compared.
 
     Examples:
         >>> repeats_draft("It is 5.", "<think>2 + 3</think> It is 5.")

@@ -1,9 +1,8 @@
-"""The one way from a prompt to the token ids that a model sees, and from what it drew to text.
+"""From a prompt to the token ids that a model sees, and from sampled tokens to text, in one place.
 
-A prompt is a string, a list of chat messages, or a list of token ids. What samples, what trains and
-what counts tokens all go through `encode_prompt`, so that all of them see the same ids; and what
-rewards and drafts read all goes through `decode_completion`. A tokenizer is anything with the
-interface of Hugging Face's.
+A prompt is a string, a list of chat messages, or a list of token ids. Sampling, training and
+counting all use `encode_prompt`, so that they see the same ids; rewards and drafts read what
+`decode_completion` returns. A tokenizer is anything with the interface of Hugging Face's.
 """
 
 import re
@@ -22,11 +21,11 @@ _SET_HERE = ("add_generation_prompt", "continue_final_message", "return_dict", "
 def encode_prompt(
     prompt: Prompt, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
-    r"""Give the token ids that a model sees for a prompt.
+    r"""Return the token ids that a model sees for a prompt.
 
     - Token ids are taken as they are.
-    - A string gets what the tokenizer puts before it (a BOS token, where it has one), and nothing
-      after it: no model continues a prompt that ends with an end of sequence.
+    - A string gets what the tokenizer puts before it (a BOS token, if it has one), and nothing
+      after it: a model does not continue a prompt that ends with an end-of-sequence token.
     - Chat messages go through the tokenizer's chat template. If the last one is the assistant's, it
       is left open and the model continues it; otherwise the template opens the assistant's turn.
 
@@ -70,10 +69,10 @@ def encode_prompt(
 
 
 def decode_completion(ids: Sequence[int], tokenizer: Any) -> str:
-    """Give the text of a completion: its special tokens left out, its thinking marks kept.
+    """Return the text of a completion, without special tokens but with thinking marks.
 
-    Some tokenizers make "<think>" and "</think>" special tokens. Text without them would pass
-    thinking off as the answer, to rewards and to `strip_thinking`.
+    Some tokenizers make "<think>" and "</think>" special tokens. Without them, rewards and
+    `strip_thinking` would take the thinking for the answer.
 
     Args:
         ids: The tokens drawn.
@@ -148,7 +147,7 @@ def check_prompts(prompts: object) -> list[Prompt]:
 
 
 def check_chat_template_kwargs(value: object) -> dict[str, Any]:
-    """Return what is passed on to the chat template, if it leaves alone what is set here.
+    """Return the arguments for the chat template, unless they set what `encode_prompt` sets.
 
     Raises:
         TypeError: It is neither a mapping nor None.

@@ -1,4 +1,4 @@
-"""Seeds: each prompt, stage and sample has one of its own, independent of its neighbors."""
+"""Seeds: one for each prompt, stage and sample, independent of its neighbors."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from igrpo_kernels.checks import describe
 
 
 def derive_seed(seed: int, *path: int | str) -> int:
-    """Make an independent seed in [0, 2**63) out of a seed and where it is used.
+    """Derive an independent seed in [0, 2**63) from a seed and the place of its use.
 
     Examples:
         >>> derive_seed(0, 1) == derive_seed(0, 1) != derive_seed(0, 2)
@@ -18,7 +18,7 @@ def derive_seed(seed: int, *path: int | str) -> int:
 
 
 def prompt_seeds(seed: int | Sequence[int] | None, count: int) -> list[int] | None:
-    """Give each of `count` prompts its own seed; None stays None."""
+    """Derive a seed for each of `count` prompts; None stays None."""
     if seed is None:
         return None
     if isinstance(seed, int) and not isinstance(seed, bool):

@@ -1,4 +1,4 @@
-"""The thinking in a completion: how models mark it, and what is left without it.
+"""The thinking in a completion: how models mark it, and how to drop it.
 
 Rewards, drafts and tokenizers read the same table, so that they agree on what the answer is.
 """

@@ -1,4 +1,4 @@
-"""Checks at the public door: an error names the argument, what was wanted and what came.
+"""Checks of public arguments: an error names the argument, what was wanted and what came.
 
 Public functions call these once on entry; helpers that receive checked values do not check again.
 """

@@ -27,7 +27,7 @@ class HeadBatch(NamedTuple):
 
     Attributes:
         head: The head, its weight and bias cast as autocast would.
-        hidden: Hidden states. Shape [N, H].
+        hidden: Hidden states, contiguous. Shape [N, H].
         targets: Shape [...], of N elements, in int64.
         mask: True where a row counts, or None. Shape of `targets`.
     """
@@ -56,15 +56,16 @@ class HeadBatch(NamedTuple):
         shard: VocabularyShard | None,
         chunk_bytes: int | None,
     ) -> "HeadBatch":
-        """Check the arguments, and bring them to one shape and dtype."""
+        """Check the arguments, and bring them to one shape and dtype, contiguous but the weight."""
         leaves = check_tensor("hidden", hidden), check_tensor("weight", weight), bias
         hidden, weight, bias = _cast_for_autocast(*leaves)
         _check_head(hidden, weight, bias, softcap, logit_scale, shard, chunk_bytes)
         targets, mask = check_targets(targets, mask, hidden.shape[:-1])
         per_row = row_temperature(temperature, targets, working_dtype(weight.dtype))
         transform = LogitTransform(per_row, softcap, float(logit_scale))
+        bias = None if bias is None else bias.contiguous()
         head = LinearHead(weight, bias, transform, shard, chunk_bytes)
-        return cls(head, hidden.reshape(-1, hidden.shape[-1]), targets, mask)
+        return cls(head, hidden.reshape(-1, hidden.shape[-1]).contiguous(), targets, mask)
 
 
 def _check_head(

@@ -1,4 +1,4 @@
-"""Log-probs of sampled tokens straight from hidden states: the [N, V] logits never exist whole."""
+"""Log-probs of sampled tokens directly from hidden states: the [N, V] logits never exist whole."""
 
 from collections.abc import Callable
 from functools import partial

@@ -74,7 +74,7 @@ def linear_policy_loss(
         targets: Index of each sampled token. Shape [B, T], or [L] packed.
         advantages: One per sequence, [B] or [B, 1], or one per token. Treated as constants.
         mask: 1 (or True) where a token counts; None counts every token. Shape of `targets`.
-        surrogate: What a token's loss is, such as `Clip(0.2, 0.28)`.
+        surrogate: The loss of a token, such as `Clip(0.2, 0.28)`.
         aggregate: How tokens are averaged, such as `SequenceMean()`.
         old_logprobs: Log-probs under the policy frozen for the ratio. None: the policy is the one
             that sampled, so the ratio is 1 and its gradient intact. Shape of `targets`.

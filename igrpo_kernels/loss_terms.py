@@ -224,7 +224,7 @@ class TokenInputs:
         )
 
     def tokens(self, logprobs: Tensor) -> Tokens:
-        """Give the surrogate its view of the tokens."""
+        """Return the tokens as the surrogate sees them."""
         old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs
         return Tokens(logprobs, old, self.advantages, self.sequences, self.importance_weights)
 

@@ -1,4 +1,4 @@
-"""What the ops over rows of logits check at their door, and what they bring to one shape."""
+"""Checks of the ops over rows of logits, and the shapes they bring their arguments to."""
 
 import math
 
@@ -23,9 +23,13 @@ LEAST_TEMPERATURE = 2.0**-126
 
 
 def check_targets(targets: object, mask: object, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
-    """Check that targets and mask have the rows' shape; return them as int64 and bool."""
+    """Check that targets and mask have the rows' shape; return them as int64 and bool.
+
+    In memory without gaps, as kernels read them.
+    """
     targets = check_shape("targets", check_integral("targets", targets), shape, "of the rows")
-    return targets.long(), None if mask is None else check_mask(mask, shape, "of targets")
+    mask = None if mask is None else check_mask(mask, shape, "of targets").contiguous()
+    return targets.long().contiguous(), mask
 
 
 def row_temperature(
@@ -47,7 +51,7 @@ def row_temperature(
         raise TypeError(f"temperature must hold numbers, got {describe(temperature)}")
     if temperature.numel() != 1:
         check_shape("temperature", temperature, targets.shape, "of targets, or one number,")
-    return temperature.detach().reshape(-1).to(dtype)
+    return temperature.detach().reshape(-1).to(targets.device, dtype).contiguous()
 
 
 def check_rows(

@@ -1,4 +1,4 @@
-"""One view of the two layouts: padded [B, T], and packed [L] with `cu_seqlens` [B + 1].
+"""One view of both layouts: padded [B, T], and packed [L] with `cu_seqlens` [B + 1].
 
 Losses are written once against `Sequences`, which knows which tokens count, which sequence each
 belongs to, and how to move between one value per token and one value per sequence. Masked slots

@@ -11,13 +11,13 @@ from .checks import check_count, check_rank, check_tensor, describe
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """Says which slice of the vocabulary the head of this rank holds, and who holds the others.
+    """The slice of the vocabulary that this rank's head holds, and the ranks that hold the others.
 
     The slices follow one another in rank order: this rank's begins at sum(sizes[:rank]). They may
     differ in size and may be empty; rows that only pad the vocabulary are left out by slicing them
     off the weight. Make one with `VocabularyShard.of(weight, group)` and give it to
-    `linear_token_logprobs` or `linear_policy_loss` as `shard`, beside the slices of weight and
-    bias. Then:
+    `linear_token_logprobs` or `linear_policy_loss` as `shard`, together with the slices of weight
+    and bias. Then:
 
     - Every rank makes the same calls with the same hidden states, targets and other arguments
       (generators in the same state), but its own weight and bias, and runs the same backwards.

@@ -9,31 +9,31 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "use" / "conformance.md"
 HEAD = """# Losses beside each trainer's own
 
-`make conformance` builds an environment for each trainer (their requirements don't meet), runs this
+`make conformance` builds an environment for each trainer (their requirements conflict), runs this
 package inside it, and gives the same batches to the trainer's loss and to ours. `RECORD=1 make
-conformance` writes this page; with `HOSTS=verl`, the rows of that trainer.
+conformance` writes this page; with `HOSTS=verl`, the rows of that trainer only.
 
 | trainer | version | compared | largest difference | what ran |
 |---|---|---|---|---|
 """
 TAIL = """
-TRL 1.16.0 is compared in `make test`. Every row was run on a CPU, slime's from a clone of
-its source (`SLIME_SOURCE`). Unsloth has no row: its loss is its own. On a CPU, with its grouping of
-prompts and its packing off, its gradient was within 7e-5 of ours; it leaves out pad tokens that the
-model sampled in mid-answer, which count here.
+`make test` compares with TRL 1.16.0. Every row was run on a CPU, slime's from a clone of its source
+(`SLIME_SOURCE`). Unsloth has no row, because training there uses Unsloth's own loss. On a CPU, with
+its grouping of prompts and its packing off, its gradient was within 7e-5 of ours; it leaves out pad
+tokens that the model sampled in the middle of an answer, which count here.
 
 ## Left out
 
-What verl's losses and estimators have and ours lack, and why:
+Losses and estimators of verl that this library does not have, and why:
 
-- `dro`: it is `Reinforce()` with `kl=K2()`, the log-probs as sampled as its reference and `kl_coef`
-  as its beta, as `tests/hosts/verl` checks. With a correction for the sampler it differs: verl
-  weighs the penalty too, here the weights belong to the surrogate alone.
-- `remax` with a given baseline: a subtraction. Pass `rewards - baseline` as advantages. Its greedy
-  completion would be one more sample of each prompt, which no stage of iGRPO draws.
-- `optimal_token_baseline`, and its form over turns: a baseline for every token, weighed by the sum
-  of squared probabilities over the vocabulary at each token. No log-prob op here returns that sum,
-  and the advantages here are of samples. `opo` is the same idea for a whole sample.
+- `dro` is `Reinforce()` with `kl=K2()`, the log-probs of the sampling policy as the reference and
+  `kl_coef` as its beta; `tests/hosts/verl` checks this. With a correction for the sampler it
+  differs: verl weights the penalty too, here the weights apply to the surrogate alone.
+- `remax` with a given baseline is a subtraction: pass `rewards - baseline` as advantages. Its
+  greedy completion would be one more sample per prompt, which no stage of iGRPO draws.
+- `optimal_token_baseline`, and its form over turns, needs a baseline for every token, weighted by
+  the sum of squared probabilities over the vocabulary. No log-prob op here returns that sum, and
+  advantages here belong to samples. `opo` is the same idea for a whole sample.
 """
 
 

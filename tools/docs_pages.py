@@ -56,6 +56,7 @@ SHOWN_WHOLE = (  # modules whose every name is public, though no package above t
     "igrpo_kernels.sequences",
     "igrpo_kernels.surrogates",
 )
+OUT_OF_DOCS = re.compile(r"\[([^\]]*)\]\(\.\./\.\./[^)]*\)")
 TO_DOCS = re.compile(r"(\]\(|src=\"|srcset=\"|href=\")(?:\./)?docs/")
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#:\s]+)(?:#[^)]*)?\)")
 
@@ -120,6 +121,11 @@ def as_page(text: str) -> str:
         return label if (ROOT / name).exists() else link.group()
 
     return LINK.sub(settle, TO_DOCS.sub(r"\1", text))
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Keep only the text of links from a page to files outside docs/."""
+    return OUT_OF_DOCS.sub(r"\1", markdown)
 
 
 def command_help() -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.counts import positive
-from benchmarks.replication.arms import ARMS, PLANNED
+from benchmarks.replication.arms import ARMS, SEEDS
 from benchmarks.replication.models import PRETRAINED, SHIPPED, SIZES
 from benchmarks.replication.sweep import plan, sweep
 from benchmarks.replication.tasks import ALL_TASKS, TASKS
@@ -55,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pretrained = options.size == PRETRAINED
     settings = SMOKE if options.smoke else REAL if pretrained else Settings()
     runs = plan(
-        options.arm or PLANNED,
+        options.arm or (),
         options.task or (["words"] if pretrained else TASKS),
-        options.seeds or (1 if options.smoke else 5),
+        options.seeds or (1 if options.smoke else SEEDS),
         options.size,
     )
     console = Console(highlight=False, soft_wrap=True)

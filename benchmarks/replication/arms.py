@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.replication.models import PRETRAINED, SHIPPED
+from benchmarks.replication.tasks import ALL_TASKS
+
 GRPO = {"num_drafts": 0, "num_refinements": 8}
 TWICE = {"num_iterations": 2}  # two updates per batch: surrogates differ where ratios are not 1
+KEPT = {"strip_draft_thinking": False}
 DAPO = {"loss_type": "dapo", "epsilon_high": 0.28}
 GSPO = {"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}
 
@@ -79,7 +83,6 @@ MORE = {
         "best draft, only where drafts differ",
         {"all_drafts_right": "plain_prompt", "all_drafts_failed": "plain_prompt"},
     ),
-    "thinking-kept": Arm("best draft, its thinking shown", {"strip_draft_thinking": False}),
     "best-2-6": Arm("best draft, 2 : 6", {"num_drafts": 2, "num_refinements": 6}),
     "best-6-2": Arm("best draft, 6 : 2", {"num_drafts": 6, "num_refinements": 2}),
     "both-worst-2-6": Arm("both stages, worst draft, 2 : 6", _both("worst", 2, 6)),
@@ -102,10 +105,42 @@ MORE = {
     ),
 }
 
-ARMS = MAIN | MORE
-PLANNED = {name: arm for name, arm in ARMS.items() if name != "thinking-kept"}
-"""What is run by default. No task here thinks before it answers: an arm that shows the draft's
-thinking would be "best" once more. Ask for it by name on a task that does."""
+THINKING = {
+    "thinking-kept": Arm("best draft, its thinking shown", KEPT),
+    "both-worst-thinking-kept": Arm(
+        "both stages, worst draft, its thinking shown", _both("worst") | KEPT
+    ),
+}
+"""Only for tasks that think: on others they would be what `STRIPPED` names once more."""
+STRIPPED = {"thinking-kept": "best", "both-worst-thinking-kept": "both-worst"}
+"""The arms that differ from those in the draft's thinking alone, which they don't show."""
+
+ARMS = MAIN | MORE | THINKING
+LADDER = {
+    name: ARMS[name]
+    for name in (
+        *("grpo", "grpo-half", "best", "worst", "random", "both-best", "both-worst"),
+        *("both-best-wrong", "both-worst-6-2", "both-worst-dropout"),
+        *("grpo-twice", "best-twice", "both-worst-twice"),
+    )
+}
+"""What is run on larger models. "none" is left out, since "grpo-half" is the same run."""
+SEEDS = 5
+
+
+def planned(task: str, size: str) -> Mapping[str, Arm]:
+    """Give the arms that are run by default, and that the page counts as planned.
+
+    All that a task can tell apart, on the smallest models; what comes after `MAIN` is left out on
+    a task that thinks. `LADDER` on larger ones, `MAIN` on a pretrained one: each run costs more.
+    """
+    if size == PRETRAINED:
+        return MAIN
+    if size != SHIPPED:
+        return LADDER
+    return MAIN | THINKING if ALL_TASKS[task].thinks else MAIN | MORE
+
+
 BASELINES = {"twice": "grpo-twice", "dapo": "dapo", "gspo": "gspo"}
 """By how an arm's name ends: the arm that it is compared with. All others: "grpo"."""
 

@@ -58,7 +58,7 @@ def split(place: str) -> tuple[str, str]:
 
 
 def first_rung(maps: Mapping[str, ByArm]) -> dict[str, ByArm]:
-    """Keep one size of each task: of a ladder, the one on which all arms are planned."""
+    """Keep one size of each task: of a ladder, the one on which most arms are planned."""
     return {place: arms for place, arms in maps.items() if split(place)[1] in (SHIPPED, PRETRAINED)}
 
 
@@ -77,10 +77,10 @@ def finished(arms: ByArm, arm: str) -> dict[int, Record]:
     return {seed: record for seed, record in runs.items() if record["status"] == "finished"}
 
 
-def differences(arms: ByArm, ours: str, theirs: str, value: Value) -> list[float]:
+def differences(arms: ByArm, ours: str, theirs: str, value: Value) -> dict[int, float]:
     """Compare two arms on each seed that both have finished."""
     mine, other = finished(arms, ours), finished(arms, theirs)
-    return [value(mine[seed]) - value(other[seed]) for seed in pairs(mine, other)]
+    return {seed: value(mine[seed]) - value(other[seed]) for seed in pairs(mine, other)}
 
 
 def difference(arms: ByArm, ours: str, theirs: str, value: Value) -> Interval:
@@ -88,12 +88,21 @@ def difference(arms: ByArm, ours: str, theirs: str, value: Value) -> Interval:
 
     It is right for few seeds if differences are nearly normal; `resampled` asks for no such thing.
     """
-    return mean_interval(differences(arms, ours, theirs, value))
+    return mean_interval([*differences(arms, ours, theirs, value).values()])
+
+
+def change(small: ByArm, large: ByArm, ours: str, theirs: str, value: Value) -> Interval:
+    """Give how much more an arm is ahead on the larger model, paired by seed.
+
+    The same seed draws the same problems at every size.
+    """
+    low, high = (differences(arms, ours, theirs, value) for arms in (small, large))
+    return mean_interval([high[seed] - low[seed] for seed in pairs(low, high)])
 
 
 def resampled(arms: ByArm, ours: str, theirs: str, value: Value) -> Interval:
     """Give the mean difference, with the paired bootstrap's interval: too narrow for few seeds."""
-    gaps = differences(arms, ours, theirs, value)
+    gaps = [*differences(arms, ours, theirs, value).values()]
     if len(gaps) < 2:
         return mean_interval(gaps)
     found = stats.bootstrap((gaps,), np.mean, method="percentile", rng=0).confidence_interval
@@ -105,7 +114,7 @@ def verdict_on(arms: ByArm, ours: str, theirs: str, value: Value) -> Verdict:
     return judge(*(kind(arms, ours, theirs, value) for kind in (difference, resampled)))
 
 
-def pairs(mine: Mapping[int, Record], other: Mapping[int, Record]) -> list[int]:
+def pairs(mine: Mapping[int, Any], other: Mapping[int, Any]) -> list[int]:
     """Name the seeds that both have."""
     return sorted(mine.keys() & other.keys())
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from benchmarks.replication.tasks import Task
 from benchmarks.replication.training import build_sampler
 from igrpo_algo import DraftRules, Rollouts, TextSplice, two_stage_rollout
-from igrpo_algo.drafts.markers import marker_tokens
 from igrpo_algo.drafts.select import SelectedDrafts
 from igrpo_algo.metrics import (
     accuracy_after_draft,
@@ -26,7 +25,7 @@ from igrpo_algo.rollouts.sampling import sample_group
 RIGHT = 1.0
 
 
-def of_step(rollouts: Rollouts) -> dict[str, float]:
+def of_step(rollouts: Rollouts, splice: TextSplice) -> dict[str, float]:
     """Measure what a step sampled; NaN where it has no such stage."""
     drafts, refinements = rollouts.draft_rewards, rollouts.refinement_rewards
     has_drafts = drafts.shape[1] > 0
@@ -43,7 +42,7 @@ def of_step(rollouts: Rollouts) -> dict[str, float]:
         "zero_variance": float(zero_variance_rate(refinements)),
         "draft_zero_variance": float(zero_variance_rate(drafts)) if has_drafts else math.nan,
         "uplift": float(stage_uplift(drafts, refinements)) if has_drafts else math.nan,
-        "copy_rate": copies_of(rollouts),
+        "copy_rate": copies_of(rollouts, splice),
         "after_right": float(after_right),
         "after_wrong": float(after_wrong),
         "shown": float(rollouts.conditioned.float().mean()),
@@ -52,7 +51,7 @@ def of_step(rollouts: Rollouts) -> dict[str, float]:
 
 def of_model(
     model: Any, tokenizer: Any, task: Task, problems: Sequence[Any], *,
-    seed: int, samples: int, rounds: int,
+    splice: TextSplice, seed: int, samples: int, rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a model: single-shot (greedy, sampled, pass@k), and draft-then-refine.
 
@@ -63,13 +62,13 @@ def of_model(
         tokenizer: Its tokenizer.
         task: The task.
         problems: Held-out problems.
+        splice: How drafts are shown.
         seed: Of all samples.
         samples: Answers to each problem. With one, greedy decoding is left out.
         rounds: Of refinement.
     """
     prompts = [task.ask(problem) for problem in problems]
     sampler = build_sampler(model, tokenizer, task)
-    splice = TextSplice(task.template, special_tokens=marker_tokens(tokenizer))
     chains = two_stage_rollout(
         prompts, sampler, task.reward, num_drafts=1, num_refinements=1, rounds=rounds,
         columns={"problem": problems}, rules=DraftRules(latest, splice=splice), seed=seed,
@@ -90,7 +89,7 @@ def of_model(
         "refined_reward": float(first.refinement_rewards.mean()),
         "after_right": float(after_right),
         "after_wrong": float(after_wrong),
-        "copy_rate": copies_of(first),
+        "copy_rate": copies_of(first, splice),
     }
     if samples > 1:
         drawn = sample_group(prompts, sampler, samples, seed=seed + 1).completions
@@ -126,10 +125,13 @@ def entropy_of(completions: Sequence[Completion]) -> float:
     return -fmean(value for completion in completions for value in completion.logprobs or ())
 
 
-def copies_of(rollouts: Rollouts) -> float:
-    """Share of the last round's refinements that repeat their draft; NaN where none is shown."""
+def copies_of(rollouts: Rollouts, splice: TextSplice) -> float:
+    """Share of the last round's refinements that repeat their draft; NaN where none is shown.
+
+    Where drafts are shown without their thinking, a refinement's own is not looked at either.
+    """
     drafts = [each.choices[-1].draft for each in rollouts]
-    return copy_rate(drafts, rollouts.refinements.texts)
+    return copy_rate(drafts, rollouts.refinements.texts, strip=splice.strip)
 
 
 def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

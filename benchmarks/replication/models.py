@@ -63,6 +63,13 @@ def load(task: Task, size: str, path: Path) -> tuple[Any, PreTrainedTokenizerFas
     return load_model(path, tokenizer, width=rung.width, layers=rung.layers), tokenizer
 
 
+def count_weights(task: Task, size: str) -> int:
+    """Count the weights of a model that is trained from scratch."""
+    rung = SIZES[size]
+    model = build_model(build_tokenizer(task.words), width=rung.width, layers=rung.layers)
+    return sum(weights.numel() for weights in model.parameters())
+
+
 def held_out_problems(task: Task, count: int) -> list[Any]:
     """Give the problems that neither the warm-up nor any run trains on."""
     return task.draw_many(count, HELD_OUT_SEED)

@@ -2,56 +2,59 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.replication import compare, prose
-from benchmarks.replication.arms import ARMS, MAIN, PLANNED, Arm, baseline_of
-from benchmarks.replication.compare import ByArm, difference, split
-from benchmarks.replication.models import SHIPPED
-from benchmarks.replication.plot import draw
+from benchmarks.replication import compare, ladder, prose
+from benchmarks.replication.arms import ARMS, SEEDS, baseline_of, planned
+from benchmarks.replication.compare import ByArm, Verdict, difference, split, verdict_on
+from benchmarks.replication.models import PRETRAINED, SHIPPED, SIZES, count_weights
+from benchmarks.replication.plot import draw, draw_ladder
 from benchmarks.replication.tables import (
+    MEASURES,
     Maps,
     costs,
     diagnostics,
     first_warnings,
-    ladder,
     more,
     ordered,
     percent,
     points,
     section,
 )
-from benchmarks.replication.tasks import TASKS
+from benchmarks.replication.tasks import ALL_TASKS, TASKS
 from benchmarks.speed_page import table
 from igrpo_algo.cli.intervals import Interval
 from igrpo_algo.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/method/replication.md"
-PLOT = ROOT / "docs/images/replication.png"
+IMAGES = ROOT / "docs/images"
+PLOT, LADDER_PLOT = "replication.png", "replication-ladder.png"
 
 
-def write_page(folder: Path, page: Path = PAGE, plot: Path = PLOT) -> None:
-    """Write the page and its plot from the records of a folder."""
+def write_page(folder: Path, page: Path = PAGE, images: Path = IMAGES) -> None:
+    """Write the page and its plots from the records of a folder."""
     maps = compare.read_records(folder)
-    draw(maps, plot)
+    draw(maps, images / PLOT)
+    if rungs := ladder.rungs_of(maps):
+        draw_ladder(rungs, images / LADDER_PLOT)
     write_whole(page, build_page(maps).encode())
 
 
 def build_page(maps: Maps) -> str:
     """Give the whole page."""
     parts = [
-        prose.HEAD,
+        prose.HEAD.format(weights=weights_of(maps)),
         takeaway(maps),
-        f"![Single-shot and draft-then-refine accuracy less GRPO's](../images/{PLOT.name})",
+        f"![Single-shot and draft-then-refine accuracy less GRPO's](../images/{PLOT})",
         prose.ADVICE.format(first=first_warnings(maps)),
         "## What it rests on",
         basis(maps),
         "## Where iGRPO is ahead, level, behind",
         prose.MAP,
         *(section(place, arms) for place, arms in ordered(maps)),
-        *ladder(maps),
+        *ladder.section(maps, f"../images/{LADDER_PLOT}"),
         "## At equal tokens and equal time",
         prose.COSTS,
         *(f"**{place}**\n\n{table(costs(arms))}" for place, arms in ordered(maps)),
@@ -68,83 +71,125 @@ def build_page(maps: Maps) -> str:
 
 
 def takeaway(maps: Maps) -> str:
-    """Say first what to take away, from the numbers."""
-    recorded, maps = maps, compare.telling(compare.first_rung(maps))
-    others = [arm for arm in ARMS if ARMS[arm].num_drafts]
-    good = [arm for arm in others if compare.never_behind(maps, arm, baseline_of(arm))]
-    if good:
-        names = ", ".join(f"*{ARMS[arm].label}*" for arm in good)
-        return f"**Never behind GRPO on these tasks, and ahead somewhere: {names}.**"
-    worst = worst_gaps(maps)
+    """Say first what to take away, from the numbers: every size of every task counts."""
+    recorded, maps = maps, compare.telling(maps)
+    run_on = {arm: places_of(maps, arm) for arm in ARMS if ARMS[arm].num_drafts}
+    good = [arm for arm in run_on if compare.never_behind(run_on[arm], arm, baseline_of(arm))]
+    everywhere = [arm for arm in run_on if maps and len(run_on[arm]) == len(maps)]
     if not recorded:
         return "**Nothing has been measured yet.**"
-    if not worst:
-        return f"**No form has {compare.SEEDS_NEEDED} seeds on every task yet.**"
-    best = max(worst, key=worst.__getitem__)
-    which = (
-        f"Of the {len(worst)} forms with {compare.SEEDS_NEEDED} seeds on every task, the closest, "
-        "by its worst mean difference, is"
-        if len(worst) > 1
-        else f"The only form with {compare.SEEDS_NEEDED} seeds on every task yet is"
-    )
+    if not everywhere:
+        return f"**No form has {compare.SEEDS_NEEDED} seeds on every task and size yet.**"
+    if best := [arm for arm in everywhere if arm in good]:
+        return f"**Never behind GRPO {on(maps)}, and ahead somewhere: {labels(best)}.**"
+    others = len([arm for arm in run_on if run_on[arm]]) - len(everywhere)
     return (
-        "**No form of iGRPO was shown to be never behind GRPO here, and ahead somewhere**, "
-        f"so no preset is recommended by these numbers. {which} *{ARMS[best].label}*; "
-        f"in points: {gaps_in_words(maps, best)}."
+        f"**No form of iGRPO was shown to be never behind GRPO {on(maps)}, and ahead somewhere**, "
+        f"so no preset is recommended by these numbers. {closest(maps, everywhere)} "
+        + partly(good, others)
+    ).strip()
+
+
+def places_of(maps: Maps, arm: str) -> dict[str, ByArm]:
+    """Keep the tasks and sizes on which an arm can be compared."""
+    compared = ((place, compare.is_compared(maps[place], arm, baseline_of(arm))) for place in maps)
+    return {place: maps[place] for place, is_compared in compared if is_compared}
+
+
+def closest(maps: Maps, arms: Sequence[str]) -> str:
+    """Name the arm, of those measured everywhere, whose worst mean difference is the smallest."""
+    best = max(arms, key=lambda arm: min(gap.mean for gap, _ in gaps_of(maps, arm).values()))
+    which = (
+        f"Of the {len(arms)} forms with {compare.SEEDS_NEEDED} seeds on all of them, the closest, "
+        "by its worst mean difference, is"
+        if len(arms) > 1
+        else f"The only form with {compare.SEEDS_NEEDED} seeds on all of them is"
     )
+    return f"{which} *{ARMS[best].label}*: {gaps_in_words(maps, best)} (in points)."
 
 
-def worst_gaps(maps: Maps) -> dict[str, float]:
-    """Give the worst mean difference to GRPO of each arm that was measured on every task."""
+def partly(good: Sequence[str], others: int) -> str:
+    """Say what became of the forms that were not run everywhere."""
+    if not others:
+        return ""
+    if not good:
+        return f"The same is true of the {others} other forms, on the models that they were run on."
+    return f"Of the {others} other forms, {labels(good)} was never behind on those it was run on."
+
+
+def on(maps: Maps) -> str:
+    """Say on how much a verdict rests.
+
+    Examples:
+        >>> on({"chain-64x2": {}, "chain-128x3": {}, "signs-64x2": {}})
+        'on these tasks (2, with 3 models)'
+    """
+    return f"on these tasks ({len({split(place)[0] for place in maps})}, with {len(maps)} models)"
+
+
+def labels(arms: Sequence[str]) -> str:
+    """Name arms in a sentence."""
+    return ", ".join(f"*{ARMS[arm].label}*" for arm in arms)
+
+
+def gaps_of(maps: Maps, arm: str) -> dict[str, tuple[Interval, Verdict]]:
+    """Give an arm's differences to its GRPO, and the verdicts, by model and measure."""
     return {
-        arm: min(gap.mean for gap in gaps_of(maps, arm).values())
-        for arm in ARMS
-        if ARMS[arm].num_drafts and len(gaps_of(maps, arm)) == 2 * len(maps) > 0
-    }
-
-
-def gaps_of(maps: Maps, arm: str) -> dict[tuple[str, str], Interval]:
-    """Give an arm's differences to its GRPO by place and measure, where both were run."""
-    measures = {"single-shot": compare.single_shot, "draft-then-refine": compare.refined}
-    return {
-        (place, name): difference(arms, arm, baseline_of(arm), value)
-        for place, arms in ordered(maps)
-        if compare.is_compared(arms, arm, baseline_of(arm))
-        for name, value in measures.items()
+        f"{place} {name}": (
+            difference(arms, arm, baseline_of(arm), value),
+            verdict_on(arms, arm, baseline_of(arm), value),
+        )
+        for place, arms in ordered(places_of(maps, arm))
+        for name, value in MEASURES.items()
     }
 
 
 def gaps_in_words(maps: Maps, arm: str) -> str:
-    """Write an arm's differences in a sentence."""
-    return "; ".join(
-        f"{place} {name} {points(gap)}" for (place, name), gap in gaps_of(maps, arm).items()
-    )
+    """Write in a sentence where an arm is behind, and where ahead."""
+    gaps = gaps_of(maps, arm)
+    told = {
+        verdict: [f"{where} {points(gap)}" for where, (gap, its) in gaps.items() if its is verdict]
+        for verdict in (Verdict.BEHIND, Verdict.AHEAD)
+    }
+    text = "; ".join(f"{verdict} at {', '.join(where)}" for verdict, where in told.items() if where)
+    others = len(gaps) - sum(map(len, told.values()))
+    return f"{text}{'; ' if text else ''}level or open at {others} of {len(gaps)}"
 
 
 def basis(maps: Maps) -> str:
     """Say how many runs of how many the page rests on, and what became of the others."""
-    rows = [["task and size", "base, single-shot", "finished", "diverged", "died", "not run"]]
-    places = dict.fromkeys([*(f"{task}-{SHIPPED}" for task in TASKS), *maps])
-    planned = prose.SEEDS * sum(len(plan_of(place)) for place in places)
-    for place, arms in ordered(maps):
+    counted = ("finished", "diverged", "died")
+    rows = [["task and size", "base, single-shot", "arms planned", *counted, "not run"]]
+    total = in_plan = 0
+    for place, arms in ordered({f"{task}-{SHIPPED}": {} for task in TASKS} | {**maps}):
+        plan = planned(*split(place))
         statuses = [record["status"] for runs in arms.values() for record in runs.values()]
-        counts = [statuses.count(status) for status in ("finished", "diverged", "died")]
         base = base_accuracy(arms)
-        mark = "" if 0 < base < 1 else " (nothing can be learned from this)"
-        missing = sum(
-            seed not in arms.get(arm, {}) for arm in plan_of(place) for seed in range(prose.SEEDS)
-        )
-        rows.append([place, f"{percent(base)}{mark}", *map(str, [*counts, missing])])
-    total = sum(int(row[2]) for row in rows[1:])
-    text = prose.BASIS.format(total=total, planned=planned, arms=len(PLANNED))
-    if {split(place)[1] for place in maps} <= {SHIPPED}:
-        text += prose.NO_LADDER
+        mark = " (nothing can be learned from this)" if base in (0, 1) else ""
+        missing = sum(seed not in arms.get(arm, {}) for arm in plan for seed in range(SEEDS))
+        ends = map(str, [len(plan), *map(statuses.count, counted), missing])
+        rows.append([place, percent(base) + mark, *ends])
+        total, in_plan = total + statuses.count("finished"), in_plan + SEEDS * len(plan)
+    text = prose.BASIS.format(total=total, planned=in_plan, seeds=SEEDS, larger=not_measured(maps))
     return f"{text} {machines(maps)}\n\n{table(rows)}{failures(maps)}"
 
 
-def plan_of(place: str) -> Mapping[str, Arm]:
-    """Give the arms that are planned: all at the shipped size, the main ones at others."""
-    return PLANNED if split(place)[1] == SHIPPED else MAIN
+def not_measured(maps: Maps) -> str:
+    """Name the larger models that no run was made with."""
+    missing = {
+        size: [task for task in TASKS if f"{task}-{size}" not in maps]
+        for size in SIZES
+        if size != SHIPPED
+    }
+    named = [f"{size} on {', '.join(tasks)}" for size, tasks in missing.items() if tasks]
+    return f" Not measured: {'; '.join(named)}." if named else ""
+
+
+def weights_of(maps: Maps) -> str:
+    """Say how many weights the models have that were trained from scratch."""
+    places = [split(place) for place in maps or [f"{task}-{SHIPPED}" for task in TASKS]]
+    counts = [count_weights(ALL_TASKS[t], size) for t, size in places if size != PRETRAINED]
+    return " to ".join(f"{number:,}" for number in sorted({min(counts), max(counts)})) + " weights"
 
 
 def machines(maps: Maps) -> str:

@@ -1,14 +1,13 @@
 """The words of `docs/method/replication.md`; every number in them was published elsewhere."""
 
-SEEDS = 5
 TEMPLATE = "refinements scored"  # how the warning of a template begins
 
 HEAD = """# Replication: where iGRPO is ahead, level and behind
 
 Written by `python -m benchmarks.replication map` from the records in
-`benchmarks/results/replication/`; `make replication` does the runs that are missing. Models of 88
-to 98 thousand weights, trained from scratch, on a CPU: they show mechanisms, and say nothing
-about how well a large pretrained model revises.
+`benchmarks/results/replication/`; `make replication` does the runs that are missing.
+Models of {weights}, trained from scratch, on a CPU: they show mechanisms,
+and say nothing about how well a large pretrained model revises.
 """
 
 ADVICE = """## Advice in five lines
@@ -25,18 +24,22 @@ ADVICE = """## Advice in five lines
 5. Judge by what you deploy: single-shot, or draft-then-refine. They do not rank the forms alike.
 """
 
-BASIS = """{total} finished runs of {planned} planned. The plan is {arms} arms, three tasks, five
-seeds each; the tables have the arms with a finished run. An arm that shows a draft's thinking is
-not among them: no task here thinks before it answers, so it would be the best draft's run again.
-All seeds of a task start from the same warmed weights; a seed draws its problems and its samples.
-Accuracy is that of sampled answers to 500 held-out problems that no training saw. What is missing
-has not been measured yet. Training is short, 80 steps of 16 problems, and no arm has levelled off:
-what is compared is how fast they learn."""
+BASIS = """{total} finished runs of {planned} planned: {seeds} seeds of each arm. On the smallest
+models each task gets all arms; one that thinks before it answers gets the main ones, and those that
+show a draft's thinking. Larger models get the arms of most interest.{larger}
 
-NO_LADDER = """ Larger models (`--size 128x3`, `256x4`) have not been measured yet."""
+All seeds of a task and size start from the same warmed weights; a seed draws its problems and its
+samples. Accuracy is that of sampled answers to 500 held-out problems that no training saw. What is
+missing has not been measured yet. Training is short, 80 steps of 16 problems: what is compared is
+how fast they learn. Every size counts for the verdict at the top, if GRPO gains five points there:
+a form to recommend must not be behind on a larger model either."""
 
-LADDER = """Single-shot accuracy by width and layers of the model, and the difference to GRPO at the
-same size, with Student's interval and the verdict."""
+LADDER = """Width and layers of the model, 64x2 to 256x4. The warm-up is alike but for chain's: its
+weights of 64x2 are the demo's, half of whose drafts were the answer with some values replaced. At
+other sizes a draft is another answer of the same teacher's, who does not look at it. Rows of GRPO
+are its accuracy; the others are the difference to GRPO of the same size, with Student's interval
+and the verdict. A change with the size is the difference of two differences, paired by seed; of
+twenty that do not change, one is expected to look as if it did."""
 
 MAP = """Differences are to GRPO of eight completions with the same loss and as many updates, at
 equal completions ("half the completions" excepted), paired by seed, with 95 % intervals over seeds

@@ -22,6 +22,7 @@ from benchmarks.replication.training import (
     Settings,
     Step,
     build_sampler,
+    splice_of,
     train,
 )
 from igrpo_algo.cli.demo.warmup import WarmUp
@@ -116,13 +117,16 @@ def measure(run: Run, settings: Settings, weights: Path) -> Iterator[tuple[str, 
     model, tokenizer = load(task, run.size, path)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     sampler = build_sampler(model, tokenizer, task)
+    splice = splice_of(arm, settings, task, tokenizer)
     problems = held_out_problems(task, settings.held_out)
     spent = dict.fromkeys(
         ("completions", "sampled_tokens", "trained_tokens", "seconds", "cpu_seconds"), 0.0
     )
 
     def evaluate(**how: int) -> dict[str, Any]:
-        return of_model(model, tokenizer, task, problems, seed=EVALUATION_SEED, **how)
+        return of_model(
+            model, tokenizer, task, problems, splice=splice, seed=EVALUATION_SEED, **how
+        )
 
     yield "curve", {"step": 0, **spent, **evaluate(samples=1, rounds=1)}
     rows: list[dict[str, float]] = []
@@ -135,7 +139,7 @@ def measure(run: Run, settings: Settings, weights: Path) -> Iterator[tuple[str, 
         spent["cpu_seconds"] += time.process_time() - cpu
         for name, count in counts(step).items():
             spent[name] += count
-        rows.append(of_step(step.rollouts))
+        rows.append(of_step(step.rollouts, splice))
         for text in watch.see({ours: rows[-1][name] for ours, name in WATCHED.items()}):
             yield "warnings", {"step": number, "text": text}
         if number in (*settings.evaluation_steps, settings.steps):

@@ -12,30 +12,30 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.replication import runs
-from benchmarks.replication.arms import MAIN
+from benchmarks.replication.arms import MAIN, planned
 from benchmarks.replication.runs import Run
 from benchmarks.replication.training import Settings
 
 
-def plan(arms: Iterable[str], tasks: Iterable[str], seeds: int, size: str) -> list[Run]:
+def plan(arms: Sequence[str], tasks: Iterable[str], seeds: int, size: str) -> list[Run]:
     """Order the runs: the main arms first; within them task by task, and seed by seed.
 
-    So a sweep that is stopped has the same seeds for all arms of a task.
+    So a sweep that is stopped has the same seeds for all arms of a task. Without `arms`, each task
+    gets those planned.
     """
-    arms, tasks = list(arms), list(tasks)
-    main = [arm for arm in arms if arm in MAIN]
-    others = [arm for arm in arms if arm not in MAIN]
+    wanted = {task: arms or list(planned(task, size)) for task in tasks}
     return [
         Run(task, size, arm, seed)
-        for group in (main, others)
-        for task in tasks
+        for is_main in (True, False)
+        for task, names in wanted.items()
         for seed in range(seeds)
-        for arm in group
+        for arm in names
+        if (arm in MAIN) is is_main
     ]
 
 
 def sweep(
-    planned: Sequence[Run],
+    wanted: Sequence[Run],
     settings: Settings,
     folder: Path,
     weights: Path,
@@ -44,8 +44,8 @@ def sweep(
     console: Console,
 ) -> int:
     """Do the runs that have not ended; return how many did not finish."""
-    todo = [run for run in planned if runs.is_open(run, settings, folder)]
-    console.print(f"{len(todo)} of {len(planned)} runs to go, {settings.steps} steps each")
+    todo = [run for run in wanted if runs.is_open(run, settings, folder)]
+    console.print(f"{len(todo)} of {len(wanted)} runs to go, {settings.steps} steps each")
     failures = 0
     if not todo:
         return failures

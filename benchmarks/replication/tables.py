@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from benchmarks.replication import compare, prose
-from benchmarks.replication.arms import ARMS, baseline_of
+from benchmarks.replication.arms import ARMS, STRIPPED, baseline_of
 from benchmarks.replication.compare import (
     ByArm,
     Record,
@@ -22,6 +22,7 @@ from benchmarks.speed_page import table
 from igrpo_algo.cli.intervals import Interval
 
 Maps = Mapping[str, ByArm]
+MEASURES = {"single-shot": compare.single_shot, "draft-then-refine": compare.refined}
 FEW = f"fewer than {compare.SEEDS_NEEDED} seeds"
 
 
@@ -41,17 +42,32 @@ def section(place: str, arms: ByArm) -> str:
     beside = ["less GRPO", "bootstrap", ""]
     rows = [["arm", "seeds", "single-shot", *beside, "draft, then refine", *beside]]
     for arm in measured(arms):
-        runs = finished(arms, arm)
-        row = [ARMS[arm].label, str(len(runs))]
-        for value in (compare.single_shot, compare.refined):
-            row.append(percent(mean([value(record) for record in runs.values()])))
+        row = [ARMS[arm].label, str(len(finished(arms, arm)))]
+        for value in MEASURES.values():
+            row.append(percent(accuracy(arms, arm, value)))
             row += [""] * 3 if arm == baseline_of(arm) else beside_grpo(arms, arm, value)
         rows.append(row)
     title = ALL_TASKS[split(place)[0]].title
     note = prose.NOTHING_LEARNED if compare.gain(arms) < compare.GAIN_NEEDED else ""
     if not compare.is_compared(arms, "grpo", "grpo"):
         note = prose.TOO_FEW_SEEDS
-    return f"**{place}**: {title}.{note}\n\n{table(rows)}"
+    return f"**{place}**: {title}.{note}{thinking(arms)}\n\n{table(rows)}"
+
+
+def accuracy(arms: ByArm, arm: str, value: Value) -> float:
+    """Average a measure over an arm's finished runs."""
+    return mean([value(record) for record in finished(arms, arm).values()])
+
+
+def thinking(arms: ByArm) -> str:
+    """Say what it changes to show a draft's thinking, where both ways were run."""
+    told = [
+        f"*{ARMS[stripped].label}*, {name} {points(difference(arms, kept, stripped, value))}"
+        for kept, stripped in STRIPPED.items()
+        if compare.is_compared(arms, kept, stripped)
+        for name, value in MEASURES.items()
+    ]
+    return f" Thinking shown less thinking stripped: {'; '.join(told)}." if told else ""
 
 
 def beside_grpo(arms: ByArm, arm: str, value: Value) -> list[str]:
@@ -63,27 +79,6 @@ def beside_grpo(arms: ByArm, arm: str, value: Value) -> list[str]:
     bold = verdict in (Verdict.AHEAD, Verdict.BEHIND)
     gap, again = difference(*versus, value), resampled(*versus, value)
     return [points(gap), bounds(again), f"**{verdict}**" if bold else str(verdict)]
-
-
-def ladder(maps: Maps) -> list[str]:
-    """Put the sizes of each task side by side, where several are recorded."""
-    parts = []
-    for task in dict.fromkeys(split(place)[0] for place, _ in ordered(maps)):
-        rungs = {split(place)[1]: arms for place, arms in ordered(maps) if split(place)[0] == task}
-        if len(rungs) < 2:
-            continue
-        head = [f"{what}, {size}" for size in rungs for what in ("single-shot", "less GRPO")]
-        rows = [["arm", *head]]
-        for arm in [arm for arm in ARMS if any(finished(arms, arm) for arms in rungs.values())]:
-            row = [ARMS[arm].label]
-            for arms in rungs.values():
-                row.append(percent(mean([*map(compare.single_shot, finished(arms, arm).values())])))
-                alone = arm == baseline_of(arm) or not finished(arms, arm)
-                gap, _, verdict = beside_grpo(arms, arm, compare.single_shot)
-                row.append("" if alone else f"{gap} {verdict}".strip())
-            rows.append(row)
-        parts.append(f"**{task}**\n\n{table(rows)}")
-    return ["## Up a ladder of sizes", prose.LADDER, *parts] if parts else []
 
 
 def costs(arms: ByArm) -> list[list[str]]:

@@ -9,7 +9,7 @@ from transformers import get_constant_schedule_with_warmup
 
 from benchmarks.replication.arms import Arm
 from benchmarks.replication.tasks import Task
-from igrpo_algo import DraftRules, Rollouts, training_batch, two_stage_rollout
+from igrpo_algo import DraftRules, Rollouts, TextSplice, training_batch, two_stage_rollout
 from igrpo_algo.batch import DRAFTS
 from igrpo_algo.engines.static import StaticSampler
 from igrpo_algo.seeds import derive_seed
@@ -80,6 +80,14 @@ def configure(arm: Arm, settings: Settings, task: Task) -> IGRPOConfig:
         **splice,
         **arm.options,
     )
+
+
+def splice_of(arm: Arm, settings: Settings, task: Task, tokenizer: Any) -> TextSplice:
+    """Give how an arm is shown drafts when it is measured: as in training, but real ones."""
+    kept = {name: arm.options[name] for name in ("strip_draft_thinking",) if name in arm.options}
+    splice = rules_of(configure(Arm("", kept), settings, task), tokenizer).splice
+    assert isinstance(splice, TextSplice)
+    return splice
 
 
 def build_sampler(

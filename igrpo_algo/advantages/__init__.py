@@ -1,4 +1,4 @@
-"""Advantages: relative to a group, and to other baselines; each trainer's own are in `presets`."""
+"""Advantages relative to a group or to other baselines; `presets` has those of other trainers."""
 
 from .baselines import best_over_runner_up, maxrl, opo, rloo, standardize_leave_one_out
 from .of_groups import (

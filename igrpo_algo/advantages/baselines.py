@@ -1,4 +1,4 @@
-"""Advantages over other baselines than the mean of the group.
+"""Advantages with other baselines than the group's mean.
 
 Layouts, and the conventions for NaN, lone and equal rewards, are those of `of_groups.py`.
 """
@@ -12,7 +12,7 @@ from .moments import GroupedRewards, check_ddof, divide, to_scores
 
 
 def rloo(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
-    """Take from each reward the mean of the others in its group.
+    """Subtract from each reward the mean of the others in its group.
 
     A_i = r_i - sum_{j != i} r_j / (n - 1) = n / (n - 1) (r_i - mean(r))
 
@@ -45,20 +45,20 @@ def standardize_leave_one_out(
     ddof: int = 1,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Take from each reward the mean of the others, and divide by the deviation of the others.
+    """Subtract the mean of the others, and divide by the standard deviation of the others.
 
     A_i = (r_i - mean_{j != i} r_j) / (std_{j != i} r_j + eps)
 
-    The deviation of n - 1 others has n - 1 - ddof under the sum. Where it is 0 (the others are
-    equal, or too few) the difference stays as it is, undivided: the one success of a group counts
-    r_i - mean, not infinity. NeMo-RL's rule (NVIDIA-NeMo/RL 7ea279a, `GRPOAdvantageEstimator`).
+    The variance of the n - 1 others divides by n - 1 - ddof. Where it is 0 (the others are equal,
+    or too few) the difference is not divided: the only success of a group gets r_i - mean, not
+    infinity. NeMo-RL's rule (NVIDIA-NeMo/RL 7ea279a, `GRPOAdvantageEstimator`).
     Computed in float64: with the others close together, little is left of the group's own variance.
 
     Args:
         rewards: Reward of each sample, NaN where unscored. Shape [P, G], or [B] with `groups`.
         groups: For [B] only: G, or the group id of each reward, shape [B].
-        ddof: 1 for the sample deviation, 0 for the population's.
-        eps: Added to the deviation.
+        ddof: 1 for the sample's standard deviation, 0 for the population's.
+        eps: Added to the standard deviation.
 
     Returns:
         Advantages, shape of `rewards`, float32 or float64, detached.
@@ -85,7 +85,7 @@ def standardize_leave_one_out(
 
 
 def opo(rewards: Tensor, weights: Tensor, groups: int | Tensor | None = None) -> Tensor:
-    """Take from each reward the weighted mean of its group.
+    """Subtract from each reward the weighted mean of its group.
 
     A_i = r_i - sum_j w_j r_j / sum_j w_j
 
@@ -121,7 +121,7 @@ def opo(rewards: Tensor, weights: Tensor, groups: int | Tensor | None = None) ->
 
 
 def maxrl(rewards: Tensor, groups: int | Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
-    """Take from each reward the mean of its group, and divide by that mean.
+    """Subtract from each reward the mean of its group, and divide by that mean.
 
     A_i = (r_i - mean(r)) / (mean(r) + eps)
 
@@ -154,7 +154,7 @@ def maxrl(rewards: Tensor, groups: int | Tensor | None = None, *, eps: float = 1
 
 
 def best_over_runner_up(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
-    """Give the best of each group its lead over the second best, and all others nothing.
+    """Give the best of each group its lead over the second best, and all others 0.
 
     A_i = r_i - max_{j != i} r_j  for the best of a group,  0 for all others
 

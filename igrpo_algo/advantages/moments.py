@@ -114,7 +114,7 @@ class GroupedRewards:
         return self.sum(values) / self.count.clamp(min=1)
 
     def centered(self) -> Tensor:
-        """Take each group's mean from its rewards.
+        """Subtract each group's mean from its rewards.
 
         The gap to the group's largest reward comes first: equal rewards then center to exactly 0,
         where the rounding of their mean would leave noise for a small deviation to blow up. That
@@ -124,7 +124,7 @@ class GroupedRewards:
         return gap - self.mean(gap)
 
     def std(self, centered: Tensor, ddof: int) -> Tensor:
-        """Take each group's deviation; exactly 0 for equal rewards and where n <= ddof."""
+        """Compute each group's deviation; exactly 0 for equal rewards and where n <= ddof."""
         return (self.sum(centered.square()) / (self.count - ddof).clamp(min=1)).sqrt()
 
     def restore(self, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Advantages of a group of samples from the same prompt: how much better than its peers each did.
+"""Advantages within a group of samples of one prompt: how much better than its peers each did.
 
 Every function takes rewards in one of two layouts, rows [P, G] or flat [B] with `groups` (G for
 consecutive blocks, or one integer id per reward, in any order and of groups of any sizes), and
@@ -8,11 +8,10 @@ gives one advantage per reward in the same shape. Conventions that hold for all 
 - A group with one scored reward, or with equal ones, gets 0 throughout, for `eps=0` too.
 - Arithmetic and result are in float32, or float64 where rewards are; integers and bools convert.
 - No gradient flows. An infinite reward is not caught: its group comes out infinite or NaN. The
-  squares of rewards beyond 1e19 are, in float32: give those in float64.
+  square of a reward beyond 1e19 is infinite in float32: give such rewards in float64.
 
-What differs between published variants is a function each; they compose. Baselines other than the
-group's own mean are in `baselines.py`; `presets.py` says which function, with which constants,
-equals which trainer.
+Each published variant is a function, and they compose. Baselines other than the group's own mean
+are in `baselines.py`; `presets.py` has the functions and constants of other trainers.
 """
 
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from .moments import GroupedRewards, check_ddof, divide, to_scores, weighted_mom
 
 
 def center_by_group(rewards: Tensor, groups: int | Tensor | None = None) -> Tensor:
-    """Take from each reward the mean of its group.
+    """Subtract from each reward the mean of its group.
 
     A_i = r_i - mean(r)
 
@@ -62,7 +61,7 @@ def standardize_by_group(
     ddof: int = 1,
     eps: float = 1e-4,
 ) -> Tensor:
-    """Express each reward in deviations from the mean of its group.
+    """Subtract the mean of each group, and divide by its standard deviation.
 
     A_i = (r_i - mean(r)) / (std(r) + eps),    std^2 = sum_i (r_i - mean)^2 / (n - ddof)
 
@@ -73,8 +72,8 @@ def standardize_by_group(
     Args:
         rewards: Reward of each sample, NaN where unscored. Shape [P, G], or [B] with `groups`.
         groups: For [B] only: G, or the group id of each reward, shape [B].
-        ddof: 1 for the sample deviation, 0 for the population's.
-        eps: Added to the deviation.
+        ddof: 1 for the sample's standard deviation, 0 for the population's.
+        eps: Added to the standard deviation.
 
     Returns:
         Advantages, shape of `rewards`, float32 or float64, detached.
@@ -105,10 +104,11 @@ def std_by_group(rewards: Tensor, groups: int | Tensor | None = None, *, ddof: i
     Args:
         rewards: Reward of each sample, NaN where unscored. Shape [P, G], or [B] with `groups`.
         groups: For [B] only: G, or the group id of each reward, shape [B].
-        ddof: 1 for the sample deviation, 0 for the population's.
+        ddof: 1 for the sample's standard deviation, 0 for the population's.
 
     Returns:
-        Deviations, shape of `rewards` (the same for all of a group), float32 or float64, detached.
+        Standard deviations, shape of `rewards` (the same for all of a group), float32 or float64,
+        detached.
 
     Raises:
         TypeError: As in `center_by_group`.
@@ -129,19 +129,19 @@ def center_by_group_scale_by_batch(
     ddof: int = 1,
     eps: float = 1e-4,
 ) -> Tensor:
-    """Take from each reward the mean of its group, and divide by the deviation of the whole batch.
+    """Subtract the mean of each group, and divide by the standard deviation of the whole batch.
 
     A_i = (r_i - mean_group(r)) / (std_batch(r) + eps)
 
-    The deviation is that of all scored rewards around the batch's mean, not the groups': groups
-    that differ in mean enlarge it. Where it is 0, A is 0. Liu et al. 2025 ("Tricks or Traps"),
+    The standard deviation is that of all scored rewards around the batch's mean, so groups that
+    differ in mean enlarge it. Where it is 0, A is 0. Liu et al. 2025 ("Tricks or Traps"),
     arXiv:2508.08221.
 
     Args:
         rewards: Reward of each sample, NaN where unscored. Shape [P, G], or [B] with `groups`.
         groups: For [B] only: G, or the group id of each reward, shape [B].
-        ddof: 1 for the sample deviation, 0 for the population's.
-        eps: Added to the deviation.
+        ddof: 1 for the sample's standard deviation, 0 for the population's.
+        eps: Added to the standard deviation.
 
     Returns:
         Advantages, shape of `rewards`, float32 or float64, detached.
@@ -168,7 +168,7 @@ def whiten(
     ddof: int = 0,
     eps: float = 1e-8,
 ) -> Tensor:
-    """Bring a whole batch to mean 0 and deviation 1.
+    """Bring a whole batch to mean 0 and standard deviation 1.
 
     A = (v - mean(v)) / (std(v) + eps),
     mean = sum(w v) / sum(w),    std^2 = sum(w (v - mean)^2) / (sum(w) - ddof)
@@ -182,8 +182,8 @@ def whiten(
         values: Advantages or rewards, of sequences or tokens. Any shape.
         weights: How often each value counts: whole numbers or a mask; None counts each once.
             Shape of `values`.
-        ddof: 1 for the sample deviation, 0 for the population's.
-        eps: Added to the deviation.
+        ddof: 1 for the sample's standard deviation, 0 for the population's.
+        eps: Added to the standard deviation.
 
     Returns:
         Advantages, shape of `values`, float32 or float64, detached.
@@ -215,21 +215,21 @@ def gdpo(
     ddof: int = 1,
     eps: float = 1e-4,
 ) -> Tensor:
-    """Standardize several rewards by group, each apart from the others, and add them up.
+    """Standardize several rewards by group, each on its own, and add them up.
 
     A_i = sum_k w_k (r_ik - mean(r_k)) / (std(r_k) + eps)
 
-    No reward can drown another by its scale. A sample that reward k could not score gets
+    The scale of one reward does not drown another. A sample that reward k could not score gets
     nothing from k. GDPO: Liu et al. 2026, arXiv:2601.05242; its last step is `whiten` over the
-    batch, left to the caller.
+    batch, which is left to the caller.
 
     Args:
         rewards: K rewards of each sample, NaN where unscored. Shape [P, G, K], or [B, K] with
             `groups`.
         groups: For [B, K] only: G, or the group id of each sample, shape [B].
-        weights: Weight of each reward, shape [K]; None weighs each by 1.
-        ddof: 1 for the sample deviation, 0 for the population's.
-        eps: Added to the deviation.
+        weights: Weight of each reward, shape [K]; None: all are 1.
+        ddof: 1 for the sample's standard deviation, 0 for the population's.
+        eps: Added to the standard deviation.
 
     Returns:
         Advantages, shape of `rewards` without its last axis, float32 or float64, detached.
@@ -257,7 +257,7 @@ def sum_rewards(rewards: Tensor, weights: Sequence[float] | Tensor | None = None
 
     Args:
         rewards: K rewards of each sample, NaN where unscored. Shape [P, G, K] or [B, K].
-        weights: Weight of each reward, shape [K]; None weighs each by 1.
+        weights: Weight of each reward, shape [K]; None: all are 1.
 
     Returns:
         Rewards, shape of `rewards` without its last axis, float32 or float64, detached.

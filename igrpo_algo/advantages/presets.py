@@ -143,7 +143,7 @@ def verl_gpg_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
 def verl_gdpo_advantages(
     rewards: Tensor, lengths: Tensor, groups: GroupIds = None, weights: RewardWeights = None
 ) -> Tensor:
-    """Verl's "gdpo", for K rewards: "grpo" of each, weighed and summed, then over all tokens.
+    """Verl's "gdpo", for K rewards: "grpo" of each, weighted and summed, then over all tokens.
 
     By group: ddof 1, eps 1e-6, a group of one keeps its reward. Over tokens: ddof 1, 1e-8 added to
     the variance.
@@ -179,7 +179,7 @@ def openrlhf_group_norm_advantages(rewards: Tensor, groups: GroupIds = None) -> 
 
 
 def openrlhf_dr_grpo_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
-    """OpenRLHF's "dr_grpo": less the group's mean. Group of one 0."""
+    """OpenRLHF's "dr_grpo": minus the group's mean. Group of one 0."""
     return center_by_group(rewards, groups)
 
 
@@ -214,7 +214,7 @@ def nemo_rl_grpo_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
 def nemo_rl_gdpo_advantages(
     rewards: Tensor, groups: GroupIds = None, weights: RewardWeights = None
 ) -> Tensor:
-    """NeMo-RL's "gdpo", for K rewards: its default of each, weighed and summed, then over samples.
+    """NeMo-RL's "gdpo", for K rewards: its default of each, weighted and summed, then over samples.
 
     Over samples: ddof 1, eps 0.
     """
@@ -240,7 +240,7 @@ def skyrl_maxrl_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
 
 
 def _lone_kept(advantages: Tensor, rewards: Tensor, groups: GroupIds) -> Tensor:
-    """Give the only scored reward of a group `rewards` in place of its advantage, 0."""
+    """Replace the advantage of a group's only scored reward, 0, by that of `rewards`."""
     grouped = GroupedRewards.of(rewards, groups)
     kept = torch.where(grouped.count == 1, grouped.rewards, 0.0)
     return advantages + grouped.restore(kept)
@@ -257,7 +257,7 @@ def _floored_whiten(values: Tensor, lengths: Tensor, rewards: Tensor) -> Tensor:
 
 
 def _token_weights(lengths: Tensor, rewards: Tensor) -> Tensor:
-    """Weigh each sample by its tokens, and by nothing where its reward is unscored."""
+    """Weight each sample by its tokens, and by 0 where its reward is unscored."""
     scores = to_scores("rewards", rewards)
     weights = check_shape("lengths", to_scores("lengths", lengths), scores.shape, "of rewards")
     return weights.to(scores.dtype).where(~scores.isnan(), 0.0)

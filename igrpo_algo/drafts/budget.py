@@ -1,8 +1,8 @@
-"""A draft cut to a length, or until its rendered prompt fits: the question loses nothing.
+"""Cut a draft to a length, or until its rendered prompt fits; the question is never cut.
 
-Trainers cut a long prompt from the left, which takes the question and leaves the draft. Cut here,
-before they see it. Where a chat template stands between text and ids, `fit_draft` works through
-callables, so any tokenizer will do.
+Trainers cut a long prompt from the left, so the question goes and the draft stays. Cut the draft
+here, before they see the prompt. Where a chat template stands between text and ids, `fit_draft`
+works through callables, so any tokenizer will do.
 """
 
 from collections.abc import Callable
@@ -83,11 +83,11 @@ def fit_draft(
 ) -> FittedDraft:
     """Cut a draft until its rendered prompt fits; the question stays whole.
 
-    Renders once if the draft fits, and three times as a rule if it does not: the prompt with an
-    empty draft gives the budget, and what tokenizing the shorter text adds is taken off it. A
-    character that the cut splits is dropped. A few tokens of room may stay unused. Where there is
-    no room at all, the draft comes back empty: take the plain prompt then, since the words around
-    an empty draft may themselves exceed the limit.
+    Renders once if the draft fits, and usually three times if it does not: the prompt with an empty
+    draft gives the budget, less the tokens that tokenizing the shorter text adds. A character that
+    the cut splits is dropped. A few tokens of room may stay unused. Without any room the draft
+    comes back empty: use the plain prompt then, since the words around an empty draft may exceed
+    the limit by themselves.
 
     Args:
         draft: The chosen completion as text.
@@ -102,7 +102,8 @@ def fit_draft(
         The draft's text, the prompt's ids, and the number of draft tokens cut.
 
     Raises:
-        TypeError: `draft` is no string, a callable is none, or `max_prompt_tokens` is not an int.
+        TypeError: `draft` is not a string, `render`, `encode` or `decode` cannot be called, or
+            `max_prompt_tokens` is not an int.
         ValueError: `max_prompt_tokens` is negative, or `keep` is neither "tail" nor "head".
 
     Examples:

@@ -1,4 +1,4 @@
-"""Markers: the strings that structure a prompt, and that text from a model must not forge.
+"""Markers: the strings that structure a prompt, which text from a model must not forge.
 
 Control tokens of a tokenizer ("<|im_end|>", "[/INST]", "</s>"), what a chat template writes around
 turns as plain text, and the delimiters of a draft. A tokenizer finds control tokens wherever they
@@ -38,13 +38,13 @@ _LITERALS = re.compile(
 def neutralize(
     draft: str, markers: Collection[str] = (), *, before: str = "", after: str = ""
 ) -> str:
-    """Take out of a draft every marker, so that it cannot end its place in the prompt.
+    """Remove every marker from a draft, so that it cannot end its place in the prompt.
 
-    Each marker, and each of `WELL_KNOWN_MARKERS`, becomes a character that no marker holds (a
-    space, as a rule), so that halves that meet do not make a new one. Characters at the draft's
+    Each marker, and each of `WELL_KNOWN_MARKERS`, becomes a character that no marker contains
+    (usually a space), so that two halves cannot meet and form a new one. Characters at the draft's
     ends that would complete a marker with the text around it are dropped, and so are those that
-    could begin one with what follows `after`, which is not known here: a chat template's own
-    marker, as a rule. The time it takes is linear in the length of the draft.
+    could begin one together with what follows `after`, which is not known here (usually a marker
+    of the chat template). The time is linear in the length of the draft.
 
     Markers are matched exactly, as tokenizers match special tokens; an added token that the
     tokenizer looks for only after normalization (`AddedToken(normalized=True)`) is matched in the
@@ -167,7 +167,7 @@ def _halves(markers: frozenset[str]) -> frozenset[tuple[str, str]]:
 
 @lru_cache(maxsize=16)
 def _beginnings(markers: frozenset[str], after: str) -> frozenset[str]:
-    """Give the beginnings of markers that `after` completes, or does not contradict."""
+    """Return the beginnings of markers that `after` completes, or does not contradict."""
     return frozenset(
         head for head, tail in _halves(markers) if after.startswith(tail) or tail.startswith(after)
     )

@@ -1,4 +1,4 @@
-"""Random tokens in a draft's place: what is left of Stage 2 when the draft says nothing."""
+"""Random tokens in place of a draft: what Stage 2 does when the draft carries no information."""
 
 import random
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """Replaces a draft by as many random tokens: a control for what drafts say.
+    """Replaces a draft by as many random tokens: a control for the content of drafts.
 
     The tokens are uniform over the vocabulary without its special tokens; as text in a prompt, a
     tokenizer may read some of them otherwise. The same draft gives the same ones, on every rank.

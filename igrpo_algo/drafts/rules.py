@@ -2,8 +2,8 @@
 
 d* = select(R(d_1), ..., R(d_N)),  q' = splice(q, d*)   (iGRPO, arXiv:2602.09000, equations 2 and 3)
 
-`DraftRules.choose` is the choice, on rewards [P, N] alone; `DraftRules.condition` is the prompt
-that comes of it. What the paper leaves open (ties, failures, drafts without a score) is a field.
+`DraftRules.choose` makes the choice from rewards [P, N] alone; `DraftRules.condition` makes the
+prompt. What the paper leaves open (ties, failures, drafts without a score) is a field.
 """
 
 from collections.abc import Callable, Sequence
@@ -129,12 +129,12 @@ class DraftRules:
             chosen.
         ties: Which of several drafts of equal score is chosen.
         failed_below: The drafts of a prompt have all failed if none has a training reward of at
-            least this, and have solved it if all that were scored do. None: neither is ever said.
-        when_failed: What Stage 2 sees if all drafts failed. `Fallback.CHOSEN_DRAFT` is the paper to
-            the letter.
+            least this, and have solved it if all that were scored do. None: neither is checked.
+        when_failed: What Stage 2 sees if all drafts failed. `Fallback.CHOSEN_DRAFT` takes the
+            paper literally.
         when_solved: The same if the drafts have solved the prompt.
-        when_unscored: The same if no draft could be scored, or `select` wants none: the plain
-            prompt, or nothing.
+        when_unscored: The same if no draft could be scored, or `select` wants none and the two
+            fields above say nothing else: the plain prompt, or nothing.
         dropout: Probability that Stage 2 sees the plain prompt although there is a draft.
         splice: Puts the draft into the prompt: `TextSplice` (template, thinking stripped or kept,
             token budget), `TokenSplice` for token ids, or a function of prompt and draft.
@@ -232,31 +232,34 @@ class DraftRules:
             failed = ~(rewards >= self.failed_below).any(-1)
             solved = ~failed & ~(rewards < self.failed_below).any(-1)
 
-        def falls_back_to(rule: Fallback) -> Tensor:
-            when_found = failed & (self.when_failed is rule) | solved & (self.when_solved is rule)
-            return torch.where(found, when_found, self.when_unscored is rule)
+        all_failed = failed & ~rewards.isnan().all(-1)
 
-        skipped = falls_back_to(Fallback.SKIP)
-        plain = skipped | falls_back_to(Fallback.PLAIN_PROMPT)
+        def falls_back_to(rule: Fallback) -> Tensor:
+            return all_failed & (self.when_failed is rule) | solved & (self.when_solved is rule)
+
+        skipped, plain = falls_back_to(Fallback.SKIP), falls_back_to(Fallback.PLAIN_PROMPT)
+        if self.when_unscored is Fallback.SKIP:
+            skipped = skipped | ~(found | plain)
+        plain = plain | skipped | ~found
         dropped = ~plain & (draws[:, 0] < self.dropout)
         return DraftChoices(index, reward, failed, dropped, skipped, plain | dropped)
 
     def condition(self, prompt: Prompt, draft: Draft) -> Spliced:
-        """Splice the chosen draft into its prompt; leave the prompt plain if nothing of it stands.
+        """Splice the chosen draft into its prompt; without any draft text left it stays plain.
 
         Args:
             prompt: The original prompt.
             draft: The chosen draft: its `text` and `token_ids`.
 
         Returns:
-            The Stage-2 prompt, the draft as it stands there (empty where the prompt is plain), and
-            how many of its tokens were cut off.
+            The Stage-2 prompt, the draft as it reads there (empty where the prompt is plain), and
+            the number of its tokens that were cut off.
         """
         spliced = self.splice(prompt, draft)
         return spliced if spliced.draft.strip() else spliced._replace(prompt=prompt, draft="")
 
     def _select(self, ranks: Tensor, lengths: Tensor | None, draws: Tensor) -> Tensor:
-        """Give the index of the chosen draft. Shape [P]."""
+        """Return the index of the chosen draft. Shape [P]."""
         ties = None
         if self.ties is Ties.RANDOM:
             ties = draws

@@ -114,7 +114,7 @@ def select_worst_draft(rewards: Tensor, *, tie_scores: Tensor | None = None) -> 
 def select_best_wrong_draft(
     rewards: Tensor, *, tie_scores: Tensor | None = None, success_reward: float = 1.0
 ) -> SelectedDrafts:
-    """Choose each prompt's best draft among those that are wrong: a near miss, never the answer.
+    """Choose each prompt's best wrong draft: a near miss, never the answer.
 
     index[p] = argmax_n { rewards[p, n] : rewards[p, n] < success_reward }
 
@@ -132,7 +132,7 @@ def select_best_wrong_draft(
 
     Raises:
         TypeError: `rewards` is not floating point, `tie_scores` is not a tensor of real numbers, or
-            `success_reward` no number.
+            `success_reward` is not a number.
         ValueError: The shapes are not [P, N], or N is 0.
 
     Examples:
@@ -203,7 +203,7 @@ def shortest_first(lengths: Tensor) -> Tensor:
 
 
 def random_ties(num_drafts: int, *, seeds: Sequence[int]) -> Tensor:
-    """Make tie scores that prefer none: uniform in [0, 1), each prompt's from its own seed.
+    """Make random tie scores: uniform in [0, 1), each prompt's from its own seed.
 
     Args:
         num_drafts: N.

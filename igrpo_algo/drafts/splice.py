@@ -18,11 +18,11 @@ from .text import DEFAULT_TEMPLATE, DraftTemplate, splice_cleaned
 
 
 class Draft(Protocol):
-    """What a splice reads of a completion."""
+    """The part of a completion that a splice reads."""
 
     @property
     def text(self) -> str:
-        """What its tokens say, special tokens left out."""
+        """The text of its tokens, without special tokens."""
         ...
 
     @property
@@ -56,14 +56,14 @@ Splice = Callable[[Any, Draft], Spliced]
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """How many tokens a draft, and the prompt it stands in, may have.
+    """The maximum number of tokens of a draft, and of the prompt around it.
 
     Attributes:
         tokenizer: Hugging Face's interface: called on text, `decode`, `apply_chat_template`.
-        max_draft_tokens: Most tokens of the draft (after its thinking is stripped); None sets no
+        max_draft_tokens: Maximum tokens of the draft (after its thinking is stripped); None sets no
             limit.
-        max_prompt_tokens: Most tokens of the spliced prompt as the model sees it, chat template
-            included; the draft is cut to fit, the question never is. None sets no limit.
+        max_prompt_tokens: Maximum tokens of the spliced prompt as the model sees it, with the chat
+            template; the draft is cut to fit, the question never is. None sets no limit.
         keep: Which end of a draft that is too long to keep: "tail" (the answer) or "head".
         chat_template_kwargs: Passed to the chat template.
 
@@ -95,11 +95,11 @@ class TokenBudget:
         check_chat_template_kwargs(self.chat_template_kwargs)
 
     def encode(self, text: str) -> list[int]:
-        """Give the ids of text, without special tokens."""
+        """Return the ids of text, without special tokens."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: list[int]) -> str:
-        """Give the text of ids."""
+        """Return the text of ids."""
         return str(self.tokenizer.decode(ids))
 
     def cut(self, text: str) -> tuple[str, int]:
@@ -112,7 +112,7 @@ class TokenBudget:
         return self.decode(kept).strip("\ufffd"), len(ids) - len(kept)
 
     def encode_prompt(self, prompt: Any) -> list[int]:
-        """Give the ids of a prompt as a model is shown it."""
+        """Return the ids of a prompt as a model sees it."""
         return encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
 
 
@@ -206,15 +206,16 @@ DEFAULT_SPLICE = TextSplice()
 class TokenSplice:
     """Splices the draft's own token ids into a list of token ids: q + before + draft + after.
 
-    The ids stay those that the model sampled, so an engine's prefix cache can hold them. Without a
-    tokenizer the text of a cut draft is not known: `Spliced.draft` is then that of the whole.
+    The ids stay as the model sampled them, so an engine's prefix cache can hold them. Without a
+    tokenizer the text of a cut draft is unknown: `Spliced.draft` is then the text of the whole.
 
     Attributes:
         before_ids: Between question and draft.
         after_ids: What follows the draft, the assistant's turn included.
         special_ids: Control tokens, dropped from the draft (its stop token, say).
-        max_draft_tokens: Most tokens of the draft; None sets no limit.
-        max_prompt_tokens: Most tokens of the spliced prompt; the draft is cut, the question never.
+        max_draft_tokens: Maximum tokens of the draft; None sets no limit.
+        max_prompt_tokens: Maximum tokens of the spliced prompt; the draft is cut, never the
+            question.
         keep: Which end of a draft that is too long to keep: "tail" or "head".
 
     Examples:

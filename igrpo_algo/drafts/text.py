@@ -1,4 +1,4 @@
-"""The text of Stage 2: the question, then the best draft, then what to do with it.
+"""The text of the Stage-2 prompt: the question, the best draft, and what to do with it.
 
 q' = Concat(q, d*)   (iGRPO, Hatamizadeh et al. 2026, arXiv:2602.09000, equation 3)
 
@@ -163,7 +163,7 @@ def _last_user_turn(messages: object) -> int:
 
 
 def _last_text(content: Any) -> str:
-    """Give the text that ends a message: a new block does not run into an image."""
+    """Return the text that ends a message: a new block does not run into an image."""
     last = content[-1] if isinstance(content, list) and content else content
     text = last.get("text") if isinstance(last, dict) else last
     return text if isinstance(text, str) else ""

@@ -1,4 +1,4 @@
-"""What all samplers do alike: prompts become token ids here."""
+"""What all samplers share: from prompts to token ids."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,9 @@ class EngineSampler:
         tokenizer: The model's tokenizer.
         distribution: What each token is drawn from.
         chat_template_kwargs: Passed to its chat template.
-        max_new_tokens: Most tokens of a completion.
-        max_prompt_tokens: Most tokens of a prompt, so that `max_new_tokens` still fit the model's
-            context.
+        max_new_tokens: Maximum tokens of a completion.
+        max_prompt_tokens: Maximum tokens of a prompt, so that `max_new_tokens` still fit the
+            model's context.
     """
 
     max_prompt_tokens: int
@@ -40,12 +40,12 @@ class EngineSampler:
 
     @property
     def control_tokens(self) -> frozenset[str]:
-        """The strings that begin or end a turn of this model; a draft must not hold them."""
+        """The strings that begin or end a turn of this model; a draft must not contain them."""
         template = self.chat_template_kwargs.get("chat_template")
         return frozenset(marker_tokens(self.tokenizer, template))
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Give the token ids that the model sees for a prompt. See `encode_prompt`."""
+        """Return the token ids that the model sees for a prompt. See `encode_prompt`."""
         return encode_prompt(prompt, self.tokenizer, self.chat_template_kwargs)
 
     def encode_all(self, prompts: Sequence[Prompt], n: int) -> list[list[int]]:
@@ -66,7 +66,7 @@ class EngineSampler:
         return encoded
 
     def take_context(self, context: int) -> None:
-        """Take over how many tokens the model's context has, and see that a prompt fits in it."""
+        """Store the length of the model's context, and check that a prompt fits in it."""
         self.max_prompt_tokens = context - self.max_new_tokens
         if self.max_prompt_tokens < 1:
             raise ValueError(
@@ -76,25 +76,25 @@ class EngineSampler:
 
 
 def seed_or_fresh(seed: int | None) -> int:
-    """Give the seed, or where there is none, a fresh one from the system."""
+    """Return the seed, or a fresh one from the system if there is none."""
     return secrets.randbits(63) if seed is None else seed
 
 
 def seeds_or_fresh(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """Give each of `count` prompts a seed, fresh ones from the system where there is none."""
+    """Return a seed for each of `count` prompts, fresh ones from the system if there is none."""
     return prompt_seeds(secrets.randbits(63) if seed is None else seed, count) or []
 
 
 def request_seed(seed: int) -> int:
-    """Give the seed of a prompt's request to vLLM, which adds i for the i-th completion."""
+    """Return the seed of a prompt's request to vLLM, which adds i for the i-th completion."""
     return derive_seed(seed, 0) >> 1
 
 
 def stop_ids(*settings: Any) -> list[int]:
-    """Give every token that some end-of-sequence settings (int, list or None) name.
+    """Collect the tokens that end-of-sequence settings (int, list or None) name.
 
-    Of a base model, the generation config ends a text, and the tokenizer a turn: both end a
-    completion.
+    In a base model, the generation config names the end of a text and the tokenizer that of a turn:
+    both end a completion.
     """
     listed = (each if isinstance(each, list) else [each] for each in settings if each is not None)
     return list(dict.fromkeys(token for each in listed for token in each))

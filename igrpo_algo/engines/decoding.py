@@ -1,4 +1,4 @@
-"""Decoding over static caches: a batch whose whole state is tensors, so that a graph can replay it.
+"""Decoding with static caches: the state of a batch is all tensors, so that a graph can replay it.
 
 Prompts are padded on the left, so that all rows write the same slot of the cache at the same time.
 """
@@ -131,7 +131,7 @@ class Decoding:
         self.drawn.add_(1)
 
     def noise_now(self) -> Tensor:
-        """Give what decides the next draw of each row. Shape [B]."""
+        """Return what decides the next draw of each row. Shape [B]."""
         return self.noise.index_select(1, self.drawn).squeeze(1)
 
     def forward(self, model: PreTrainedModel) -> Tensor:
@@ -160,13 +160,13 @@ class Decoding:
 
 @functools.cache
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """Give the name under which a model takes its cache: transformers 5.24 changed it."""
+    """Return the name under which a model takes its cache: transformers 5.24 changed it."""
     arguments = inspect.signature(forward).parameters
     return "cache" if "cache" in arguments else "past_key_values"
 
 
 def _room(like: Any, rows: int, slots: int) -> StaticLayer:
-    """Make a static layer for keys and values of the heads and widths of `like`."""
+    """Make a static cache layer with the heads and widths of `like`."""
     layer = StaticLayer(slots)
     shapes = [(rows, each.shape[1], 0, each.shape[3]) for each in (like.keys, like.values)]
     layer.lazy_initialization(like.keys.new_empty(shapes[0]), like.values.new_empty(shapes[1]))
@@ -197,7 +197,7 @@ def draw(logprobs: Tensor, noise: Tensor) -> Tensor:
 
 
 def noise_of(seeds: list[int], tokens: int) -> Tensor:
-    """Give each seed its own uniform numbers, the same ones for every device. Shape [B, T]."""
+    """Draw uniform numbers from each seed, the same on every device. Shape [B, T]."""
     return torch.stack(
         [
             torch.rand(tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

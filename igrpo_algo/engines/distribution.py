@@ -1,8 +1,8 @@
-"""The distribution that a sampler draws each token from, as a value.
+"""The distribution that a sampler draws tokens from, as a value.
 
-Draws come from softmax(logits / T), cut to fewer tokens where a user asks for that. The log-probs
-that go with them are those of the whole vocabulary at the temperature, cut or not: that is what a
-loss computes again, so that the ratio of a policy to itself is 1.
+Tokens are drawn from softmax(logits / T), cut to fewer tokens where a user asks for that. Their
+log-probs are always those of the whole vocabulary at the temperature, as a loss computes them
+again, so that the ratio of a policy to itself is 1.
 """
 
 from dataclasses import dataclass, fields
@@ -47,7 +47,7 @@ class Distribution:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most probable token is taken: a point mass, whose log-probs mean nothing."""
+        """Whether the most probable token is taken: a point mass has no useful log-probs."""
         return self.temperature == 0
 
     @property

@@ -1,4 +1,4 @@
-"""A sampler that runs a model of transformers in this process, whichever way it decodes."""
+"""A sampler that runs a transformers model in this process, with any way of decoding."""
 
 import sys
 import threading
@@ -29,13 +29,13 @@ from .weights import WantedWeights, Weights, open_weights
 
 
 class ModelSampler(EngineSampler):
-    """Prompts, seeds, batches, stops and weights of the samplers over transformers' models.
+    """What the samplers with transformers models share: prompts, seeds, batches, stops and weights.
 
     A subclass says how a batch is decoded: `_generate`.
 
     Attributes:
         model: The causal language model.
-        batch_size: Most completions that are decoded side by side.
+        batch_size: Maximum completions decoded side by side.
         stop_token_ids: Tokens that end a completion.
     """
 
@@ -148,13 +148,13 @@ def logprobs_at(logits: Tensor, temperature: float) -> Tensor:
 
 
 def check_numbers(logits: Tensor) -> None:
-    """Refuse logits that greedy decoding would take a NaN of for the maximum."""
+    """Refuse NaN logits, which greedy decoding would take for the maximum."""
     if logits.isnan().any():
         raise ValueError("logits must be numbers, got nan: are the model's weights broken?")
 
 
 def cuts_of(distribution: Distribution) -> Callable[[Any, Tensor], Tensor]:
-    """Give what sets the log-probs of tokens that cannot be drawn to -inf."""
+    """Return processors that set the log-probs of tokens that cannot be drawn to -inf."""
     cuts: Any = LogitsProcessorList()
     if distribution.min_p > 0:
         cuts.append(MinPLogitsWarper(distribution.min_p))

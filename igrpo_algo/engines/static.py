@@ -1,4 +1,4 @@
-"""A sampler over static caches: transformers' models at a decoding speed near an engine's."""
+"""A sampler with static caches: transformers models at nearly the decoding speed of an engine."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,11 +31,11 @@ class StaticSampler(ModelSampler):
     - On a GPU a step is captured once and replayed for every token, whatever the prompts; it is
       captured again when a batch needs more room, or when the weights have moved to other memory.
       It reads the weights where they are, so an optimizer step or `sync_weights` is seen at once.
-      If a step cannot be captured, a warning says why and decoding goes on without.
+      If a step cannot be captured, a warning says why, and decoding continues without a graph.
     - Without a graph, rows that have ended are dropped whenever a quarter has.
     - A token is drawn as the first whose cumulative probability exceeds u. Each completion has its
       own u's, drawn on the CPU before the batch begins: the same seed gives the same samples in any
-      batch and on any device (up to rounding in the model), but others than `TransformersSampler`.
+      batch and on any device (up to rounding in the model). `TransformersSampler` gives others.
 
     Layers with a sliding window keep the whole sequence, which costs memory and changes nothing.
 
@@ -43,7 +43,7 @@ class StaticSampler(ModelSampler):
         model: A causal language model whose layers are all attention: the trained one itself, or a
             copy that gets its weights by `sync_weights`.
         tokenizer: Its tokenizer.
-        max_new_tokens: Most tokens of a completion.
+        max_new_tokens: Maximum tokens of a completion.
         batch_size: Completions that are decoded side by side. A graph keeps the keys and values of
             the largest batch there was.
         cuda_graph: False never captures a graph. Without CUDA there is none.
@@ -51,8 +51,8 @@ class StaticSampler(ModelSampler):
             `chat_template_kwargs`, as `TransformersSampler` takes them.
 
     Raises:
-        ValueError: A number is out of range, a cut is asked for at temperature 0, or a layer of the
-            model is something else than attention.
+        ValueError: A number is out of range, a cut is asked for at temperature 0, or the model
+            has layers other than attention.
 
     Examples:
         ```python
@@ -140,7 +140,7 @@ class StaticSampler(ModelSampler):
     def _make_ready(
         self, prompts: Prompts, rows: int
     ) -> tuple[Decoding, Callable[[], None] | None]:
-        """Give a state with room for a batch, and what replays its step if there is a graph."""
+        """Return a state with room for a batch, and what replays its step if there is a graph."""
         slots = prompts.mask.shape[1] + self.max_new_tokens
         make = partial(
             Decoding.room, prompts, tokens=self.max_new_tokens, stops=self.stop_token_ids

@@ -1,4 +1,4 @@
-"""A sampler over `generate` of transformers: slow, exact, and on every machine."""
+"""A sampler with `generate` of transformers: slow, exact, and available everywhere."""
 
 from typing import Any
 
@@ -21,16 +21,17 @@ class TransformersSampler(ModelSampler):
     seed gives the same samples in any batch (up to rounding in the model), and torch's global
     generators stay as they are.
 
-    Temperature 0 decodes greedily and gives no log-probs: a ratio to a point mass means nothing.
+    Temperature 0 decodes greedily and gives no log-probs, since a ratio to a point mass means
+    nothing.
 
     Prompts become token ids by `encode_prompt`, and none is ever cut. The stop token is the last of
-    `token_ids`, and not in `text`. The model samples in eval mode and gets its own mode back. Calls
-    from several threads take turns.
+    `token_ids` and is left out of `text`. The model samples in eval mode and gets its own mode
+    back. Calls from several threads take turns.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        max_new_tokens: Most tokens of a completion.
+        max_new_tokens: Maximum tokens of a completion.
         temperature: Divides the logits; 0 decodes greedily.
         top_p: Draws from the fewest tokens whose probabilities add up to this, in (0, 1].
         top_k: Draws from this many tokens; 0 from all.

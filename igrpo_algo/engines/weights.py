@@ -1,4 +1,4 @@
-"""Weights on their way into an engine: read lazily from a folder, and compared before any is used.
+"""Weights for an engine: read lazily from a folder, and compared before any is used.
 
 An engine gets all of its weights or none. So names and shapes are compared with those that it
 wants before it sees the first tensor. A tied weight may come under any of its names and is handed
@@ -198,7 +198,7 @@ def _check_whole(name: str, value: object) -> None:
 
 
 def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give each tensor memory of its own, as a file of safetensors demands."""
+    """Give each tensor memory of its own, as safetensors requires."""
     seen: set[int] = set()
     for name, tensor in weights.items():
         own = tensor.contiguous()
@@ -222,6 +222,6 @@ def _local_folder(model: str) -> Path:
 
 
 def memory_folder() -> Path:
-    """Give a folder in this machine's memory, or where it has none, its temporary folder."""
+    """Return a folder in this machine's memory, or where it has none, its temporary folder."""
     memory = Path("/dev/shm")
     return memory if memory.is_dir() else Path(gettempdir())

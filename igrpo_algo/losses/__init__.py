@@ -1,4 +1,4 @@
-"""The loss of iGRPO, corrections for a sampler that differs, and completions that ran too long."""
+"""The loss of iGRPO, corrections for another sampler, and completions that are too long."""
 
 from .corrections import (
     entropy_threshold,

@@ -41,7 +41,7 @@ def token_importance_weights(
     *,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Weigh each token by how much likelier the trainer finds it than the sampler did.
+    """Weight each token by the ratio of its probability for the trainer to that for the sampler.
 
     w_t = pi_old(o_t) / pi_sampler(o_t)
 
@@ -75,11 +75,11 @@ def sequence_importance_weights(
     *,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Weigh each sequence by the ratio of its whole probability.
+    """Weight each sequence by the ratio of its probabilities.
 
     w = exp(sum_t log pi_old - log pi_sampler)
 
-    The exact correction of a sequence-level expectation, of a variance that grows with length.
+    The exact correction of a sequence-level expectation; its variance grows with the length.
     A NaN of the sampler adds 0 to the sum.
 
     Args:
@@ -111,12 +111,12 @@ def geometric_importance_weights(
     *,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Weigh each sequence by the geometric mean of its tokens' ratios.
+    """Weight each sequence by the geometric mean of its tokens' ratios.
 
     w = exp(mean_t (log pi_old - log pi_sampler))
 
-    Comparable over lengths, biased; NeMo-RL's and OpenRLHF's sequence statistic. The mean is over
-    counted tokens, and the weight 1 without any; a NaN of the sampler adds 0 to the sum.
+    Comparable over lengths, but biased; NeMo-RL and OpenRLHF use it. The mean is over counted
+    tokens, and the weight is 1 without any; a NaN of the sampler adds 0 to the sum.
 
     Args:
         old_logprobs: Log-probs under the trainer's policy at sampling time. Shape [B, T] or [L].
@@ -165,7 +165,8 @@ def truncate_weights(weights: Tensor, *, high: float, low: float = 0.0) -> Tenso
 def mask_weights(weights: Tensor, *, high: float, low: float = 0.0) -> Tensor:
     """Set weights outside [low, high] to zero: IcePop's masked importance sampling.
 
-    Both ends are inside, NaN is not. The reference values are 0.5 and 5 (arXiv:2510.18855).
+    Both bounds belong to the interval, NaN does not. The reference values are 0.5 and 5
+    (arXiv:2510.18855).
 
     Args:
         weights: Importance weights of any shape.
@@ -207,7 +208,7 @@ def off_policy_sequence_mask(
     threshold: float,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Drop the sequences with negative advantage that the policy has drifted away from.
+    """Drop sequences of negative advantage from which the policy has moved too far.
 
     keep = A >= 0 or mean_t(log pi_sampler - log pi) <= threshold
 
@@ -284,7 +285,7 @@ def entropy_threshold(
 
 
 def high_entropy_mask(entropy: Tensor, threshold: Tensor | float) -> Tensor:
-    """Keep the tokens whose entropy reaches the threshold, the forks of a chain of thought.
+    """Keep the tokens whose entropy reaches the threshold: the forks of a chain of thought.
 
     keep = entropy >= threshold
 

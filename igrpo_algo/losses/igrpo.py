@@ -26,9 +26,9 @@ def igrpo_loss(
     r = pi(o_jt | q', o_j<t) / pi_old(same),  KL = rho - log rho - 1,  rho = pi_ref / pi,
     low = clip_low,  high = clip_high,  c = kl_coef
 
-    Hatamizadeh et al. 2026, arXiv:2602.09000, eq. 5 with its sign turned, and nothing else: every
-    log-prob is taken under q', the prompt with the best draft spliced in. The paper never prints
-    its clip bound; 0.2 is what every framework defaults to. It is `policy_loss` with `Clip`,
+    Hatamizadeh et al. 2026, arXiv:2602.09000, eq. 5 with the sign flipped. Every log-prob is taken
+    under q', the prompt with the best draft spliced in. The paper does not state its clip bound;
+    0.2 is the default of every framework. It is `policy_loss` with `Clip`,
     `SequenceMean` and the plain k3 estimate. Sequences without a counted token count in B. Masked
     slots may hold anything, NaN and inf included.
 
@@ -43,8 +43,8 @@ def igrpo_loss(
         clip_high: How far above 1 the ratio may rise where A > 0.
         kl_coef: Weight of the KL term, beta in the paper (0 in its main runs).
         cu_seqlens: Packed only: offsets of the sequences. Shape [B + 1].
-        denominator: What to divide by in place of B: sequences of the whole step, so that
-            micro-batches and ranks add up.
+        denominator: Divides in place of B: the sequences of the whole step, so that micro-batches
+            and ranks add up.
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 inputs).

@@ -1,9 +1,9 @@
 """Rewards with TRL's signature: reward(prompts=..., completions=..., **columns) -> scores.
 
 `completions` holds strings or lists of messages, `columns` the other columns of the data set, one
-entry per completion. A score of None says "could not be scored": such a completion enters no mean,
-no standard deviation and no draft selection. Texts are untrusted: nothing here evaluates them, and
-every scan takes time linear in their length.
+entry per completion. A score of None means "could not be scored": such a completion is left out of
+means, standard deviations and draft selection. Texts are untrusted: nothing here evaluates them,
+and every scan takes time linear in their length.
 
 `matching` compares answers with references (`answers` finds them, `remarks`, `rules` and `units`
 read them, `judge` asks math-verify), `formatting` looks at tags, `loading` finds a reward by name.

@@ -1,6 +1,6 @@
-r"""Ask math-verify whether two answers are equal, in a process of its own that can be killed.
+r"""Ask math-verify whether two answers are equal, in a separate process that can be killed.
 
-Answers come from a model, and an algebra system may work on one for ever. math-verify's own time
+Answers come from a model, and an algebra system may run forever on one. math-verify's own time
 limit is a Unix signal, which works in the main thread only; a trainer that scores in threads would
 hang. Here a child process (`judge_child`) does the algebra, and the parent can kill it from any
 thread. The two exchange lines of JSON.
@@ -29,7 +29,7 @@ _CHILD = Path(__file__).with_name("judge_child.py")
 
 
 class NoVerdictError(RuntimeError):
-    """The judge ran out of time or was killed before it came to a verdict."""
+    """The judge ran out of time or was killed before it reached a verdict."""
 
 
 class MathJudge:

@@ -1,4 +1,4 @@
-r"""The process in which math-verify compares answers; `judge.MathJudge` runs this file and ends it.
+r"""The process in which math-verify compares answers; `judge.MathJudge` starts and ends it.
 
 It reads one question per line, {"gold": ..., "answer": ..., "seconds": ...}, and writes one reply,
 {"equal": ...}: true, false, or null if the reference is not mathematics. The reply is {} if that

@@ -1,4 +1,4 @@
-"""Find a reward by the name that a person typed."""
+"""Find a reward by the name that a user typed."""
 
 import importlib
 import os
@@ -22,8 +22,8 @@ BUILT_IN_REWARDS: Mapping[str, Callable[..., Any]] = {
 def load_reward(name: str) -> Callable[..., Any]:
     """Return a built-in reward by its name, or any Python callable by `module:function`.
 
-    The module is imported as `python -m` imports it: from the current directory too. The name is a
-    person's choice and runs that person's code; never pass one that comes from a model or data set.
+    The module is imported as `python -m` imports it: from the current directory too. The name runs
+    code, so take it from the user only, never from a model or a data set.
 
     Args:
         name: "math", "exact", "format", "format-opened", or "package.module:function".
@@ -33,7 +33,7 @@ def load_reward(name: str) -> Callable[..., Any]:
 
     Raises:
         ImportError: The module cannot be imported.
-        TypeError: The name leads to something that can't be called.
+        TypeError: The name is that of something that can't be called.
         ValueError: The name is not built in and has no colon, or the module has no such attribute.
 
     Examples:

@@ -1,4 +1,4 @@
-"""Two-stage rollouts over any sampler and any reward, and what is kept of them.
+"""Two-stage rollouts with any sampler and any reward, and their records.
 
 `two_stage` has both forms: all prompts in step (`in_step`), or as a stream (`streamed`); what they
 do to a prompt is in `one_prompt`. `sampling` says what a sampler is, `scoring` what a reward is,

@@ -150,7 +150,8 @@ def pack_completions(completions: Sequence[Completion]) -> Packed:
     """
     for index, completion in enumerate(check_list("completions", completions)):
         if not isinstance(completion, Completion):
-            raise TypeError(f"completions[{index}] is no Completion, but {describe(completion)}")
+            got = describe(completion)
+            raise TypeError(f"completions[{index}] must be a Completion, got {got}")
     ids = [token for completion in completions for token in completion.token_ids]
     ends = accumulate((len(completion.token_ids) for completion in completions), initial=0)
     cu_seqlens = torch.tensor(list(ends), dtype=torch.int32)

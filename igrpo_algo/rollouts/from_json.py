@@ -16,7 +16,7 @@ Reader = Callable[[Any, str], Any]
 
 
 def to_json(record: Any) -> Any:
-    """Give a dataclass as what JSON can say; NaN becomes null."""
+    """Return a dataclass in the types of JSON; NaN becomes null."""
     return _without_nan(asdict(record))
 
 

@@ -1,4 +1,4 @@
-"""All prompts through each stage together: one call of the sampler, then one of the reward."""
+"""All prompts go through each stage together: one call of the sampler, then one of the reward."""
 
 from .one_prompt import OnePrompt
 from .records import Rollout

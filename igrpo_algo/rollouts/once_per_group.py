@@ -1,7 +1,7 @@
-"""Stage 1 for trainers that ask for one sample at a time: once for a group, whoever asks first.
+"""Stage 1 for trainers that ask for one sample at a time: once per group, when the first one asks.
 
-verl, OpenRLHF and slime call a hook once per sample, and nothing tells a sample of its siblings.
-Here the first sample of a group draws the drafts, has them scored, chooses one and splices it; its
+verl, OpenRLHF and slime call a hook once per sample, and a sample does not know its siblings. Here
+the first sample of a group draws the drafts, has them scored, chooses one and splices it; its
 siblings wait for the same Stage-2 prompt.
 """
 
@@ -75,8 +75,8 @@ class StageTwoPrompt:
 class OncePerGroup:
     """Runs Stage 1 once for each group of samples.
 
-    A group is known by its key while its drafts are on their way; whoever asks for the key later
-    starts anew, so that a prompt of the next epoch does not get the draft of an old policy. All
+    A group is known by its key while its drafts are being drawn; a later call with the key starts
+    anew, so that a prompt of the next epoch does not get the draft of an old policy. All
     samples of a group must therefore ask before its first draft is done: in one event loop, and
     started together, as trainers start them. Where they may come later, and a key never comes
     again for another group, `keep` the Stage-2 prompts of finished groups.
@@ -84,7 +84,7 @@ class OncePerGroup:
     Args:
         rules: How a draft is chosen and spliced.
         num_drafts: N.
-        seed: Of random ties, random drafts and dropout.
+        seed: For random ties, random drafts and dropout.
         keep: How many finished groups to keep: the last ones.
 
     Raises:
@@ -129,7 +129,7 @@ class OncePerGroup:
         columns: Mapping[str, Any] | None = None,
         rules: DraftRules | None = None,
     ) -> StageTwoPrompt:
-        """Give a sample its Stage-2 prompt.
+        """Return the Stage-2 prompt of a sample.
 
         Args:
             key: What the samples of a group have in common, and no other group.
@@ -137,7 +137,7 @@ class OncePerGroup:
             draw: Draws one draft of the original prompt; it is given the draft's number.
             score: Gives the training reward of each draft, NaN where there is none.
             columns: What `rules.selection_score` is given by name, one value each.
-            rules: In the place of the rules given at the start, fitted to a tokenizer, say.
+            rules: Replaces the rules given at the start: fitted to a tokenizer, say.
 
         Returns:
             The same value for every sample of the group.
@@ -184,7 +184,7 @@ async def stage_one(
         score: Gives the training reward of each draft, NaN where there is none.
         rules: How a draft is chosen and spliced.
         num_drafts: N.
-        seed: Of random ties, random drafts and dropout.
+        seed: For random ties, random drafts and dropout.
         columns: What `rules.selection_score` is given by name, one value each.
 
     Returns:
@@ -192,7 +192,7 @@ async def stage_one(
 
     Raises:
         RewardError: `rules.selection_score` raised.
-        TypeError: `score` gave something else than numbers.
+        TypeError: `score` returned something other than numbers.
         ValueError: `score` gave another number of rewards than there are drafts.
     """
     drafts = await asyncio.gather(*map(draw, range(num_drafts)))
@@ -225,7 +225,7 @@ def _numbers(rewards: Any, count: int) -> list[float]:
 
 
 def check_rules(rules: DraftRules, *, by_reward_alone: bool = False) -> DraftRules:
-    """Refuse rules that leave prompts out of Stage 2, and what are no rules.
+    """Refuse rules that leave prompts out of Stage 2, and anything that is not `DraftRules`.
 
     Args:
         rules: How a draft is chosen and spliced.
@@ -256,15 +256,15 @@ def fit_to_tokenizer(
     max_prompt_tokens: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> DraftRules:
-    """Give a text splice the tokenizer's control tokens, and the room that the trainer has.
+    """Give a text splice the tokenizer's control tokens and the trainer's limit on prompts.
 
     A `TextSplice` that has a budget keeps it; any other splice is left as it is.
 
     Args:
         rules: The rules.
         tokenizer: The model's tokenizer.
-        max_prompt_tokens: Most tokens of a spliced prompt; a trainer that gets more would cut the
-            question. None sets no limit.
+        max_prompt_tokens: Maximum tokens of a spliced prompt; the trainer would cut the question of
+            a longer one. None sets no limit.
         chat_template_kwargs: Passed to the chat template when tokens are counted.
 
     Returns:

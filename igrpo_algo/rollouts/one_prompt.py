@@ -1,4 +1,4 @@
-"""One prompt on its way through the stages: what to draw next, and what came of it.
+"""One prompt on its way through the stages: what to draw next, and the results so far.
 
 Nothing here samples, scores or waits: `in_step` and `streamed` do, which ask for the next prompt
 and hand back its completions.
@@ -42,7 +42,7 @@ class OnePrompt:
         return Rollout(self.index, drafts, self.choices, refinements)
 
     def next_prompt(self) -> Prompt | None:
-        """Give what the next stage is drawn from; None passes over a stage that draws nothing."""
+        """Return what the next stage is drawn from; None passes over a stage that draws nothing."""
         self._drawn_from = self.prompt, self.prompt_ids
         n = self.setup.size(self.number)
         if self.number:

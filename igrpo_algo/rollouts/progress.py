@@ -1,4 +1,4 @@
-"""What a rollout reports, and a live line of it: prompts done, tokens per second, rewards."""
+"""The progress of a rollout as a live line: prompts done, tokens per second, rewards."""
 
 import math
 import time
@@ -51,7 +51,7 @@ class StageFinished:
 
 
 class RolloutProgress:
-    """A value for `on_progress`: counts what a rollout has done, and says it in one line.
+    """A value for `on_progress`: counts what a rollout has done, and shows it in one line.
 
     `str(progress)` is the line, and `show_live(progress)` keeps it on the terminal. Completions
     count when their stage is done. Several rollouts may report to one value, one after the other.

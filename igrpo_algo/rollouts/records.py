@@ -1,7 +1,7 @@
-"""What happened in a two-stage rollout: a `Rollout` for each prompt, `Rollouts` for many.
+"""The record of a two-stage rollout: a `Rollout` for each prompt, `Rollouts` for many.
 
-Everything that happened to a prompt is a plain value in its `Rollout`; `Rollouts` lays P of them
-out prompt-major, as tensors [P, N] and [P, G].
+The `Rollout` of a prompt holds plain values; `Rollouts` gives P of them as tensors [P, N] and
+[P, G], prompt-major.
 """
 
 import os
@@ -66,7 +66,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Rollout:
-    """All that happened to one prompt.
+    """The record of one prompt.
 
     Attributes:
         index: Position of the prompt among those of the rollouts.
@@ -105,7 +105,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What happened to P prompts, prompt-major.
+    """The records of P prompts, prompt-major.
 
     Tensors are made at each access, on the CPU; keep those that you use in a loop. Refinements
     are those of the last round; `until_round` shows an earlier one.

@@ -1,4 +1,4 @@
-"""Samplers: what draws completions, in one small protocol; and `sample_group`, which checks it.
+"""Samplers draw completions; their small protocol, and `sample_group`, which checks it.
 
 A prompt is a string, a list of chat messages, or a list of token ids. A sampler is any of
 
@@ -136,9 +136,9 @@ def sample_group(
 
     Args:
         prompts: P prompts: strings, lists of chat messages, or lists of token ids.
-        sampler: Anything the module's text names.
+        sampler: One of the forms in the module's docstring.
         n: Completions per prompt, at least 1.
-        seed: One for all prompts, or P of them; None leaves the randomness to the sampler.
+        seed: One for all prompts, or P of them; None leaves the seeds to the sampler.
 
     Returns:
         The completions, prompt-major.
@@ -252,7 +252,7 @@ async def _collect(
 
 
 def _batch_form(sampler: AnySampler) -> SamplerFunction | None:
-    """Give the sampler's form for many prompts; None if it has only the form for one."""
+    """Return the sampler's form for many prompts; None if it has only the form for one."""
     sample = getattr(sampler, "sample", None)
     if sample is not None:
         return lambda prompts, n, seed: sample(prompts, n, seed=seed)
@@ -262,7 +262,7 @@ def _batch_form(sampler: AnySampler) -> SamplerFunction | None:
 
 
 def check_sampler(sampler: object) -> None:
-    """Raise TypeError unless the sampler has one of the forms in the module's text."""
+    """Raise TypeError unless the sampler has one of the forms in the module's docstring."""
     if isinstance(sampler, type):
         raise TypeError(f"sampler must be an instance, got the class {sampler.__name__}")
     if not (hasattr(sampler, "sample") or hasattr(sampler, "sample_one") or callable(sampler)):

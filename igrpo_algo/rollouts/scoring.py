@@ -1,4 +1,4 @@
-"""Calling a reward function: TRL's convention in, one float per completion out.
+"""Call a reward function by TRL's convention, and get one float per completion.
 
 reward(prompts=[...], completions=[...], **columns) -> list of float or None
 
@@ -85,7 +85,7 @@ class Scorer:
             RewardError: The function raised.
             ConnectionError: What the function asked (an engine, a judge) is out of reach; no
                 prompt is at fault.
-            TypeError: The function returned no list, or a value is not a number.
+            TypeError: The function did not return a list, or a value is not a number.
             ValueError: The function returned another number of values, or an infinite one.
         """
         asked = {index: completions for index, completions in drawn.items() if completions}

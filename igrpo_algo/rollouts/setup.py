@@ -73,11 +73,11 @@ class Setup:
         return self.num_refinements if number else self.num_drafts
 
     def sampling_seed(self, index: int, number: int) -> int | None:
-        """Give the seed by which a prompt's stage is sampled."""
+        """Return the seed by which a prompt's stage is sampled."""
         return None if self.seed is None else derive_seed(self.seed, index, number)
 
     def rules_seed(self, index: int, number: int) -> int:
-        """Give the seed by which a prompt's draft is chosen for a stage."""
+        """Return the seed by which a prompt's draft is chosen for a stage."""
         return derive_seed(self._rules_seed, index, number, 0)
 
     async def score(
@@ -111,7 +111,7 @@ def located(where: str) -> Iterator[None]:
 
 
 def _clean_control_tokens(rules: DraftRules, sampler: AnySampler) -> DraftRules:
-    """Take what would end a turn in this sampler's prompts out of spliced drafts."""
+    """Remove from spliced drafts what would end a turn in this sampler's prompts."""
     tokens: frozenset[str] = getattr(sampler, "control_tokens", frozenset())
     if not tokens or not isinstance(rules.splice, TextSplice):
         return rules

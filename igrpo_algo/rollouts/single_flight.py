@@ -1,4 +1,4 @@
-"""Single flight: many callers ask for the same thing, one call makes it, all get its result.
+"""Single flight: many callers ask for the same result, and one call makes it for all.
 
 For trainers that call once per sample (verl, OpenRLHF, slime): the first call of a group runs
 Stage 1, and its siblings await the same draft.

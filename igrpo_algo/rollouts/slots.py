@@ -1,4 +1,4 @@
-"""Slots of an engine, given to the request of the earliest stage that waits: drafts first.
+"""Slots of an engine, given to waiting requests by stage: drafts first.
 
 With a barrier between the stages, the slots idle while the longest draft ends; a queue that prefers
 refinements leaves the longest drafts for last. Drafts first keeps the slots full to the end.
@@ -15,7 +15,7 @@ from igrpo_kernels.checks import check_count
 
 
 class Slots:
-    """Lends at most `capacity` slots at a time; of those who wait, the lowest rank goes first.
+    """Lends at most `capacity` slots at a time; the waiting request of lowest rank goes first.
 
     Equal ranks go in the order of their asking. Whoever is first in line waits until enough slots
     are free for it, and nobody overtakes. A request for more than `capacity` waits for all slots.

@@ -1,4 +1,4 @@
-"""Each prompt through its stages on its own: no prompt waits for another's stage."""
+"""Each prompt goes through its stages on its own: none waits for another's stage."""
 
 import asyncio
 import math

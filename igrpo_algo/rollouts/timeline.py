@@ -73,7 +73,7 @@ def plot_rollout_timeline(
         raise TypeError(f"rollouts must be Rollouts, got {describe(rollouts)}")
     rows = [spans for rollout in rollouts if (spans := list(stage_spans(rollout)))]
     if not rows:
-        raise ValueError("rollouts must hold a stage that drew something, got none")
+        raise ValueError("rollouts must hold a stage with completions, got none")
     rows.sort(key=lambda spans: (spans[0].started, spans[-1].ended))
     figure = Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Two-stage rollouts over any sampler and any reward: in step, or as a stream without a barrier.
+"""Two-stage rollouts with any sampler and any reward: stage by stage, or as a stream.
 
 Stage 1: N drafts from q, scored; d* = argmax R. Stage 2: G refinements from q' = q + d*, scored by
 the same reward on the original q. iGRPO: Hatamizadeh et al. 2026, arXiv:2602.09000.
@@ -36,14 +36,14 @@ def two_stage_rollout(
     seed: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Rollouts:
-    """Draw drafts, choose one, draw refinements; all prompts in step.
+    """Draw drafts, choose one, draw refinements; all prompts go through a stage together.
 
     d_i ~ pi(.|q), i = 1..N;  d* = argmax_i R(d_i);  q' = q + d*;  o_j ~ pi(.|q'), j = 1..G
 
     All drafts are drawn in one call of the sampler, then scored, then all refinements are drawn in
     one call. `stream_two_stage_rollout` gives the same groups without waiting in between: each
-    prompt's stage has its own seed. The paper's setting is the default, as far as the paper goes;
-    what it leaves open (ties, failures, thinking, length, template) is an argument.
+    prompt's stage has its own seed. The defaults are the paper's settings where it
+    states them; what it leaves open (ties, failures, thinking, length, template) is an argument.
     iGRPO: Hatamizadeh et al. 2026, arXiv:2602.09000, equations 2 and 3, algorithm 1.
 
     Args:
@@ -53,8 +53,8 @@ def two_stage_rollout(
         reward: TRL's convention: `reward(prompts=..., completions=..., **columns)` returns a float
             or None (not scored) for each completion; a coroutine function may too. It is called
             once per prompt and stage, and always sees the original prompt.
-        num_drafts: N. 0 leaves Stage 1 out: the group is GRPO's, whatever the rules, unless there
-            is another round.
+        num_drafts: N. 0 leaves Stage 1 out: whatever the rules, the group is then GRPO's, unless
+            there is another round.
         num_refinements: G, at least 1.
         rounds: Rounds of refinement. Each chooses among all completions so far, so the best so
             far becomes the draft, and it is spliced into the original prompt.
@@ -62,7 +62,7 @@ def two_stage_rollout(
         rules: Which draft Stage 2 sees, and how it gets into the prompt. A splice is tried with an
             empty draft on each prompt before sampling starts, so what it refuses, it refuses then.
         seed: Fixes the samples (each prompt and stage has a seed of its own), dropout and random
-            selection. None leaves them to chance.
+            selection. None draws fresh ones.
         on_progress: Called with each `StageStarted` and `StageFinished`.
 
     Returns:
@@ -129,10 +129,11 @@ def stream_two_stage_rollout(  # noqa: D417  # the docstring names where the oth
     Takes all arguments of `two_stage_rollout`, and these:
 
     Args:
-        concurrency: Most completions asked of the sampler at a time. One request asks for all N or
-            G of a prompt. If the sampler has `stream_one`, each completion holds its slot until it
-            is done, and the engine's own number of slots, plus a few, keeps the engine full;
-            otherwise all of them wait for the longest, and twice that number is better.
+        concurrency: Maximum number of completions asked of the sampler at a time. One request asks
+            for all N or G of a prompt. If the sampler has `stream_one`, each completion holds its
+            slot until it is done, and the engine's own number of slots, plus a few, keeps the
+            engine full; otherwise all of them wait for the longest, and twice that number is
+            better.
         reward_max: The reward's known maximum, for early selection; None waits for all drafts.
         journal: A file that gets each finished group before it is yielded. Groups that it already
             holds are yielded first and not drawn again, so a run that died goes on. Its first line

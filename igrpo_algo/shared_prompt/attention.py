@@ -1,4 +1,4 @@
-"""Attention over a row that has each prompt once: equal to each completion by itself.
+"""Attention over a row that has each prompt once, equal to that over each completion by itself.
 
 A prompt attends to itself; its completions attend, as a batch, to the prompt's keys and to their
 own. Nothing of the size of the row squared exists: completions of T tokens share one mask of size

@@ -55,7 +55,7 @@ class SharedPromptRow(PackedRow):
     lengths: tuple[tuple[int, ...], ...]
 
     def model_inputs(self) -> dict[str, Any]:
-        """Give the keyword arguments of a transformers model that `enable_shared_prompt` was given.
+        """Return the keyword arguments of a model on which `enable_shared_prompt` was called.
 
         The attention mask is empty and has four axes, so transformers passes it on as it is: no
         [S, S] mask is made, and attention that does not take `shared_prompt` fails on it.

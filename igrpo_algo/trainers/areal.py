@@ -54,7 +54,7 @@ class IGRPOWorkflow(RLVRWorkflow):
         args: Of AReaL's `RLVRWorkflow`, which has the reward, the tokenizer and the columns.
         rules: How a draft is chosen and spliced.
         num_drafts: N.
-        seed: Of random ties, random drafts and dropout.
+        seed: For random ties, random drafts and dropout.
         kwargs: Of `RLVRWorkflow`, likewise.
 
     Raises:

@@ -29,7 +29,7 @@ def share_drafts(
         rewards: Of the drafts of all ranks. Shape [P, N].
         here: The drafts of this rank.
         layout: Whose they are.
-        seed: Of random ties, random drafts and dropout.
+        seed: For random ties, random drafts and dropout.
         step: What tells this batch from the others.
 
     Returns:

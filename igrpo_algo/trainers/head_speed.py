@@ -1,4 +1,4 @@
-"""How fast the trainer's ops on the head are beside TRL's own, by device, from the records."""
+"""How fast the trainer's ops on the head are compared with TRL's, by device, from the records."""
 
 from dataclasses import dataclass
 

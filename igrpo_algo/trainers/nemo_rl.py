@@ -1,4 +1,4 @@
-"""iGRPO in NeMo-RL 0.6, which has no plug: two lines before its own examples/run_grpo.py runs.
+"""iGRPO in NeMo-RL 0.6, which has no plugins: two lines before its own examples/run_grpo.py runs.
 
     use_igrpo(num_drafts=4, max_prompt_tokens=2048)
     nemo_rl.algorithms.grpo.ClippedPGLossFn = lambda _, **options: IGRPOLossFn(**options)
@@ -60,7 +60,7 @@ def use_igrpo(
         num_drafts: N.
         max_prompt_tokens: Most tokens of a spliced prompt: what `max_total_sequence_length` leaves
             beside an answer. The draft is cut to fit, the question never is.
-        seed: Of random ties, random drafts and dropout.
+        seed: For random ties, random drafts and dropout.
 
     Raises:
         TypeError: `rules` is not `DraftRules`, or a count not an int.
@@ -128,7 +128,7 @@ class _TwoStages:
         return refined, metrics
 
     def _shown(self, questions: list["_Question"], drafts: Any, tokenizer: Any) -> list[str]:
-        """Give the Stage-2 prompt of each group, empty where it stays plain."""
+        """Return the Stage-2 prompt of each group, empty where it stays plain."""
         answers = list(map(_last_answer, drafts["message_log"]))
         rewards = drafts["total_reward"].view(-1, self.num_drafts).float().cpu()
         step = next(self.step)

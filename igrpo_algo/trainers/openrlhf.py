@@ -59,7 +59,7 @@ def make_agent_executor(
             OpenRLHF leaves for prompts, so that the question is never cut.
         num_drafts: N.
         chat_template_kwargs: Passed to the chat template.
-        seed: Of random ties, random drafts and dropout.
+        seed: For random ties, random drafts and dropout.
 
     Returns:
         The class.

@@ -6,7 +6,7 @@
     kwargs = { high = 0.28 }
 
 prime-rl calls it with one sequence at a time, adds up, and divides by the tokens of the whole step:
-an average over tokens as in DAPO, where the paper takes the mean of each sequence first.
+an average over tokens as in DAPO; the paper takes the mean of each sequence first.
 """
 
 from typing import Any

@@ -24,5 +24,5 @@ class AsTokenizer:
         return getattr(self._tokenizer, name)
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> list[int]:
-        """Give the ids of the messages."""
+        """Return the ids of the messages."""
         return self._render(messages)

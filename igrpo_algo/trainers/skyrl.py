@@ -56,7 +56,7 @@ class IGRPOGenerator(GeneratorInterface):
         generator: SkyRL's generator, single-turn.
         rules: How a draft is chosen and spliced.
         num_drafts: N.
-        seed: Of random ties, random drafts and dropout.
+        seed: For random ties, random drafts and dropout.
 
     Raises:
         ValueError: The generator takes turns or images, `num_drafts` is below 1, or the rules leave

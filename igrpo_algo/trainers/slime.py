@@ -68,7 +68,7 @@ def make_generate(
     Args:
         rules: How a draft is chosen and spliced.
         num_drafts: N.
-        seed: Of random ties, random drafts and dropout.
+        seed: For random ties, random drafts and dropout.
 
     Returns:
         The function.

@@ -50,7 +50,7 @@ class IGRPO(RolloutStrategy):
         max_prompt_tokens: Most tokens of a spliced prompt; the draft is cut to fit, the question
             never is. Set it below the context of the model, by the length of an answer.
         each: How the rollouts of a stage are run: `RetryOnFailure()`, say.
-        seed: Of random ties, random drafts and dropout.
+        seed: For random ties, random drafts and dropout.
 
     Raises:
         TypeError: `rules` is not `DraftRules`, or a count not an int.
@@ -168,7 +168,7 @@ _DIFFERENT = "the environments of a group must begin with the same messages to s
 
 
 def _question_of(envs: Sequence[Any]) -> tuple[list[Any], Any]:
-    """Give what the environments of a group began with, and their renderer."""
+    """Return the first messages of a group's environments, and their renderer."""
     first = envs[0].renderer
     if any(env.renderer.question != first.question for env in envs):
         raise ValueError(_DIFFERENT)

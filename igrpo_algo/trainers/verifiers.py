@@ -40,7 +40,7 @@ class IGRPOEnvConfig(vf.EnvConfig):
         num_refinements: G.
         max_prompt_tokens: Most tokens of a spliced prompt. The draft is cut to fit, the question
             never is; counted for clients of type "train", which name a tokenizer.
-        seed: Of random ties, random drafts and dropout.
+        seed: For random ties, random drafts and dropout.
         max_concurrent_agents: All drafts run at once, then all refinements; verifiers' own default
             is one at a time.
     """
@@ -153,7 +153,7 @@ def _as_chat(data: vf.TaskData) -> list[dict[str, Any]]:
 
 
 def _with_prompt(task: vf.Task, prompt: Prompt) -> vf.Task:
-    """Give the task another prompt; its rewards go on reading the original one."""
+    """Give the task another prompt; its rewards still read the original one."""
     messages: Any = prompt if task.data.system_prompt is None else prompt[1:]
     if isinstance(task.data.prompt, str):
         refined = task.with_data(prompt=messages[0]["content"])
@@ -164,7 +164,7 @@ def _with_prompt(task: vf.Task, prompt: Prompt) -> vf.Task:
 
 
 def _as_draft(trace: vf.Trace) -> HostDraft:
-    """Give the last reply of a run: its tokens where the client knows them, and its text."""
+    """Return the last reply of a run: its tokens where the client knows them, and its text."""
     replies = [node for node in trace.nodes if node.sampled]
     if not replies:
         return HostDraft([], "", host=trace)

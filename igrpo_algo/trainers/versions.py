@@ -1,4 +1,4 @@
-"""What an adapter says of a trainer that is missing, or of a version that no test has seen."""
+"""What an adapter reports: a trainer that is missing, or a version that no test has seen."""
 
 import warnings
 from collections.abc import Iterator

@@ -226,6 +226,7 @@ def write_gradient(
     by_entropy: Tensor | None,
 ) -> None:
     """Overwrite `grad`, which may be `logits`, by the gradient of the logits."""
+    torch.autograd.graph.increment_version(grad)  # what a kernel writes, autograd does not see
     walked, written = with_row_layout(logits), with_row_layout(grad)
     layout, grad_layout = RowLayout.of(walked), RowLayout.of(written)
     if not layout.rows:

@@ -1,4 +1,4 @@
-"""Clipped-ratio losses and their kin, as values: hyper-parameters in, losses of tokens out."""
+"""Clipped-ratio losses and related ones as values: hyper-parameters in, losses of tokens out."""
 
 from .base import MAX_LOG_RATIO, Surrogate, TokenLosses, Tokens
 from .clipped import Clip, Gmpo, SequenceClip, SequenceTokenClip

@@ -1,8 +1,8 @@
-"""What a surrogate is: a value that turns tokens into losses, one per token.
+"""What a surrogate is: a value that maps tokens to losses.
 
 A surrogate is a frozen dataclass of its hyper-parameters, a subclass of `Surrogate`. Called with
-`Tokens` it returns `TokenLosses`; how these are averaged is the aggregate's business, and KL,
-entropy and the correction for the sampler are added by `policy_loss`.
+`Tokens` it returns `TokenLosses`. The aggregate averages these, and `policy_loss` adds KL, entropy
+and the correction for the sampler.
 """
 
 from abc import ABC, abstractmethod
@@ -56,7 +56,7 @@ class Tokens:
 
 
 class TokenLosses(NamedTuple):
-    """The loss of each token, and where the surrogate is on its flat side.
+    """The loss of each token, and where the surrogate is flat.
 
     Attributes:
         losses: Shape of the tokens, or one that broadcasts to it.

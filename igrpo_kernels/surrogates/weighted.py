@@ -1,4 +1,4 @@
-"""Surrogates that keep the gradient of every log-prob and weight it: REINFORCE and its kin."""
+"""Surrogates that weight the gradient of every log-prob: REINFORCE and related ones."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .base import MAX_LOG_RATIO, Scope, Surrogate, TokenLosses, Tokens, either
 
 @dataclass(frozen=True)
 class Reinforce(Surrogate):
-    """REINFORCE, and GPG: the log-prob times the advantage, without a ratio.
+    """REINFORCE and GPG: the log-prob times the advantage, without a ratio.
 
     l = -A log pi
 
@@ -85,7 +85,7 @@ class Cispo(Surrogate):
 
 @dataclass(frozen=True)
 class Sapo(Surrogate):
-    """SAPO: a soft gate in the clip's place, its temperature by the advantage's sign.
+    """SAPO: a soft gate in place of the clip; its temperature depends on the advantage's sign.
 
     l = -(4 / tau) sigmoid(tau (r - 1)) A,  tau = tau_positive where A > 0, else tau_negative
 
@@ -193,7 +193,8 @@ class DppoTv(Surrogate):
     l = -sg(min(r, max_ratio)) A log pi,  but 0 where pi - pi_old > high and A > 0,
                                                   or pi_old - pi > low and A <= 0
 
-    arXiv:2602.04879; verl's "dppo_tv". A rare token may change its ratio a lot, a likely one not.
+    arXiv:2602.04879; verl's "dppo_tv". A rare token may change its ratio a lot, a likely one only
+    little.
 
     Attributes:
         low: Greatest fall of a token's probability where A <= 0.

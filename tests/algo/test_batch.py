@@ -397,7 +397,7 @@ def test_encode_must_give_token_ids(ids):
 
 def test_a_stage_that_drew_nothing_is_refused():
     empty = replace(ROLLOUTS[0], drafts=Stage("q", [], [], [5]))
-    with pytest.raises(ValueError, match="stages must have drawn something"):
+    with pytest.raises(ValueError, match="stages must have completions"):
         training_batch(Rollouts([empty]), stages=[DRAFTS])
 
 

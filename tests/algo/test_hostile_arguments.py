@@ -104,7 +104,7 @@ REFUSED = [
     ("draft must have a text and token_ids", lambda: TextSplice()("q", "a draft")),
     ("columns must be a dict of lists", lambda: rollout(columns=["answer"])),
     ("seeds must be a list", lambda: DraftRules().choose(torch.zeros(1, 2), seeds=3)),
-    (r"completions\[0\] is no Completion, but str", lambda: pad_completions(["a"])),
+    (r"completions\[0\] must be a Completion, got str", lambda: pad_completions(["a"])),
     ("answer must be a list, got float", lambda: math_reward(["1"], answer=1.0)),
     ("completions must be a list, got str", lambda: math_reward("1", answer=["1"])),
     ("reward must be a string, got NoneType", lambda: load_reward(None)),

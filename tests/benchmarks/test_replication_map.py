@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from made_records import by_arm, record
 
-from benchmarks.replication import compare, page, prose, tables
-from benchmarks.replication.arms import MAIN, PLANNED
-from benchmarks.replication.compare import Verdict, judge, refined
+from benchmarks.replication import compare, ladder, page, prose, tables
+from benchmarks.replication.arms import LADDER, MAIN, MORE, SEEDS, THINKING
+from benchmarks.replication.compare import Verdict, judge, refined, single_shot
 from igrpo_algo.cli.intervals import Interval
 from igrpo_algo.early_warning import EarlyWarning
 
@@ -133,39 +133,118 @@ def test_the_page_from_records(tmp_path: Path) -> None:
     arms["best"][3] |= {"status": "diverged", "error": "a reason", "curve": []}
     arms["worst"][0]["warnings"] = [{"step": 4, "text": "..."}]
     write(tmp_path, "chain-64x2", arms)
-    out, plot = tmp_path / "page.md", tmp_path / "plot.png"
-    page.write_page(tmp_path, out, plot)
+    out = tmp_path / "page.md"
+    page.write_page(tmp_path, out, tmp_path)
     text = out.read_text()
-    assert plot.read_bytes().startswith(b"\x89PNG")
-    assert "Never behind GRPO on these tasks, and ahead somewhere: *worst draft*" in text
-    assert "12 finished runs of 465 planned" in text
+    assert (tmp_path / page.PLOT).read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / page.LADDER_PLOT).exists()
+    assert "Never behind GRPO on these tasks (1, with 1 models), and ahead somewhere: *w" in text
+    per_task = [MAIN | MORE, MAIN | MORE, MAIN | MORE, MAIN | THINKING]
+    assert f"12 finished runs of {SEEDS * sum(map(len, per_task))} planned" in text
     assert "- chain-64x2, best, seed 3: diverged (a reason)" in text
     assert "Made on: x86_64 (1 thread), torch 2.13, Made: 13 runs." in text
-    assert "| chain-64x2 | 20.0 % | 12 | 1 | 0 | 142 |" in text
+    arms = len(per_task[0])
+    assert f"| chain-64x2 | 20.0 % | {arms} | 12 | 1 | 0 | {SEEDS * arms - 13} |" in text
+    assert f"| signs-64x2 |  | {arms} | 0 | 0 | 0 | {SEEDS * arms} |" in text
     row = next(line for line in text.splitlines() if line.startswith("| worst draft | 3 | 62.3 %"))
     assert row.endswith("| 62.3 % | +10.3 [+8.9, +11.8] | [+10.0, +11.0] | **ahead** |")
     assert "| step 4, 1 of 3 runs |" in text
     assert "Here that form was never warned of." in text
-    assert "have not been measured yet" in text
+    everything = "chain, signs, packing, thinking"
+    assert f"Not measured: 128x3 on {everything}; 256x4 on {everything}." in text
     assert "Up a ladder" not in text
+    assert "Models of 91,008 weights, trained from scratch" in text
     assert "| **behind** |" in next(x for x in text.splitlines() if x.startswith("| best draft"))
 
 
-def test_sizes_stand_side_by_side_and_the_verdict_is_that_of_the_first() -> None:
-    small = by_arm(grpo=GRPO, worst=AHEAD, best=AHEAD)
-    large = by_arm(grpo=GRPO, worst=[(0.1, 0.1)] * 3, best=GRPO[:2])
-    maps = {"chain-128x3": large, "chain-64x2": small}
+def rung(gaps: list[float], **arms: list[tuple[float, float]]):
+    """GRPO, and the paper's form so far from it, single-shot and draft-then-refine."""
+    best = [(one + gap, two - gap) for (one, two), gap in zip(GRPO, gaps, strict=True)]
+    return by_arm(grpo=GRPO, best=best, **arms)
+
+
+def test_sizes_stand_side_by_side(tmp_path: Path) -> None:
+    small = rung([-0.10, -0.11, -0.12], worst=AHEAD, none=GRPO)
+    large = rung([-0.05, -0.07, -0.06], worst=AHEAD[:2])
+    maps = {"chain-128x3": large, "chain-64x2": small, "signs-64x2": small}
     text = page.build_page(maps)
-    assert "ahead somewhere: *best draft (the paper)*, *worst draft*" in text
-    ladder = text.partition("## Up a ladder")[2].partition("\n## ")[0]
-    head, *rows = [line for line in ladder.splitlines() if line.startswith("|")]
-    assert "| single-shot, 64x2 | less GRPO, 64x2 | single-shot, 128x3 | less" in head
-    assert any(x.startswith("| worst draft | 62.3 % |") and "**behind**" in x for x in rows)
-    assert any(x.startswith("| best draft") and "fewer than 3 seeds" in x for x in rows)
-    assert "Larger models" not in text
-    assert f"planned. The plan is {len(PLANNED)} arms" in text
-    main = len(MAIN) * prose.SEEDS
-    assert f"| chain-128x3 | 20.0 % | 8 | 0 | 0 | {main - 8} |" in text
+    told = text.partition("## Up a ladder")[2].partition("\n## ")[0]
+    head, _, *rows = [line.split(" | ") for line in told.splitlines() if line.startswith("|")]
+    sizes = [f"{name}, {size}" for name in tables.MEASURES for size in ("64x2", "128x3")]
+    assert [cell.strip(" |") for cell in head] == ["arm", *sizes]
+    assert [row[0] for row in rows] == ["| GRPO, 8", "| best draft (the paper)", "| worst draft"]
+    assert rows[0][1:3] == ["62.0 %", "62.0 %"]
+    assert [cell[:5] for cell in rows[1][1:]] == ["-11.0", "-6.0 ", "+11.0", "+6.0 "]
+    assert rows[2][2] == "fewer than 3 seeds"
+    assert f"({page.LADDER_PLOT})" not in text
+    assert f"(../images/{page.LADDER_PLOT})" in told
+    assert "Not measured: 128x3 on signs, packing, thinking; 256x4 on chain" in text
+    missing = len(LADDER) * SEEDS - 8
+    assert f"| chain-128x3 | 20.0 % | {len(LADDER)} | 8 | 0 | 0 | {missing} |" in text
+
+
+def test_what_changes_with_the_size_is_told_from_the_numbers(tmp_path: Path) -> None:
+    maps = {
+        "chain-64x2": rung([-0.10, -0.11, -0.12]),
+        "chain-128x3": rung([-0.05, -0.07, -0.06]),
+        "signs-64x2": rung([-0.10, -0.11, -0.12]),
+    }
+    (_, standing, changes, *_) = ladder.section(maps, "plot.png")
+    label = "*best draft (the paper)*"
+    assert standing == (
+        "Against GRPO of the same size, on 2 models. "
+        f"**Single-shot**: {label} behind on all 2. **Draft-then-refine**: {label} ahead on all 2."
+    )
+    # 5, 4 and 6 points: std 1, over sqrt 3, times t of 2 degrees of freedom.
+    assert f"{label} on chain from 64x2 to 128x3, single-shot +5.0 [+2.5, +7.5];" in changes
+    assert changes.startswith("From the smallest size to the largest, 2 of these 2 differences")
+    page.draw_ladder(ladder.rungs_of(maps), tmp_path / "ladder.png")
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+
+    maps["chain-128x3"] = rung([0.05, 0.07, 0.06])
+    assert "**Single-shot**: *best draft (the paper)* behind on 1 and ahead on 1 of 2." in (
+        ladder.standing(ladder.rungs_of(maps))
+    )
+
+
+def test_a_change_is_paired_by_seed() -> None:
+    small, large = rung([-0.10, -0.11, -0.12]), rung([-0.05, -0.07, -0.06])
+    del small["best"][0]
+    gap = compare.change(small, large, "best", "grpo", single_shot)
+    assert gap.mean == pytest.approx((0.04 + 0.06) / 2)
+    assert math.isnan(compare.change({}, large, "best", "grpo", single_shot).mean)
+    flat = by_arm(grpo=[(0.21, 0.21)] * 3)  # GRPO learns nothing: no rung to compare on
+    assert ladder.rungs_of({"chain-64x2": small, "chain-128x3": flat}) == {}
+
+
+def test_every_size_counts_for_the_verdict() -> None:
+    """Behind on a larger model, or ahead where it was run: a form run on fewer is told apart."""
+    small = by_arm(grpo=GRPO, worst=AHEAD, random=AHEAD, best_6_2=AHEAD)
+    large = by_arm(grpo=GRPO, worst=[(0.1, 0.1)] * 3, random=GRPO)
+    maps = {"chain-64x2": small, "chain-128x3": large}
+    assert page.takeaway(maps) == (
+        "**Never behind GRPO on these tasks (1, with 2 models), and ahead somewhere: "
+        "*random draft*.**"
+    )
+    del large["random"]
+    text = page.takeaway(maps)
+    assert text.startswith("**No form of iGRPO was shown to be never behind GRPO on these tasks")
+    assert "The only form with 3 seeds on all of them is *worst draft*: behind at" in text
+    assert text.endswith(
+        "Of the 2 other forms, *random draft*, *best draft, 6 : 2* was never behind on those it "
+        "was run on."
+    )
+    large["worst"], small["random"], small["best-6-2"] = small["worst"], {}, large["worst"]
+    assert page.takeaway(maps).endswith("ahead somewhere: *worst draft*.**")
+
+
+def test_thinking_shown_is_compared_with_thinking_stripped() -> None:
+    arms = by_arm(grpo=GRPO, best=GRPO, thinking_kept=AHEAD)
+    text = tables.section("thinking-64x2", arms)
+    shown = "Thinking shown less thinking stripped: *best draft (the paper)*, single-shot +0.3 ["
+    assert shown in text
+    assert "draft-then-refine +10.3 [+8.9, +11.8]." in text
+    assert "Thinking shown" not in tables.section("thinking-64x2", by_arm(grpo=GRPO, best=GRPO))
 
 
 def test_costs_of_too_few_seeds_are_not_compared() -> None:
@@ -190,12 +269,14 @@ def test_no_preset_is_named_where_none_holds() -> None:
     maps = {"chain-64x2": by_arm(grpo=GRPO, worst=[(0.5, 0.6)] * 3, best=[(0.3, 0.3)] * 3)}
     text = page.takeaway(maps)
     assert "No form of iGRPO was shown to be never behind GRPO" in text
-    assert "is *worst draft*; in points: chain-64x2 single-shot -12.0 [" in text
-    assert "Of the 2 forms with 3 seeds on every task, the closest" in text
+    assert "is *worst draft*: behind at chain-64x2 single-shot -12.0 [" in text
+    assert "; ahead at chain-64x2 draft-then-refine +8.0 [" in text
+    assert text.endswith("level or open at 0 of 2 (in points).")
+    assert "Of the 2 forms with 3 seeds on all of them, the closest" in text
     maps["chain-64x2"] |= by_arm(best=[(0.3, 0.3)] * 2)
-    assert "The only form with 3 seeds on every task yet is *worst draft*" in page.takeaway(maps)
+    assert "The only form with 3 seeds on all of them is *worst draft*" in page.takeaway(maps)
     few = {"chain-64x2": by_arm(grpo=GRPO, worst=GRPO[:2])}
-    assert page.takeaway(few).startswith("**No form has 3 seeds on every task yet")
+    assert page.takeaway(few).startswith("**No form has 3 seeds on every task and size")
     assert page.takeaway({}) == "**Nothing has been measured yet.**"
 
 

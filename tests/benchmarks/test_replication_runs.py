@@ -15,12 +15,30 @@ import torch
 
 from benchmarks.replication import __main__ as command
 from benchmarks.replication import measures, runs, sweep, training
-from benchmarks.replication.arms import ARMS, MAIN, baseline_of
+from benchmarks.replication.arms import (
+    ARMS,
+    LADDER,
+    MAIN,
+    MORE,
+    STRIPPED,
+    THINKING,
+    baseline_of,
+    planned,
+)
 from benchmarks.replication.models import held_out_problems, load
 from benchmarks.replication.runs import Run
 from benchmarks.replication.tasks import TASKS, ask
-from benchmarks.replication.training import Settings, build_sampler, configure
-from igrpo_algo import DraftRules, Rollouts, standardize_by_group, two_stage_rollout
+from benchmarks.replication.training import Settings, build_sampler, configure, splice_of
+from igrpo_algo import (
+    DraftRules,
+    Rollouts,
+    TextSplice,
+    standardize_by_group,
+    strip_thinking,
+    two_stage_rollout,
+)
+from igrpo_algo.cli.demo.model import build_tokenizer
+from igrpo_algo.drafts.markers import marker_tokens
 from igrpo_algo.rollouts.completions import Completion
 
 TINY = Settings(steps=2, prompts=4, evaluations=1, held_out=8, samples=2, rounds=2, warm_up_steps=2)
@@ -230,7 +248,7 @@ def test_training_moves_all_weights_and_none_without_a_gradient(world) -> None:
 
 def test_a_step_is_measured_by_the_library_s_metrics(world) -> None:
     *_, rollouts = world
-    found = measures.of_step(rollouts)
+    found = measures.of_step(rollouts, TextSplice())
     drafts, refinements = rollouts.draft_rewards, rollouts.refinement_rewards
     assert found["accuracy"] == pytest.approx(drafts.mean().item(), abs=1e-6)
     assert found["uplift"] == pytest.approx((refinements.mean() - drafts.mean()).item(), abs=1e-6)
@@ -247,7 +265,7 @@ def test_without_drafts_a_step_has_no_numbers_of_drafts(world) -> None:
         [ask(problem) for problem in problems], build_sampler(model, tokenizer, task), task.reward,
         num_drafts=0, num_refinements=4, columns={"problem": problems}, seed=5,
     )  # fmt: skip
-    found = measures.of_step(rollouts)
+    found = measures.of_step(rollouts, TextSplice())
     missing = {"draft_zero_variance", "uplift", "copy_rate", "after_right", "after_wrong"}
     assert {name for name, value in found.items() if math.isnan(value)} == missing
     assert found["reward"] == pytest.approx(rollouts.refinement_rewards.mean().item(), abs=1e-6)
@@ -282,6 +300,58 @@ def test_costs_are_counted_over_all_stages(world) -> None:
     assert counted["completions"] == 2 * 8
     tokens = [len(c.token_ids) for r in rollouts[:2] for s in r.stages for c in s.completions]
     assert (counted["sampled_tokens"], counted["trained_tokens"]) == (sum(tokens), 7)
+
+
+def test_what_is_planned_where() -> None:
+    assert planned("chain", "64x2") == MAIN | MORE
+    assert planned("thinking", "64x2") == MAIN | THINKING
+    for task in TASKS:
+        assert planned(task, "128x3") == planned(task, "256x4") == LADDER
+    assert planned("words", "smollm2") == MAIN
+    assert {baseline_of(arm) for arm in LADDER} == {"grpo", "grpo-twice"} <= {*LADDER}
+    runs = sweep.plan((), ["chain", "thinking"], seeds=2, size="64x2")
+    assert len(runs) == len(set(runs)) == 2 * (len(MAIN | MORE) + len(MAIN | THINKING))
+    assert {run.arm for run in runs if run.task == "thinking"} == {*MAIN, *THINKING}
+    assert {run.arm for run in runs[: 2 * 2 * len(MAIN)]} == {*MAIN}
+    for kept, stripped in STRIPPED.items():
+        options = dict(ARMS[kept].options)
+        assert options.pop("strip_draft_thinking") is False
+        assert options == ARMS[stripped].options
+
+
+@pytest.mark.parametrize("arm", ["best", "random-tokens", "thinking-kept"])
+def test_drafts_are_shown_at_test_as_in_training(arm: str) -> None:
+    """With their thinking or without; never random tokens, which nobody would refine."""
+    task = TASKS["thinking"]
+    tokenizer = build_tokenizer(task.words)
+    strip = None if arm == "thinking-kept" else strip_thinking
+    splice = splice_of(ARMS[arm], TINY, task, tokenizer)
+    assert splice == TextSplice(task.template, strip, marker_tokens(tokenizer))
+
+
+@pytest.mark.parametrize(("arm", "shown"), [("best", "2"), ("thinking-kept", "<think>4</think>2")])
+def test_thinking_is_stripped_or_shown_and_copies_counted_alike(arm: str, shown: str) -> None:
+    task = TASKS["thinking"]
+    tokenizer = build_tokenizer(task.words)
+    texts = iter(("<think>4</think>2", "<think>4</think>2", "<think>3</think>2"))
+
+    def sampler(prompts, n, seed):  # of one draft, then of two refinements
+        return [[Completion([9], next(texts), [-0.5]) for _ in range(n)] for _ in prompts]
+
+    rules = training.rules_of(configure(ARMS[arm], TINY, task), tokenizer)
+    rollouts = two_stage_rollout(
+        [[{"role": "user", "content": "7 +5"}]],
+        sampler,
+        lambda completions, **_: [1.0] * len(completions),
+        num_drafts=1,
+        num_refinements=2,
+        rules=rules,
+    )
+    (prompt,) = rollouts[0].stages[1].prompt
+    assert prompt["content"] == f"7 +5\ndraft:\n{shown}\nrefine:"
+    splice = splice_of(ARMS[arm], TINY, task, tokenizer)
+    # The second refinement says the same after another thought.
+    assert measures.copies_of(rollouts, splice) == (1.0 if arm == "best" else 0.5)
 
 
 def test_the_main_arms_come_first_and_all_arms_of_a_seed_together() -> None:

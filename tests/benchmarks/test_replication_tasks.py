@@ -5,13 +5,14 @@ from itertools import product
 
 import pytest
 
-from benchmarks.replication.tasks import TASKS, packing, signs
-from igrpo_algo.cli.demo.chain import TEMPLATE
+from benchmarks.replication.tasks import TASKS, packing, signs, thinking
+from igrpo_algo.cli.demo.chain import TEMPLATE, Problem
 from igrpo_algo.cli.demo.model import build_tokenizer
 from igrpo_algo.drafts.text import splice_prompt
 
 SIGNS = signs.Signs(7, (2, 3, 1, 3, 1), 1)
 PACKING = packing.Packing((3, 7, 2, 9, 4, 6), 17)
+CHAIN = Problem(7, ("+5", "*3", "-4", "*9", "+2"))  # 12 4 0 0 2
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,25 @@ def test_signs_by_hand(text: str, score: float) -> None:
 )
 def test_packing_by_hand(text: str, score: float) -> None:
     assert packing.score(text, PACKING) == pytest.approx(score, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("<think>12 4 0 0</think>2", 1.0),
+        ("<think>1 1 1 1</think>2", 1.0),  # only what follows the thinking is judged
+        ("2", 1.0),
+        ("<think>12 4 0 0</think>3", 0.0),
+        ("<think>12 4 0 0</think>0 2", 0.0),
+        ("<think>12 4 0 2</think>", 0.0),
+        ("<think>12 4 0 0 2", 0.0),  # cut off while it thinks
+        ("12 4 0 0 2", 0.0),
+        ("3<think>12 4 0 0</think>2", 1.0),  # as the library's rewards read it
+        ("", 0.0),
+    ],
+)
+def test_thinking_by_hand(text: str, score: float) -> None:
+    assert thinking.score(text, CHAIN) == score
 
 
 def test_the_best_load_is_that_of_all_choices() -> None:
@@ -115,6 +135,29 @@ def test_a_wrong_draft_helps_the_teacher_of_signs() -> None:
             alone += task.score(task.teach(problem, None, rng), problem) == 1.0
             with_draft += task.score(task.teach(problem, draft, rng), problem) == 1.0
     assert (with_draft - alone) / wrong > 0.08
+
+
+def test_a_right_draft_helps_the_teacher_of_thinking() -> None:
+    task, rng = TASKS["thinking"], random.Random(4)
+    alone, with_draft = [], []
+    for problem in task.draw_many(2000, seed="helps"):
+        right = problem.answer.split()[-1]
+        alone.append(task.score(task.teach(problem, None, rng), problem))
+        with_draft.append(task.score(task.teach(problem, right, rng), problem))
+    # Half of the time it thinks twice: p becomes p + p (1 - p) / 2, and p is about 0.23; the two
+    # shares of 2,000 differ by chance by 0.03 at most.
+    assert 0.04 < (sum(with_draft) - sum(alone)) / 2000 < 0.14
+
+
+def test_the_warm_up_shows_drafts_with_their_thinking_and_without() -> None:
+    """Half each, on the task that thinks; what other tasks draw is as it was."""
+    rng = random.Random(5)
+    shown = []
+    for _ in range(400):
+        prompt, _ = TASKS["thinking"].converse(rng, exclude=frozenset(), draft_share=1.0)
+        shown.append("<think>" in prompt["content"])
+    assert 0.4 < sum(shown) / 400 < 0.6
+    assert [name for name in TASKS if TASKS[name].thinks] == ["thinking"]
 
 
 @pytest.mark.parametrize("name", TASKS)

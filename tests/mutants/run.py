@@ -1,17 +1,16 @@
 """Plant each known fault in a copy of the project and demand that its test goes red.
 
-A fault is an entry of a `*.toml` file beside this one:
+A fault is an entry of a `*.toml` file beside this one, under the name of the file it goes into:
 
-    [[mutant]]
-    file = "igrpo_algo/advantages/of_groups.py"    # where it goes
+    [["igrpo_algo/advantages/of_groups.py"]]
     old = "mean + margin"                # Python, or part of it; stands once in that file
     new = "mean - margin"                # the fault
     test = "tests/algo/test_x.py"        # pytest arguments that must fail then, and pass before
 
 `old` is found by its tokens (`syntax.py`): layout, comments, quotes and renames make no difference.
-A red test (exit code 1) kills the fault. Anything else but green is an error of the entry: no test
-selected, a file that is no Python any more, a test that was red without the fault. `--check` plants
-nothing and says which entries no longer fit the tree.
+A red test (exit code 1) kills the fault. Any other end but green is an error of the entry: no test
+selected, a file that is no longer Python, a test that was red without the fault. `--check` plants
+nothing and lists the entries that no longer fit the tree.
 """
 
 import argparse
@@ -78,7 +77,7 @@ class Mutant:
                 return f"its old code stands in the file {count} times, not once"
             ast.parse(self.planted(source))
         except SyntaxError as error:
-            return f"with it the file is no Python: {error.msg}"
+            return f"with it the file is not Python: {error.msg}"
         return None
 
     def planted(self, source: str) -> str:
@@ -89,13 +88,14 @@ class Mutant:
 
 def load_mutants(root: Path, only: str = "") -> list[Mutant]:
     """Read the entries of every file; `only` keeps those of which it matches any part."""
-    keys = {field.name for field in fields(Mutant)} - {"source"}
+    keys = {field.name for field in fields(Mutant)} - {"source", "file"}
     mutants = []
     for path in sorted((root / "tests" / "mutants").glob("*.toml")):
-        for entry in tomllib.loads(path.read_text()).get("mutant", []):
-            if set(entry) != keys:
-                raise SystemExit(f"{path.name}: an entry has {sorted(entry)}, not {sorted(keys)}")
-            mutants.append(Mutant(path.name, **entry))
+        for file, entries in tomllib.loads(path.read_text()).items():
+            for entry in entries:
+                if set(entry) != keys:
+                    raise SystemExit(f"{path.name}: {file} has {sorted(entry)}, not {sorted(keys)}")
+                mutants.append(Mutant(path.name, file, **entry))
     return [mutant for mutant in mutants if re.search(only, " ".join(astuple(mutant)))]
 
 

@@ -35,7 +35,10 @@ FLOORS: dict[str, set[str]] = {
         *("files", "prompts", "seeds", "metrics", "drafts", "rollouts", "rewards", "engines"),
         "trainers",
     },
-    "cli/demo": {"files", "prompts", "drafts", "rollouts", "engines", "trainers", "cli"},
+    "cli/demo": {
+        *("files", "thinking", "prompts", "drafts", "rollouts", "engines", "trainers"),
+        "cli",
+    },
     "cli/app": {"cli", "cli/demo"},
 }
 """What each folder or file of igrpo_algo may import of it: names of rows above its own."""

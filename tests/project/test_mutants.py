@@ -18,7 +18,7 @@ TESTS = (
     "def test_triple():\n    assert triple(0) == 0\n\n\n"
     "def test_red():\n    assert False\n"
 )
-ENTRY = '[[mutant]]\nfile = "igrpo_algo/__init__.py"\nold = "{}"\nnew = "{}"\ntest = "{}"\n'
+ENTRY = '[["igrpo_algo/__init__.py"]]\nold = "{}"\nnew = "{}"\ntest = "{}"\n'
 
 
 def run_on(project: Path, *entries: tuple[str, str, str]) -> subprocess.CompletedProcess[str]:
@@ -59,7 +59,7 @@ def test_anything_but_a_red_test_fails_the_run(tmp_path: Path) -> None:
             "2 * x",
             "(",
             "::test_double",
-        ): "error: with it the file is no Python: '(' was never closed",
+        ): "error: with it the file is not Python: '(' was never closed",
         ("def double", "def twice", " -k double"): "error: pytest ended with 2",
         ("2 * x", "x", "2::test_double"): "error: its test does not exist",
         ("2 * x", "x", " -k nothing"): "error: pytest ended with 5 without any fault",
@@ -158,6 +158,6 @@ def test_planted_faults_outlive_another_layout(tmp_path: Path) -> None:
     (tmp_path / "ruff.toml").write_text("line-length = 60\nformat.quote-style = 'single'\n")
     subprocess.run([sys.executable, "-m", "ruff", "format", "-q", "."], cwd=tmp_path, check=True)
     stale = check_entries(tmp_path).splitlines()
-    planted = sum(f.read_text().count("[[mutant]]") for f in RUNNER.parent.glob("*.toml"))
+    planted = sum(f.read_text().count("\ntest = ") for f in RUNNER.parent.glob("*.toml"))
     # Half a statement may meet a bracket that the formatter has set.
     assert len(stale) <= 0.02 * planted, stale

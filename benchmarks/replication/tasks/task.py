@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from igrpo_algo.cli.demo.chain import TEMPLATE
 from igrpo_algo.drafts.text import DraftTemplate, splice_prompt
+from igrpo_algo.thinking import strip_thinking
 
 Message = dict[str, str]
 
@@ -38,6 +39,8 @@ class Task:
         weights: Warmed weights that are there already.
         ask: Writes the chat prompt of a problem.
         template: The words around a draft.
+        thinks: Whether answers think first. The warm-up then shows half of its drafts without
+            their thinking and half of them whole, so that a model knows both.
     """
 
     title: str
@@ -49,6 +52,7 @@ class Task:
     weights: Path | None = None
     ask: Callable[[Any], list[Message]] = ask
     template: DraftTemplate = TEMPLATE
+    thinks: bool = False
 
     def reward(
         self, completions: Sequence[list[Message]], problem: Sequence[Any], **columns: object
@@ -79,5 +83,7 @@ class Task:
         prompt, draft = self.ask(problem), None
         if rng.random() < draft_share:
             draft = self.teach(problem, None, rng)
+            if self.thinks and rng.random() < 0.5:
+                draft = strip_thinking(draft)
             prompt = splice_prompt(prompt, draft, template=self.template)
         return [*prompt, {"role": "assistant", "content": self.teach(problem, draft, rng)}]

@@ -57,7 +57,7 @@ def demo(
     GRPO samples 8 completions per prompt, iGRPO 4 drafts and 4 refinements: the paper's form, which
     refines the best draft, and the one that trains on the drafts too and refines the worst.
 
-    A demo that was stopped goes on where it was; a finished one is only drawn again.
+    A stopped demo continues where it was; for a finished one, only the picture is drawn again.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
     config = DemoConfig(steps=steps, warm_up=warm_up)

@@ -9,6 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ...files import write_whole
+from ...thinking import MARK_TOKENS
 from . import chain
 
 PAD, UNKNOWN, TURN_START, TURN_END = "<|pad|>", "<|unknown|>", "<|im_start|>", "<|im_end|>"
@@ -22,7 +23,7 @@ WORDS = ("\n", "user", "assistant", " mod", "draft", "refine", ":")
 
 
 def write_words(largest: int, *others: str) -> tuple[str, ...]:
-    """Give a task's words: those of prompts, the numbers with and without a space, and others."""
+    """Return a task's words: those of prompts, the numbers with and without a space, and others."""
     numbers = [str(number) for number in range(largest + 1)]
     return (*WORDS, *numbers, *(f" {number}" for number in numbers), *others)
 
@@ -52,6 +53,7 @@ def build_tokenizer(words: Sequence[str] = CHAIN_WORDS) -> PreTrainedTokenizerFa
         Regex(r" ?[+*-]?\d+| ?\p{L}+| ?[^\s\p{L}\d]|\s"), behavior="isolated"
     )
     tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_tokens([word for word in words if word in MARK_TOKENS])  # whole, as models do
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -1,4 +1,4 @@
-"""The picture of the demo: what each arm did with the same number of completions."""
+"""The picture of the demo: each arm's results with the same number of completions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

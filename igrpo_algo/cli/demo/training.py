@@ -148,7 +148,7 @@ class DemoCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **objects: Any,
     ) -> None:
-        """Keep the rows of training; the trainer's summary at the end has no reward in it."""
+        """Keep the rows of training; the trainer's summary at the end has no reward."""
         if logs and "reward" in logs:
             row = {ours: logs[name] for name, ours in METRICS.items() if name in logs}
             self._record(state.global_step, "train", row)

@@ -67,7 +67,7 @@ def draw_conversation(
 def chain_conversations(
     settings: WarmUp, exclude: frozenset[chain.Problem] = frozenset()
 ) -> Callable[[random.Random], list[Message]]:
-    """Give what draws the conversations of the demo's warm-up."""
+    """Return what draws the conversations of the demo's warm-up."""
     return partial(
         draw_conversation,
         chain.Teacher(settings.seed),

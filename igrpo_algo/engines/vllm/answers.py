@@ -1,7 +1,7 @@
-"""What vLLM servers answer, read and checked: nothing in it is taken on trust.
+"""Read and check the answers of vLLM servers: nothing in them is trusted.
 
 A server may be old, misconfigured, or another program behind a proxy. A token id out of range or a
-NaN would otherwise come to light much later, in a loss, with no trace of where it came from.
+NaN would otherwise show up much later, in a loss, with no trace of its source.
 """
 
 import math

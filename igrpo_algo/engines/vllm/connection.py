@@ -1,4 +1,4 @@
-"""How vLLM servers are reached: addresses, time-outs, and when to come again."""
+"""How vLLM servers are reached: addresses, time-outs and retries."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ MAX_WAIT = 60.0
 
 
 class ServerDownError(ConnectionError):
-    """A server that does not answer, or says that it is broken: another one may."""
+    """A server does not answer, or reports that it is broken; another one may answer."""
 
 
 class ServerBusyError(ServerDownError):
-    """A server that wants to be asked again later.
+    """A server asks to be tried again later.
 
     Attributes:
-        seconds: How much later; None where it does not say.
+        seconds: How much later; None if it does not say.
     """
 
     def __init__(self, message: str, seconds: float | None) -> None:
@@ -51,7 +51,7 @@ class Connection:
         check_count("max_retries", self.max_retries, at_least=0)
 
     def opener(self) -> Callable[[], Any]:
-        """Make what opens a client: one for each request, closed with it, bound to no loop."""
+        """Make a function that opens a client: one per request, closed with it."""
         import httpx2
 
         context = httpx2.create_ssl_context()

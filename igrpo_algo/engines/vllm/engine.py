@@ -42,7 +42,7 @@ def make_engine(llm: Any, options: Mapping[str, Any] | None, logprobs_mode: str)
 
 
 def loop_of(llm: Any) -> StepLoop:
-    """Give the engine's one loop; it lives as long as the engine."""
+    """Return the engine's one loop; it lives as long as the engine."""
     if not hasattr(llm, "_igrpo_loop"):
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         choose = (lambda: None) if device is None else (lambda: torch.cuda.set_device(device))

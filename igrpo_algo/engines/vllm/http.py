@@ -1,4 +1,4 @@
-"""One vLLM server: what it is asked over HTTP, and what its failures mean."""
+"""One vLLM server: the requests over HTTP, and what its failures mean."""
 
 import asyncio
 import json
@@ -46,7 +46,7 @@ class Server:
 
     @property
     def is_resting(self) -> bool:
-        """Whether it did not answer, or was busy, a short while ago."""
+        """Whether it recently did not answer or was busy."""
         return time.monotonic() < self._rests_until
 
     async def contact(self, client: Any, distribution: Distribution | None) -> None:
@@ -54,7 +54,7 @@ class Server:
 
         Raises:
             ServerDownError: It does not answer.
-            ValueError: It is not a vLLM server, has not the model, or gives other log-probs.
+            ValueError: It is not a vLLM server, lacks the model, or gives other log-probs.
         """
         listing = await self._call(client, "GET", "/v1/models", alien=ValueError)
         try:
@@ -90,7 +90,7 @@ class Server:
             ) from error
 
     async def pause(self, client: Any) -> None:
-        """End what was begun, begin nothing."""
+        """Finish what has begun, and begin nothing new."""
         await self._call(client, "POST", "/pause?mode=wait")
 
     async def resume(self, client: Any) -> None:

@@ -1,4 +1,4 @@
-"""A sampler over vLLM in this process: continuous batching, a prefix cache, live weights."""
+"""A sampler with vLLM in this process: continuous batching, a prefix cache, live weights."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -35,7 +35,7 @@ class VllmSampler(EngineSampler):
     point mass means nothing.
 
     Prompts become token ids by `encode_prompt`, and none is ever cut. The stop token is the last of
-    `token_ids`, and not in `text`.
+    `token_ids` and is left out of `text`.
 
     All calls, from any thread or event loop, share the engine's batch: as one completion ends,
     another begins. Cancelling `sample_one` takes its requests out of the engine. Requests of lower
@@ -46,7 +46,7 @@ class VllmSampler(EngineSampler):
     Args:
         llm: A `vllm.LLM`, made with logprobs_mode="processed_logprobs", or for a cut distribution
             with "raw_logprobs", its default; or a model's folder or name, from which one is made.
-        max_new_tokens: Most tokens of a completion.
+        max_new_tokens: Maximum tokens of a completion.
         temperature: Divides the logits; 0 decodes greedily.
         top_p: Draws from the fewest tokens whose probabilities add up to this, in (0, 1].
         top_k: Draws from this many tokens; 0 from all.

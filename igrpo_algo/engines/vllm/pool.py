@@ -1,4 +1,4 @@
-"""Several vLLM servers as one: the idlest is asked, dead ones are left out, all are synced."""
+"""Several vLLM servers as one: the least busy is asked, dead ones are left out, all are synced."""
 
 import asyncio
 import threading

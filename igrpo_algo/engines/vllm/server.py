@@ -1,4 +1,4 @@
-"""A sampler over vLLM's OpenAI-compatible servers: the idlest is asked, dead ones are left out."""
+"""A sampler with vLLM's OpenAI-compatible servers: picks the least busy, skips dead ones."""
 
 import asyncio
 import threading
@@ -41,7 +41,7 @@ class VllmServerSampler(EngineSampler):
     Args:
         urls: The servers, "http://host:port"; one or several, all with the same model.
         tokenizer: The model's tokenizer.
-        max_new_tokens: Most tokens of a completion.
+        max_new_tokens: Maximum tokens of a completion.
         temperature: Divides the logits; 0 decodes greedily, with `logprobs` None.
         top_p: Draws from the fewest tokens whose probabilities add up to this, in (0, 1].
         top_k: Draws from this many tokens; 0 from all.

@@ -1,4 +1,4 @@
-"""Steps an engine in a thread for as long as requests are in flight; each request is a future."""
+"""Steps an engine in a thread while requests are in flight; each request is a future."""
 
 import threading
 from collections import deque

@@ -77,7 +77,7 @@ class IGRPOConfig(GRPOConfig):
         eval_with_draft: Evaluate draft-then-refine instead of single-shot.
         use_trl_loss: Take TRL's `_compute_loss` in place of `igrpo_kernels.linear_policy_loss`.
         skip_zero_advantages: Leave completions of zero advantage out of forward and backward, where
-            neither KL, entropy nor a mixture of experts needs them. In the place of `entropy` and
+            neither KL, entropy nor a mixture of experts needs them. In place of `entropy` and
             `ratio` the trainer then logs `entropy/nonzero_advantage` and `ratio/nonzero_advantage`,
             the means over the others.
 
@@ -178,7 +178,7 @@ class IGRPOConfig(GRPOConfig):
         rewards standardized by group, bf16 with gradient checkpointing, micro-batches of 16 with 8
         accumulation steps.
 
-        The paper does not say, and this preset chooses:
+        The paper does not specify the following, and this preset chooses:
 
         - clip bounds: 0.2 on both sides; top-p 1;
         - updates per batch: one (`num_iterations=1`), so that every ratio is 1;

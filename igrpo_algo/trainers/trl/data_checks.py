@@ -66,7 +66,7 @@ def _check_content(row: int, content: Any) -> None:
 
 
 def _opened_turn(tokenizer: Any, chat_template_kwargs: Mapping[str, Any]) -> str:
-    """Give what the chat template writes to open the assistant's turn; empty without a template."""
+    """Return the text by which the chat template opens the assistant's turn; empty without one."""
     if tokenizer.chat_template is None:
         return ""
     question = [{"role": "user", "content": "?"}]

@@ -115,7 +115,7 @@ def _positions(
 
 
 def _whole(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """Give the head's weight and bias, gathered where FSDP2 keeps the head as a unit of its own.
+    """Return the head's weight and bias, gathered where FSDP2 keeps the head as a unit of its own.
 
     FSDP2 gathers a unit when its forward is called, which is not; asked to, it does as well, and
     averages the gradient over ranks like any other. `full_tensor()` would not: each rank would

@@ -1,4 +1,4 @@
-"""What is logged about the loss, under TRL's names, from the log-probs that the loss computed."""
+"""Metrics of the loss under TRL's names, from the log-probs that the loss computed."""
 
 from typing import NamedTuple
 

@@ -56,7 +56,7 @@ class StageTrainer(PolicyLossTrainer):
         return total.view(-1, stage.group)
 
     def texts(self, stage: Stage) -> list[str]:
-        """Give what this rank's completions say."""
+        """Return the texts of this rank's completions."""
         return [decode_completion(ids, self._tokenizer) for ids in stage.completion_ids]
 
     def selection_scores(self, inputs: list[dict[str, Any]], stage: Stage) -> Tensor | None:

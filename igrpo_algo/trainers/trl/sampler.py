@@ -97,7 +97,7 @@ def draw_rollouts(
 
 
 def sync_sampler(sampler: Any, model: nn.Module, accelerator: Any, backend: Any) -> None:
-    """Give the sampler the model's weights as they are now.
+    """Give the sampler the model's current weights.
 
     Every rank calls it. Engines are synced one after the other; servers that all ranks share
     (`is_shared`) by the main process alone. A sampler without `sync_weights`, and one that draws

@@ -129,7 +129,7 @@ class StreamedRewards:
         return scores
 
     def of(self, rollout: Rollout) -> list[list[Scored]]:
-        """Give what each completion of each stage of a prompt got."""
+        """Return the scores of each completion of each stage of a prompt."""
         left = {key: list(found) for key, found in self._scored.items()}
         nothing = Scored([float("nan")] * len(self.functions), {})
 

@@ -51,14 +51,14 @@ REFUSED = ("rollout_func", "environment_factory", "tools")
 class IGRPOTrainer(SampledTrainer):
     """Train with iGRPO: draft, keep the best draft, refine it, learn from the refinements.
 
-    Everything that is not named here is TRL's `GRPOTrainer` and means what it means there: reward
-    functions (sync, async, models, None for "cannot be scored", weights), data set columns,
-    trackers, checkpoints, PEFT, vLLM in both modes. Evaluation is single-shot, as in the paper,
-    unless `args.eval_with_draft`. All rows of a prompt share one draft on all ranks, however the
-    group straddles them, so vLLM's server mode, which asks once per group, asks the right thing.
+    Everything else works as in TRL's `GRPOTrainer`: reward functions (sync, async, models, None for
+    "cannot be scored", weights), data set columns, trackers, checkpoints, PEFT, vLLM in both modes.
+    Evaluation is single-shot, as in the paper, unless `args.eval_with_draft`. All rows of a prompt
+    share one draft, even where its group is split over ranks, so vLLM's server mode, which
+    generates once per group, gets the right prompt.
 
     `metrics.stage_metrics` lists what is logged beyond TRL's metrics, as `igrpo/...`; the trainer
-    warns when these say that learning has stopped (`igrpo_algo.early_warning`). The table of
+    warns when these show that learning has stopped (`igrpo_algo.early_warning`). The table of
     completions has a column `draft` (`igrpo/draft` where a reward has a column of that name).
 
     Source: Hatamizadeh et al. 2026, arXiv:2602.09000, algorithm 1.
@@ -74,12 +74,12 @@ class IGRPOTrainer(SampledTrainer):
             options of `args` say.
         advantage: From rewards [P, G] to advantages [P, G]: any function of
             `igrpo_algo.advantages` or your own, in place of `args.scale_rewards`.
-        sampler: What draws both stages in place of TRL's generation: any sampler of
+        sampler: Draws both stages in place of TRL's generation: any sampler of
             `igrpo_algo.engines`, or your own. With one that has `sample_one`, as vLLM's, no prompt
             waits for another's drafts (`stream_two_stage_rollout`); the others draw stage by stage.
-            Weights follow by its `sync_weights` after each update,
-            and its log-probs feed TRL's importance correction (`vllm_importance_sampling_...`).
-            With several ranks each draws the prompts whose first row it holds.
+            Its `sync_weights` gets the weights after each update, and its log-probs feed TRL's
+            importance correction (`vllm_importance_sampling_...`). Each rank draws the prompts
+            whose first row it holds.
         selection_func: A reward function, sync or async, that ranks drafts and is not trained on.
             It is called as the others are; what it logs with `log_extra` has no row in the table.
         surrogate: Loss of a token, in place of what `args.loss_type` says.

@@ -98,7 +98,7 @@ class TwoStageTrainer(StageTrainer):
         choices: DraftChoices,
         pool: Pool,
     ) -> list[Refined]:
-        """Give the Stage-2 prompt of each row on this rank."""
+        """Return the Stage-2 prompt of each row on this rank."""
         table = enumerate(zip(choices.index.tolist(), choices.plain.tolist(), strict=True))
         wanted = {(prompt, index) for prompt, (index, plain) in table if not plain}
         mine = [(key[0], pool.here[key]) for key in wanted & pool.here.keys()]
@@ -116,11 +116,11 @@ class TwoStageTrainer(StageTrainer):
         return self.model.training and self.args.draft_loss_coef > 0
 
     def _rules(self) -> DraftRules:
-        """Give the rules of this batch: dropout is for training."""
+        """Return the rules of this batch: dropout is for training."""
         return self.rules if self.model.training else replace(self.rules, dropout=0.0)
 
     def _seed(self, *path: int) -> int:
-        """Give a seed of this batch: the same on all ranks, and after a resume."""
+        """Return a seed of this batch: the same on all ranks, and after a resume."""
         micro_step = self._step % self.args.gradient_accumulation_steps
         return derive_seed(self.args.seed, self.state.global_step, micro_step, *path)
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -58,6 +60,17 @@ def igrpo(*command: str) -> Result:
 
 def rows(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_the_try_of_getting_started_runs_as_the_page_has_it() -> None:
+    page = (Path(__file__).parents[3] / "docs/use/getting_started.md").read_text()
+    (code, commands) = re.search(r"```python\n(.*?)```\n\n```bash\n(.*?)```", page, re.S).groups()
+    exec(code, {})
+    train, evaluate = (shlex.split(line) for line in commands.replace("\\\n", "").splitlines())
+    for _, *command in (train, evaluate):
+        done = igrpo(*command)
+        assert done.exit_code == 0, done.output
+    assert (train[1], evaluate[1]) == ("train", "eval")
 
 
 @pytest.mark.parametrize("sampler", ["static", "transformers"])

@@ -71,14 +71,15 @@ def by_loop(rules, rewards, scores, lengths, draws):
         scored = [n for n in scored if scores[n] < 1.0]
     order = sorted(scored, key=lambda n: (-sign * scores[n], -ties[rules.ties][n], n))
     failed = rules.failed_below is not None and not any(r >= rules.failed_below for r in rewards)
+    index = order[0] if order else -1
+    known = [r for r in rewards if not math.isnan(r)]
+    solved = rules.failed_below is not None and min(known, default=NAN) >= rules.failed_below
+    if known and failed and rules.when_failed is not Fallback.CHOSEN_DRAFT:
+        return index, True, False, rules.when_failed is Fallback.SKIP, True
+    if solved and rules.when_solved is not Fallback.CHOSEN_DRAFT:
+        return index, False, False, rules.when_solved is Fallback.SKIP, True
     if not order:
         return -1, failed, False, rules.when_unscored is Fallback.SKIP, True
-    known = [r for r in rewards if not math.isnan(r)]
-    solved = rules.failed_below is not None and min(known) >= rules.failed_below
-    if failed and rules.when_failed is not Fallback.CHOSEN_DRAFT:
-        return order[0], True, False, rules.when_failed is Fallback.SKIP, True
-    if solved and rules.when_solved is not Fallback.CHOSEN_DRAFT:
-        return order[0], False, False, rules.when_solved is Fallback.SKIP, True
     dropped = dropout_draw < rules.dropout
     return order[0], failed, dropped, False, dropped
 
@@ -255,3 +256,11 @@ def test_a_draft_only_where_drafts_differ():
     chosen = choose([[0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [1.0, NAN]], rules=rules)
     assert chosen.plain.tolist() == [False, True, True, True]
     assert chosen.index.tolist() == [1, 0, 0, 0]
+
+
+def test_a_solved_prompt_is_skipped_though_no_draft_of_it_is_wrong():
+    rules = DraftRules(select_best_wrong_draft, failed_below=1.0, when_solved=Fallback.SKIP)
+    chosen = choose([[0.0, 1.0], [1.0, 1.0], [NAN, NAN]], rules=rules)
+    assert chosen.index.tolist() == [0, -1, -1]
+    assert chosen.skipped.tolist() == [False, True, False]
+    assert chosen.plain.tolist() == [False, True, True]

@@ -100,7 +100,7 @@ def test_the_ending_says_the_format_and_nothing_is_left_beside_the_file(tmp_path
 
 
 def test_nothing_to_draw_and_no_rollouts_are_refused():
-    with pytest.raises(ValueError, match="must hold a stage that drew something"):
+    with pytest.raises(ValueError, match="must hold a stage with completions"):
         plot_rollout_timeline(Rollouts([]))
     with pytest.raises(TypeError, match="rollouts must be Rollouts, got list"):
         plot_rollout_timeline(BARRIER.rollouts)

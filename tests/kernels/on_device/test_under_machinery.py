@@ -122,6 +122,45 @@ def test_twenty_runs_give_the_same_bits(place: Any, name: str) -> None:
         assert_same_bits(operation.run(operation.inputs(place, 0)), first)
 
 
+def apart(values: Tensor) -> Tensor:
+    """The same numbers, with others between them in memory."""
+    wide = torch.stack([values, torch.full_like(values, 1)], -1).flatten(-2)
+    return wide.detach()[..., ::2].requires_grad_(values.requires_grad)
+
+
+def with_options(inputs: Inputs) -> Inputs:
+    """Add a temperature for each row, and a bias."""
+    more = {}
+    if "targets" in inputs:
+        more["temperature"] = 0.5 + inputs["targets"] / inputs["targets"].amax()
+    if "weight" in inputs:
+        more["bias"] = inputs["weight"].detach().sum(1)
+    return inputs | more
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_numbers_that_lie_apart_in_memory_give_the_same(place: Any, name: str) -> None:
+    operation = OPERATIONS[name]
+    inputs = with_options(operation.inputs(place, 0))
+    strided = {slot: apart(values) for slot, values in inputs.items()}
+    assert not any(values.is_contiguous() for values in strided.values())
+    # a product may add up in another order where an operand lies otherwise
+    for mine, other in zip(operation.run(strided), operation.run(inputs), strict=True):
+        assert (mine.double() - other.double()).norm() <= 4e-3 * other.double().norm()
+
+
+def test_logits_whose_memory_the_gradient_took_are_not_used_again(place: Any) -> None:
+    inputs = logits_inputs(place, 0)
+    given = inputs["targets"], inputs["logits"]
+    loss = token_logprobs(given[1] * 1.0, given[0], inplace_backward=True).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    kept = torch.tanh(given[1])  # keeps its output for its own backward
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        token_logprobs(kept, given[0], inplace_backward=True).sum().backward()
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # inductor's imports
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_torch_compile_gives_the_eager_result(place: Any, name: str) -> None:
