@@ -58,8 +58,8 @@ def use_igrpo(
     Args:
         rules: How a draft is chosen and spliced.
         num_drafts: N.
-        max_prompt_tokens: Most tokens of a spliced prompt: what `max_total_sequence_length` leaves
-            beside an answer. The draft is cut to fit, the question never is.
+        max_prompt_tokens: Maximum tokens of a spliced prompt: what `max_total_sequence_length`
+            leaves beside an answer. The draft is cut to fit, the question never is.
         seed: For random ties, random drafts and dropout.
 
     Raises:

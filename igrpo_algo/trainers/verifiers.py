@@ -38,7 +38,7 @@ class IGRPOEnvConfig(vf.EnvConfig):
         refiner: Draws the refinements.
         num_drafts: N.
         num_refinements: G.
-        max_prompt_tokens: Most tokens of a spliced prompt. The draft is cut to fit, the question
+        max_prompt_tokens: Maximum tokens of a spliced prompt. The draft is cut to fit, the question
             never is; counted for clients of type "train", which name a tokenizer.
         seed: For random ties, random drafts and dropout.
         max_concurrent_agents: All drafts run at once, then all refinements; verifiers' own default
