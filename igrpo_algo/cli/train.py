@@ -145,7 +145,8 @@ def train(
         )
         record = {
             "model": model, "dataset": dataset, "split": split, "eval_dataset": eval_dataset,
-            "reward": reward, "paper": paper, "peft_r": peft_r, "sampler": sampler,
+            "eval_split": eval_dataset and eval_split, "reward": reward, "paper": paper,
+            "peft_r": peft_r, "sampler": sampler,
             **reading, **settings,
         }  # fmt: skip
         peft = _lora(peft_r)

@@ -9,7 +9,7 @@ from typing import Any
 
 from igrpo_kernels.checks import check_count
 
-from ...prompts import Prompt, decode_completion
+from ...prompts import Prompt
 from ...rollouts.completions import Completion, CompletionGroups
 from ...rollouts.sampling import run_blocking
 from ..base import EngineSampler, request_seed, seed_or_fresh, seeds_or_fresh, stop_ids
@@ -267,9 +267,9 @@ class VllmServerSampler(EngineSampler):
         self.prompt_tokens += answer.prompt_tokens
         self.cached_tokens += answer.cached_tokens
         return [
-            Completion(
-                token_ids=drawn.token_ids,
-                text=decode_completion(drawn.token_ids, self.tokenizer),
+            Completion.decoded(
+                drawn.token_ids,
+                self.tokenizer,
                 logprobs=drawn.logprobs,
                 finish_reason=drawn.finish_reason,
             )
