@@ -46,7 +46,9 @@ equal completions ("half the completions" excepted), paired by seed, with 95 % i
 by Student's t and by the paired bootstrap, which is too narrow for five seeds. *Ahead* and
 *behind*: both leave zero out. *Level*: both lie within three points of zero. *Open*: anything else.
 *No draft shown* draws its refinements from the same seeds as GRPO of four and trains on nothing
-else, so the two are the same run; its drafts are thrown away."""
+else, so the two are the same run; its drafts are thrown away. GRPO never trains on a prompt with a
+draft, and may lose by one: so the better use of each is compared too. The best of many forms is
+flattered by chance."""
 
 NOTHING_LEARNED = " GRPO itself gained less than five points here, so this decides nothing."
 

@@ -51,12 +51,27 @@ def section(place: str, arms: ByArm) -> str:
     note = prose.NOTHING_LEARNED if compare.gain(arms) < compare.GAIN_NEEDED else ""
     if not compare.is_compared(arms, "grpo", "grpo"):
         note = prose.TOO_FEW_SEEDS
-    return f"**{place}**: {title}.{note}{thinking(arms)}\n\n{table(rows)}"
+    return f"**{place}**: {title}.{note}{used_best(arms)}{thinking(arms)}\n\n{table(rows)}"
 
 
 def accuracy(arms: ByArm, arm: str, value: Value) -> float:
     """Average a measure over an arm's finished runs."""
     return mean([value(record) for record in finished(arms, arm).values()])
+
+
+def used_best(arms: ByArm) -> str:
+    """Compare the arms as a user would deploy them: GRPO, and the form that does best."""
+    forms = [arm for arm in ARMS if ARMS[arm].num_drafts and baseline_of(arm) == "grpo"]
+    compared = [arm for arm in forms if compare.is_compared(arms, arm, "grpo")]
+    if not compared:
+        return ""
+    best = max(compared, key=lambda arm: accuracy(arms, arm, compare.best_use))
+    gap, _, verdict = beside_grpo(arms, best, compare.best_use)
+    return (
+        f" At its better use, single-shot or draft-then-refine, GRPO has "
+        f"{percent(accuracy(arms, 'grpo', compare.best_use))}; of {len(compared)} forms with one "
+        f"update, *{ARMS[best].label}* does best: {gap} points, {verdict.strip('*')}."
+    )
 
 
 def thinking(arms: ByArm) -> str:
