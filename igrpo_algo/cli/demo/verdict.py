@@ -138,7 +138,7 @@ def write_verdict(summary: Mapping[str, Any]) -> str:
         )
         lines.append(f"    {_late(arm)}")
     basis = "over seeds" if seeds > 1 else "over problems; other seeds may differ"
-    lines.append(f"Less GRPO's, with the 95 % interval {basis}:")
+    lines.append(f"Difference to GRPO, with the 95 % interval {basis}:")
     for name, gaps in summary["difference_to_grpo"].items():
         told = "; ".join(f"{PLACES[metric]} {_points(gap)}" for metric, gap in gaps.items())
         lines.append(f"  {summary['arms'][name]['label']}: {told}")

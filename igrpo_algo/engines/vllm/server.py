@@ -110,7 +110,7 @@ class VllmServerSampler(EngineSampler):
         super().__init__(tokenizer, distribution, max_new_tokens, chat_template_kwargs)
         self.gives_logprobs = logprobs and not distribution.is_greedy
         if self.gives_logprobs:
-            usable_modes(distribution)  # says now what no server could give
+            usable_modes(distribution)  # fails now if no server could give these
         self._ignores_eos = stop_token_ids is not None  # or the server adds its config's own
         self.stop_token_ids = stop_ids(
             tokenizer.eos_token_id if stop_token_ids is None else list(stop_token_ids)
