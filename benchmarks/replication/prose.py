@@ -18,7 +18,8 @@ ADVICE = """## Advice in five lines
 2. Copies above one half, or Stage 2 without variance far more often than Stage 1: don't train on
    refinements of the best draft alone.
 3. Train the drafts too (`draft_loss_coef`): they cost no further sampling, and without them half
-   of the completions get no gradient.
+   of the completions get no gradient, and the plain question may be forgotten: see whether
+   `igrpo/draft_reward` falls. {forgotten}
 4. Keep GRPO at the same number of completions beside it, with at least three seeds, and believe
    no difference without an interval.
 5. Judge by what you deploy: single-shot, or draft-then-refine. They do not rank the forms alike.

@@ -152,6 +152,24 @@ def first_warnings(maps: Maps) -> str:
     )
 
 
+def forgotten(maps: Maps) -> str:
+    """Say where the paper's form, training only with a draft in the prompt, lost Stage 1."""
+    falls = {
+        place: [
+            record["steps"][0]["reward"] - record["steps"][-1]["reward"] >= compare.GAIN_NEEDED
+            for record in finished(arms, "best").values()
+        ]
+        for place, arms in ordered(maps)
+    }
+    total = sum(map(len, falls.values()))
+    fell = sum(map(sum, falls.values()))
+    places = ", ".join(place for place, each in falls.items() if any(each))
+    return (
+        f"It fell by five points or more in {fell} of {total} runs of the paper's form"
+        f"{f' ({places})' if fell else ''}."
+    )
+
+
 def warned_steps(record: Record) -> list[int]:
     """Give the steps at which a run was warned of copies or equal groups, not of its template."""
     return [

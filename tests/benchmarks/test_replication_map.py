@@ -196,7 +196,8 @@ def test_what_changes_with_the_size_is_told_from_the_numbers(tmp_path: Path) -> 
         f"**Single-shot**: {label} behind on all 2. **Draft-then-refine**: {label} ahead on all 2."
     )
     # 5, 4 and 6 points: std 1, over sqrt 3, times t of 2 degrees of freedom.
-    assert f"{label} on chain from 64x2 to 128x3, single-shot +5.0 [+2.5, +7.5];" in changes
+    chain = f"{label} on chain from 64x2 to 128x3, with another warm-up"  # the demo's at 64x2
+    assert f"{chain}, single-shot +5.0 [+2.5, +7.5];" in changes
     assert changes.startswith("From the smallest size to the largest, 2 of these 2 differences")
     page.draw_ladder(ladder.rungs_of(maps), tmp_path / "ladder.png")
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
@@ -263,6 +264,16 @@ def test_costs_of_too_few_seeds_are_not_compared() -> None:
     few = next(row for row in rows if row[0] == "worst draft")
     assert few[-3:] == [tables.FEW] * 3
     assert tables.FEW not in next(row for row in rows if row[0].startswith("best"))
+
+
+def test_it_is_told_where_the_plain_question_is_forgotten() -> None:
+    arms = by_arm(grpo=GRPO, best=GRPO)
+    told = tables.forgotten({"chain-64x2": arms})
+    assert told == "It fell by five points or more in 0 of 3 runs of the paper's form."
+    for seed, last in enumerate((0.24, 0.26, 0.9)):
+        arms["best"][seed]["steps"] += [{**arms["best"][seed]["steps"][0], "reward": last}]
+    told = tables.forgotten({"signs-64x2": by_arm(best=GRPO), "chain-64x2": arms})
+    assert told.endswith("in 1 of 6 runs of the paper's form (chain-64x2).")
 
 
 def test_the_templates_warning_is_told_by_the_uplift() -> None:
