@@ -134,6 +134,8 @@ def train(
     }
     with usage_errors("train"):
         check_sampler_name(sampler)
+        if eval_dataset is None and eval_split != "test":
+            raise ValueError("--eval-split has no effect without --eval-dataset")
         settings = read_config_file(config) if config else {}
         flags["chat_template_kwargs"] = options.parse_kwargs(chat_template_kwargs)
         settings |= {name: value for name, value in flags.items() if value is not None}

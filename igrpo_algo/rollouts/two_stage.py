@@ -52,7 +52,7 @@ def two_stage_rollout(
         sampler: What draws completions. See `igrpo_algo.rollouts.sampling` for its forms.
         reward: TRL's convention: `reward(prompts=..., completions=..., **columns)` returns a float
             or None (not scored) for each completion; a coroutine function may too. It is called
-            once per prompt and stage, and always sees the original prompt.
+            once per stage (streamed: once per prompt and stage), and sees the original prompts.
         num_drafts: N. 0 leaves Stage 1 out: whatever the rules, the group is then GRPO's, unless
             there is another round.
         num_refinements: G, at least 1.
