@@ -220,8 +220,8 @@ def _checkpoint_to_resume(
         return None
     if not resume:
         raise ValueError(
-            f"{output_dir} holds {checkpoint.path.name} of an earlier run: add --resume to continue "
-            "it, or choose another --output-dir"
+            f"{output_dir} holds {checkpoint.path.name} of an earlier run: add --resume to "
+            "continue it, or choose another --output-dir"
         )
     check_settings(output_dir, settings, free=FREE_ON_RESUME)
     return checkpoint
