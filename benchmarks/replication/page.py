@@ -75,6 +75,7 @@ def takeaway(maps: Maps) -> str:
     recorded, maps = maps, compare.telling(maps)
     run_on = {arm: places_of(maps, arm) for arm in ARMS if ARMS[arm].num_drafts}
     good = [arm for arm in run_on if compare.never_behind(run_on[arm], arm, baseline_of(arm))]
+    maps = {place: maps[place] for place in maps if any(place in each for each in run_on.values())}
     everywhere = [arm for arm in run_on if maps and len(run_on[arm]) == len(maps)]
     if not recorded:
         return "**Nothing has been measured yet.**"

@@ -160,7 +160,7 @@ class Decoding:
 
 @functools.cache
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """Give the name under which a model takes its cache: transformers 5.24 changed it."""
+    """Return the name under which a model takes its cache: transformers 5.24 changed it."""
     arguments = inspect.signature(forward).parameters
     return "cache" if "cache" in arguments else "past_key_values"
 
