@@ -130,7 +130,7 @@ def _cast_for_autocast(
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Leave torch.autocast: what it would cast has been cast at the door."""
+    """Leave torch.autocast: what it would cast has been cast already."""
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
