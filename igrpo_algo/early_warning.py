@@ -50,7 +50,7 @@ class EarlyWarning:
         Args:
             metrics: Of `copied`, `refinement_zero_std`, `draft_zero_std`, `draft_reward`, `uplift`,
                 `right_after_right_draft` and `right_after_wrong_draft` those that are known. NaN
-                for `copied` says that no draft was shown, and the uplift then says nothing.
+                for `copied` means that no draft was shown; the uplift is then left out.
 
         Returns:
             The warnings that were not given before.

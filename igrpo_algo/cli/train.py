@@ -41,7 +41,7 @@ IN_SUMMARY = frozenset({
 
 @dataclass(frozen=True)
 class Job:
-    """A training run whose arguments are sound; no model is loaded yet."""
+    """A training run whose arguments are checked; no model is loaded yet."""
 
     model: str
     tokenizer: Any
@@ -110,7 +110,7 @@ def train(
     """Train a model with iGRPO.
 
     Settings come from the paper's preset (with --paper), then --config, then the options here, then
-    --set; the later wins. --resume continues a run that was killed from its last checkpoint, or
+    --set; later ones win. --resume continues a run that was killed from its last checkpoint, or
     starts one if there is none. Without --resume a folder that holds a checkpoint is refused, and
     so is --resume with other settings; only these may change: max_steps, num_train_epochs,
     save_steps, save_total_limit, logging_steps, report_to, run_name and disable_tqdm.
@@ -134,6 +134,8 @@ def train(
     }
     with usage_errors("train"):
         check_sampler_name(sampler)
+        if eval_dataset is None and eval_split != "test":
+            raise ValueError("--eval-split has no effect without --eval-dataset")
         settings = read_config_file(config) if config else {}
         flags["chat_template_kwargs"] = options.parse_kwargs(chat_template_kwargs)
         settings |= {name: value for name, value in flags.items() if value is not None}
@@ -220,8 +222,8 @@ def _checkpoint_to_resume(
         return None
     if not resume:
         raise ValueError(
-            f"{output_dir} holds {checkpoint.path.name} of an earlier run: add --resume to go on, "
-            "or choose another --output-dir"
+            f"{output_dir} holds {checkpoint.path.name} of an earlier run: add --resume to "
+            "continue it, or choose another --output-dir"
         )
     check_settings(output_dir, settings, free=FREE_ON_RESUME)
     return checkpoint

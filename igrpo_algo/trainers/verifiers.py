@@ -1,7 +1,7 @@
 """iGRPO in prime-rl, through verifiers 0.4: an environment with the roles drafter and refiner.
 
-It goes over any taskset, with the taskset's own rewards. An environment is a module that exports
-one, and is named by `env.id`, so a file of two lines has to lie on the path:
+It works with any taskset and the taskset's own rewards. `env.id` names a module that exports the
+environment, so a file of two lines has to be on the path:
 
     from igrpo_algo.trainers.verifiers import IGRPOEnv
     __all__ = ["IGRPOEnv"]

@@ -90,7 +90,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def standing(gap: Mapping[str, float]) -> str:
-    """Say whether an interval of differences lies above zero, below it or, open, on both sides.
+    """Say whether an interval of differences is above zero, below it, or open: on both sides.
 
     Examples:
         >>> standing({"mean": 0.02, "low": -0.01, "high": 0.05})
