@@ -270,7 +270,7 @@ def test_it_is_told_where_the_plain_question_is_forgotten() -> None:
     arms = by_arm(grpo=GRPO, best=GRPO)
     told = tables.forgotten({"chain-64x2": arms})
     assert told == "It fell by five points or more in 0 of 3 runs of the paper's form."
-    for seed, last in enumerate((0.24, 0.26, 0.9)):
+    for seed, last in enumerate((0.24, 0.26, 0.34)):
         arms["best"][seed]["steps"] += [{**arms["best"][seed]["steps"][0], "reward": last}]
     told = tables.forgotten({"signs-64x2": by_arm(best=GRPO), "chain-64x2": arms})
     assert told.endswith("in 1 of 6 runs of the paper's form (chain-64x2).")
