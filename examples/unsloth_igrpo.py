@@ -29,7 +29,7 @@ def train(
 ) -> Any:
     """Train on rows of prompts and answers; give the trainer when it is done."""
     reward = options.pop("reward", ends_with_answer)
-    trainer = make_trainer(rules, num_drafts=4)(
+    trainer = make_trainer(rules=rules, num_drafts=4)(
         model=model,
         processing_class=tokenizer,
         args=GRPOConfig(loss_type="grpo", beta=0.0, num_generations=4, **options),

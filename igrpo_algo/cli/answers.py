@@ -45,7 +45,7 @@ class Protocol:
         batch_size: Prompts per call of the sampler.
         success_reward: Score of the first reward from which an answer is right.
         ks: The k of pass@k.
-        seed: Fixes the samples.
+        seed: The seed of all samples.
     """
 
     samples: int

@@ -4,6 +4,8 @@ Prompts are padded on the left, so that all rows write the same slot of the cach
 """
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,8 +40,8 @@ class Prompts:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(type(model).forward): cache},
             **last_only,
         )
         return cls(cache, mask, out.logits[:, -1])
@@ -140,8 +142,8 @@ class Decoding:
             input_ids=self.token[:, None],
             attention_mask=self.mask,
             position_ids=self.position[:, None],
-            past_key_values=self.cache,
             use_cache=True,
+            **{cache_argument(type(model).forward): self.cache},
         )
         self.position.add_(1)
         return out.logits[:, -1]
@@ -154,6 +156,13 @@ class Decoding:
         names = ("mask", "position", "token", "noise", "ids", "logprobs", "ended")
         kept = {name: getattr(self, name)[rows] for name in names}
         return replace(self, cache=Cache(layers=layers), **kept)
+
+
+@functools.cache
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """Return the name under which a model takes its cache: transformers 5.24 changed it."""
+    arguments = inspect.signature(forward).parameters
+    return "cache" if "cache" in arguments else "past_key_values"
 
 
 def _room(like: Any, rows: int, slots: int) -> StaticLayer:

@@ -20,7 +20,7 @@ from transformers import (
 
 from igrpo_kernels.checks import check_count
 
-from ..prompts import Prompt, decode_completion
+from ..prompts import Prompt
 from ..rollouts.completions import Completion, CompletionGroups
 from ..seeds import derive_seed
 from .base import EngineSampler, seeds_or_fresh, stop_ids
@@ -124,9 +124,9 @@ class ModelSampler(EngineSampler):
         stops = (i + 1 for i, token in enumerate(ids) if token in self.stop_token_ids)
         end = next(stops, None)
         ids = ids[:end]
-        return Completion(
-            token_ids=ids,
-            text=decode_completion(ids, self.tokenizer),
+        return Completion.decoded(
+            ids,
+            self.tokenizer,
             logprobs=None if logprobs is None else logprobs[: len(ids)],
             finish_reason="length" if end is None else "stop",
         )

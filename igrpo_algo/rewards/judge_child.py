@@ -7,7 +7,7 @@ much processor time brings no verdict. It imports nothing of this package, so th
 What math-verify judges unlike a person is handled here: numbers so small or so close that its
 fixed precision calls them equal, false equations ("7 = 8" is not 8), unsolved ones ("2x = 6" is not
 6), inequalities written as intervals or in two ways, what has an order and what has none, the
-imaginary unit, and powers too large to write down, over which an algebra system runs for ever.
+imaginary unit, and powers too large to write down, on which an algebra system runs forever.
 """
 
 import contextlib

@@ -4,14 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from igrpo_kernels.checks import LARGEST_FLOAT32, check_count, check_list, describe
 
-from ..prompts import check_entries, check_ids
+from ..prompts import check_entries, check_ids, decode_completion
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,12 @@ class Completion:
     text: str
     logprobs: list[float] | None = None
     finish_reason: str = "stop"
+
+    @classmethod
+    def decoded(cls, token_ids: Sequence[int], tokenizer: Any, **fields: Any) -> Self:
+        """Make one whose text is what its tokens say; `fields` are the other attributes."""
+        ids = list(token_ids)
+        return cls(ids, decode_completion(ids, tokenizer), **fields)
 
     def __post_init__(self) -> None:
         check_ids("token_ids", self.token_ids)

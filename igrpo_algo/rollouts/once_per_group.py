@@ -8,7 +8,7 @@ siblings wait for the same Stage-2 prompt.
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,18 @@ from .scoring import Scorer
 from .single_flight import SingleFlight
 
 Draw = Callable[[int], Awaitable[Completion]]
-Score = Callable[[Sequence[Completion]], Awaitable[list[float]]]
+Score = Callable[[Sequence[Any]], Awaitable[list[float]]]
+
+
+@dataclass(frozen=True)
+class HostDraft(Completion):
+    """A draft, and what the trainer drew it as, which its own rewards are given.
+
+    Attributes:
+        host: The trainer's value.
+    """
+
+    host: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,13 @@ class StageTwoPrompt:
     def is_conditioned(self) -> bool:
         """Whether a draft stands in the prompt."""
         return self.draft != ""
+
+    def logs(self, prefix: str = "igrpo_") -> dict[str, float]:
+        """What every adapter logs of Stage 1, under the names that its trainer likes."""
+        return {
+            f"{prefix}draft_reward": self.mean_draft_reward,
+            f"{prefix}conditioned": float(self.is_conditioned),
+        }
 
 
 class OncePerGroup:
@@ -264,24 +282,3 @@ def fit_to_tokenizer(
         )
     tokens = {*splice.special_tokens, *marker_tokens(tokenizer)}
     return replace(rules, splice=replace(splice, special_tokens=tokens, budget=budget))
-
-
-def refuse_templated(prompt: Prompt, tokenizer: Any, advice: str) -> None:
-    """Refuse a string to which a chat template was applied.
-
-    Args:
-        prompt: What the trainer calls the prompt.
-        tokenizer: The model's tokenizer.
-        advice: Which option of the trainer does that.
-
-    Raises:
-        ValueError: A control token stands in the string.
-    """
-    if not isinstance(prompt, str):
-        return
-    found = next((token for token in marker_tokens(tokenizer) if token in prompt), None)
-    if found is not None:
-        raise ValueError(
-            f"prompt is a string with {found!r} in it: a chat template was applied, and a draft "
-            f"would stand in the assistant's turn; {advice} and give chat messages"
-        )

@@ -23,7 +23,7 @@ from .completions import Completion
 Reward = Callable[..., Any]
 
 NO_LISTS = (str, bytes, Mapping, Set)
-"""Whose items are no scores in the order of the completions."""
+"""Types whose items are not scores in the order of the completions."""
 
 
 class RewardError(RuntimeError):

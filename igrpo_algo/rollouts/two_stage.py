@@ -136,8 +136,8 @@ def stream_two_stage_rollout(  # noqa: D417  # the docstring names where the oth
             better.
         reward_max: The reward's known maximum, for early selection; None waits for all drafts.
         journal: A file that gets each finished group before it is yielded. Groups that it already
-            holds are yielded first and not drawn again, so a run that died goes on. Its first line
-            has sizes, seed and a hash of the prompts, which must be the same then; functions
+            holds are yielded first and not drawn again, so a run that died can continue. Its first
+            line has sizes, seed and a hash of the prompts, which must be the same then; functions
             cannot be compared.
 
     Returns:

@@ -29,9 +29,9 @@ from igrpo_kernels.surrogates.base import Tokens
 
 from .. import policy_loss
 from ..drafts.rules import DraftRules
-from ..prompts import Prompt, decode_completion
-from ..rollouts.completions import Completion
-from ..rollouts.once_per_group import OncePerGroup, fit_to_tokenizer, refuse_templated
+from ..prompts import Prompt
+from ..rollouts.once_per_group import HostDraft, OncePerGroup, fit_to_tokenizer
+from .refusals import refuse_templated
 from .versions import requires
 
 with requires("areal", "1.0", "1.0"):
@@ -95,26 +95,20 @@ class IGRPOWorkflow(RLVRWorkflow):
             raise ValueError("images and videos can't be combined with drafts")
         refuse_templated(prompt, self.tokenizer, "leave data_extract_prompt_fn as it is")
         question = self.tokenizer.decode(self._encode(prompt))
-        drawn: dict[int, ModelResponse] = {}
 
-        async def draw(number: int) -> Completion:
-            drawn[number] = response = await engine.agenerate(self._request(prompt))
-            ids = list(response.output_tokens)
-            return Completion(ids, decode_completion(ids, self.tokenizer))
+        async def draw(_: int) -> HostDraft:
+            response = await engine.agenerate(self._request(prompt))
+            return HostDraft.decoded(response.output_tokens, self.tokenizer, host=response)
 
-        async def score(drafts: Sequence[Completion]) -> list[float]:
-            responses = (drawn[number] for number in range(len(drafts)))
+        async def score(drafts: Sequence[HostDraft]) -> list[float]:
             rewards = await asyncio.gather(
-                *(self._compute_rewards(response, question, data) for response in responses)
+                *(self._compute_rewards(draft.host, question, data) for draft in drafts)
             )
             return [math.nan if reward is None else float(reward) for reward in rewards]
 
         # AReaL starts the episodes of a group together and hands all of them the same dict.
         stage_two = await self.stage_one.prompt(id(data), prompt, draw, score, columns=data)
-        stats_tracker.get(workflow_context.stat_scope()).scalar(
-            igrpo_draft_reward=stage_two.mean_draft_reward,
-            igrpo_conditioned=float(stage_two.is_conditioned),
-        )
+        stats_tracker.get(workflow_context.stat_scope()).scalar(**stage_two.logs())
         request = self._request(stage_two.prompt)
         response, reward = await self._collect_samples(engine, request, question, data)
         return _as_areal(response, reward)

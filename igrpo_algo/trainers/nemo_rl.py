@@ -29,10 +29,10 @@ from igrpo_kernels.surrogates import Surrogate
 from .. import policy_loss
 from ..drafts.rules import DraftRules
 from ..losses.corrections import token_importance_weights, truncate_weights
-from ..prompts import decode_completion
 from ..rollouts.completions import Completion
 from ..rollouts.once_per_group import check_rules, fit_to_tokenizer
 from ..seeds import derive_seed
+from .refusals import refuse_on
 from .versions import requires
 
 with requires("nemo-rl", "0.6", "0.6", install="clone github.com/NVIDIA-NeMo/RL and `uv sync`"):
@@ -44,22 +44,22 @@ ROLLOUTS = ("run_multi_turn_rollout", "run_async_multi_turn_rollout")
 
 def use_igrpo(
     *,
-    max_prompt_tokens: int,
-    num_drafts: int = 4,
     rules: DraftRules = DraftRules(),  # frozen
+    num_drafts: int = 4,
+    max_prompt_tokens: int,
     seed: int = 0,
 ) -> None:
     """Make `grpo_train` draw both stages from here on, in this process.
 
     NeMo-RL's data processors apply the chat template to a prompt before anyone can see it. A draft
-    goes in front of what the template puts behind the user's message. Environments are given the
+    goes before what the template puts after the user's message. Environments are given the
     messages as the model saw them, the draft included.
 
     Args:
-        max_prompt_tokens: Most tokens of a spliced prompt: what `max_total_sequence_length` leaves
-            beside an answer. The draft is cut to fit, the question never is.
-        num_drafts: N.
         rules: How a draft is chosen and spliced.
+        num_drafts: N.
+        max_prompt_tokens: Maximum tokens of a spliced prompt: what `max_total_sequence_length`
+            leaves beside an answer. The draft is cut to fit, the question never is.
         seed: For random ties, random drafts and dropout.
 
     Raises:
@@ -69,6 +69,7 @@ def use_igrpo(
     """
     check_count("max_prompt_tokens", max_prompt_tokens)
     check_count("num_drafts", num_drafts)
+    check_count("seed", seed, at_least=0)
     check_rules(rules, by_reward_alone=True)
     for name in ROLLOUTS:
         run = getattr(nemo_rl.algorithms.grpo, name)
@@ -93,8 +94,7 @@ def _check_config(config: Any) -> None:
         "env.should_use_nemo_gym": config.env.get("should_use_nemo_gym"),
     }
     for name, is_on in elsewhere.items():
-        if is_on:
-            raise ValueError(f"{name} must be off: its rollouts would have no drafts")
+        refuse_on(name, is_on, "its rollouts would have no drafts")
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,7 @@ class _TwoStages:
             ids = answers[group * self.num_drafts + int(choices.index[group])]
             room = max(1, self.max_prompt_tokens - len(_encode(question.end, tokenizer)))
             rules = fit_to_tokenizer(self.rules, tokenizer, room)
-            draft = Completion(ids, decode_completion(ids, tokenizer))
-            spliced = rules.condition(question.text, draft)
+            spliced = rules.condition(question.text, Completion.decoded(ids, tokenizer))
             shown.append(f"{spliced.prompt}{question.end}" if spliced.draft else "")
         return shown
 
@@ -215,7 +214,8 @@ class IGRPOLossFn:
         kl: The estimator; NeMo-RL's own weighting is the default.
         max_importance_weight: Corrects for the engine that sampled, by weights up to this; None
             leaves the correction out.
-        use_fused_linear_logprobs: Whether the model hands over log-probs, as NeMo-RL is told.
+        use_fused_linear_logprobs: Whether the model returns log-probs, as in NeMo-RL's
+            configuration.
     """
 
     input_type = LossInputType.LOGPROB

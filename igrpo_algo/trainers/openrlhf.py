@@ -14,6 +14,7 @@ nothing has to be replaced; `PolicyLoss` is for other surrogates.
 import math
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,15 +26,11 @@ from igrpo_kernels.surrogates import Surrogate
 
 from .. import policy_loss
 from ..drafts.rules import DraftRules
-from ..prompts import Prompt, decode_completion, encode_prompt
+from ..prompts import Prompt, encode_prompt
 from ..rollouts.completions import Completion
-from ..rollouts.once_per_group import (
-    OncePerGroup,
-    StageTwoPrompt,
-    fit_to_tokenizer,
-    refuse_templated,
-)
+from ..rollouts.once_per_group import OncePerGroup, StageTwoPrompt, fit_to_tokenizer
 from ..rollouts.scoring import Reward, Scorer
+from .refusals import refuse_long, refuse_templated
 from .versions import requires
 
 with requires("openrlhf", "0.11", "0.11"):
@@ -117,24 +114,18 @@ def make_agent_executor(
     return AgentExecutor
 
 
+@dataclass(frozen=True)
 class _Engine:
     """OpenRLHF's engine as what draws a completion."""
 
-    def __init__(
-        self, engine: Any, tokenizer: Any, sampling_params: Any, room: int, max_length: int
-    ) -> None:
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self.sampling_params = sampling_params
-        self.room = room
-        self.max_length = max_length
+    engine: Any
+    tokenizer: Any
+    sampling_params: Any
+    room: int
+    max_length: int
 
     async def draw(self, ids: list[int]) -> Completion:
-        if len(ids) > self.room:
-            raise ValueError(
-                f"prompt has {len(ids)} tokens, and max_length less max_tokens leaves room for "
-                f"{self.room}: raise --data.max_len, since a question is never cut"
-            )
+        refuse_long(len(ids), self.room, "raise --data.max_len")
         params = deepcopy(self.sampling_params)
         if params.max_tokens is None:
             params.max_tokens = self.max_length - len(ids)
@@ -144,8 +135,9 @@ class _Engine:
         if params.logprobs is not None and drawn.logprobs is not None:
             pairs = zip(tokens, drawn.logprobs, strict=True)
             logprobs = [known[token].logprob for token, known in pairs]
-        text = decode_completion(tokens, self.tokenizer)
-        return Completion(tokens, text, logprobs, drawn.finish_reason)
+        return Completion.decoded(
+            tokens, self.tokenizer, logprobs=logprobs, finish_reason=drawn.finish_reason
+        )
 
 
 def _as_openrlhf(
@@ -169,10 +161,7 @@ def _as_openrlhf(
         "truncated": refinement.finish_reason == "length",
         "reward": score,
         "scores": score,
-        "extra_logs": {
-            "igrpo_draft_reward": stage_two.mean_draft_reward,
-            "igrpo_conditioned": float(stage_two.is_conditioned),
-        },
+        "extra_logs": stage_two.logs(),
     }
 
 

@@ -11,7 +11,7 @@ their own: no group waits for the drafts of another. Evaluation is single-shot.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import groupby
 from typing import Any
@@ -25,10 +25,9 @@ from igrpo_kernels.surrogates import Surrogate
 
 from .. import policy_loss
 from ..drafts.rules import DraftRules
-from ..prompts import decode_completion
-from ..rollouts.completions import Completion
-from ..rollouts.once_per_group import check_rules, fit_to_tokenizer, stage_one
+from ..rollouts.once_per_group import HostDraft, check_rules, fit_to_tokenizer, stage_one
 from ..seeds import derive_seed
+from .refusals import refuse_on
 from .versions import requires
 
 with requires("skyrl", "0.4", "0.4", install="pip install 'skyrl[fsdp]==0.4.*' (Python 3.12)"):
@@ -78,8 +77,8 @@ class IGRPOGenerator(GeneratorInterface):
                 "generator.max_turns must be 1, without step_wise_trajectories: a draft is one "
                 f"answer, not a conversation, got max_turns={config.max_turns}"
             )
-        if config.vision_language_generator:
-            raise ValueError("generator.vision_language_generator can't be combined with drafts")
+        images = config.vision_language_generator
+        refuse_on("generator.vision_language_generator", images, "a draft is text, without images")
         self.generator = generator
         self.rules = fit_to_tokenizer(
             check_rules(rules),
@@ -111,18 +110,17 @@ class IGRPOGenerator(GeneratorInterface):
         return outputs[0] if len(outputs) == 1 else concatenate_generator_outputs(outputs)
 
     async def _group(self, step: int, name: str, group: GeneratorInput) -> GeneratorOutput:
-        drawn: dict[int, GeneratorOutput] = {}
         extras = deepcopy((group["env_extras"] or [{}])[0])
 
-        async def draw(number: int) -> Completion:
+        async def draw(number: int) -> HostDraft:
             row = _rows(deepcopy(group), [0])
             row["trajectory_ids"] = [TrajectoryID(f"{name}-draft", number)]
-            drawn[number] = await self.generator.generate(row, disable_tqdm=True)
-            (ids,) = drawn[number]["response_ids"]
-            return Completion(ids, decode_completion(ids, self.generator.tokenizer))
+            drawn = await self.generator.generate(row, disable_tqdm=True)
+            (ids,) = drawn["response_ids"]
+            return HostDraft.decoded(ids, self.generator.tokenizer, host=drawn)
 
-        async def score(drafts: Any) -> list[float]:
-            rewards = [drawn[number]["rewards"][0] for number in range(len(drafts))]
+        async def score(drafts: Sequence[HostDraft]) -> list[float]:
+            rewards = [draft.host["rewards"][0] for draft in drafts]
             return [float(sum(each) if isinstance(each, list) else each) for each in rewards]
 
         stage_two = await stage_one(
@@ -138,8 +136,7 @@ class IGRPOGenerator(GeneratorInterface):
         output = await self.generator.generate({**group, "prompts": prompts}, disable_tqdm=True)
         output["rollout_metrics"] = {  # SkyRL averages over groups what is called a mean
             **(output["rollout_metrics"] or {}),
-            "igrpo/mean_draft_reward": stage_two.mean_draft_reward,
-            "igrpo/mean_conditioned": float(stage_two.is_conditioned),
+            **stage_two.logs("igrpo/mean_"),
         }
         return output
 

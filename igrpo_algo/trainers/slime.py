@@ -32,9 +32,9 @@ from igrpo_kernels.surrogates import Surrogate
 from .. import policy_loss
 from ..drafts.rules import DraftRules
 from ..losses.corrections import token_importance_weights, truncate_weights
-from ..prompts import decode_completion, encode_prompt
-from ..rollouts.completions import Completion
-from ..rollouts.once_per_group import OncePerGroup, fit_to_tokenizer, refuse_templated
+from ..prompts import encode_prompt
+from ..rollouts.once_per_group import HostDraft, OncePerGroup, fit_to_tokenizer
+from .refusals import refuse_long, refuse_on, refuse_templated
 from .versions import requires
 
 with requires("slime", "0.3", "0.3", install="clone github.com/THUDM/slime, pip install -e ."):
@@ -86,24 +86,23 @@ def make_generate(
     ) -> Sample:
         """Draw one refinement, or in evaluation one plain completion."""
         host = _Host(args, sample)
-        if evaluation or "igrpo" in sample.metadata:  # one that was stopped half-way goes on
+        if evaluation or "igrpo" in sample.metadata:  # a sample that was stopped half-way continues
             sample.tokens = sample.tokens or host.encode(sample.prompt)
             return await host.draw(sample, sampling_params)
         host.check()
-        drawn: dict[int, Sample] = {}
 
-        async def draw(number: int) -> Completion:
+        async def draw(number: int) -> HostDraft:
             draft = deepcopy(sample)
             draft.tokens = host.encode(sample.prompt)
             params = dict(sampling_params)
             if "sampling_seed" in params:  # the samples of a group have seeds of their own
                 params["sampling_seed"] = args.rollout_seed + number
-            drawn[number] = draft = await host.draw(draft, params)
+            draft = await host.draw(draft, params)
             ids = draft.tokens[len(draft.tokens) - draft.response_length :]
-            return Completion(ids, decode_completion(ids, host.tokenizer))
+            return HostDraft.decoded(ids, host.tokenizer, host=draft)
 
-        async def score(drafts: Sequence[Completion]) -> list[float]:
-            return await _score(args, [drawn[number] for number in range(len(drafts))])
+        async def score(drafts: Sequence[HostDraft]) -> list[float]:
+            return await _score(args, [draft.host for draft in drafts])
 
         try:
             stage_two = await stage_one.prompt(
@@ -162,11 +161,7 @@ class _Host:
         advice = "leave --apply-chat-template off"
         refuse_templated(sample.prompt, self.tokenizer, advice)
         length = len(self.encode(sample.prompt))
-        if self.room is not None and length > self.room:
-            raise ValueError(
-                f"prompt has {length} tokens, and there is room for {self.room}: raise "
-                "--rollout-max-prompt-len, since a question is never cut"
-            )
+        refuse_long(length, self.room, "raise --rollout-max-prompt-len")
 
 
 async def _score(args: Any, drafts: list[Sample]) -> list[float]:
@@ -285,8 +280,7 @@ def _weights(reduce: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 
 def _check_loss_options(args: Any) -> None:
     for name in ("use_opsm", "get_mismatch_metrics", "custom_tis_function_path"):
-        if getattr(args, name):
-            raise ValueError(f"{name} must be off: it is part of slime's own loss")
+        refuse_on(name, getattr(args, name), "it is part of slime's own loss")
     if args.use_kl_loss and args.kl_loss_type not in ("k1", "k2", "k3"):
         raise ValueError(
             f"kl_loss_type must be k1, k2 or k3, got {args.kl_loss_type!r}; low_var_kl is k3, "

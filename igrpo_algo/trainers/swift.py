@@ -11,17 +11,16 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 
 from igrpo_kernels.checks import check_count
 
 from ..advantages.of_groups import sum_rewards
-from ..drafts.rules import DraftChoices, DraftRules
-from ..prompts import decode_completion
+from ..drafts.rules import DraftRules
 from ..rollouts.completions import Completion
 from ..rollouts.once_per_group import check_rules, fit_to_tokenizer
 from .draft_layout import DraftLayout
-from .gathered import choose_drafts, log_stages
+from .gathered import log_stages, share_drafts
+from .refusals import refuse_on
 from .rendering import AsTokenizer
 from .versions import requires
 
@@ -31,8 +30,8 @@ with requires("ms-swift", "4.6", "4.6"):
 
 
 def use_igrpo(
-    rules: DraftRules = DraftRules(),  # frozen
     *,
+    rules: DraftRules = DraftRules(),  # frozen
     num_drafts: int = 4,
 ) -> type[GRPOTrainer]:
     """Make ms-swift train with iGRPO from here on, in this process.
@@ -77,15 +76,15 @@ class _IGRPOTrainer(GRPOTrainer):
         layout = DraftLayout(len(samples), rank, self.num_drafts, self.num_generations)
         drawn = super()._generate_completions([deepcopy(samples[row]) for row in layout.draft_rows])
         rewards = self._draft_rewards(drawn)
-        choices = choose_drafts(
-            self.rules,
-            rewards,
-            [len(sample.response_token_ids or []) for sample in drawn],
-            self.args.seed,
-            self.state.global_step,
-            self._step,
-        )
-        self._splice(samples, drawn, choices, layout)
+        drafts = [_as_completion(sample, self.tokenizer) for sample in drawn]
+        step = (self.state.global_step, self._step)
+        chosen = share_drafts(self.rules, rewards, drafts, layout, self.args.seed, *step)
+        tokenizer = AsTokenizer(self.tokenizer, self._render)
+        rules = fit_to_tokenizer(self.rules, tokenizer, self.template.max_length)
+        for sample, prompt in zip(samples, layout.row_prompts, strict=True):
+            if prompt in chosen:
+                question = [m for m in sample.messages if m["role"] != "assistant" or m["content"]]
+                sample.messages = rules.condition(question, chosen[prompt]).prompt
         self._draft_rewards_of_step = rewards
         return super()._generate_completions(samples)
 
@@ -93,22 +92,6 @@ class _IGRPOTrainer(GRPOTrainer):
         """Score the drafts of all ranks. Shape [P, N]."""
         per_function = self._compute_rewards_per_func(drawn)
         return sum_rewards(per_function, self.reward_weights).view(-1, self.num_drafts)
-
-    def _splice(
-        self, samples: list[Any], drawn: list[Any], choices: DraftChoices, layout: DraftLayout
-    ) -> None:
-        """Bring each chosen draft to the ranks that hold its prompt, and into the prompt."""
-        mine = [
-            (prompt, _as_draft(drawn[place], self.tokenizer))
-            for prompt, place in layout.chosen_here(choices).items()
-        ]
-        chosen = dict(gather_object(mine))
-        tokenizer = AsTokenizer(self.tokenizer, self._render)
-        rules = fit_to_tokenizer(self.rules, tokenizer, self.template.max_length)
-        for sample, prompt in zip(samples, layout.row_prompts, strict=True):
-            if prompt in chosen:
-                question = [m for m in sample.messages if m["role"] != "assistant" or m["content"]]
-                sample.messages = rules.condition(question, Completion(*chosen[prompt])).prompt
 
     def _render(self, messages: list[dict[str, Any]]) -> list[int]:
         with self.template.generate_context():
@@ -126,20 +109,18 @@ class _IGRPOTrainer(GRPOTrainer):
 def _check_options(trainer: GRPOTrainer) -> None:
     """Refuse what leaves no place for a draft, before anything is sampled."""
     takes_turns = trainer.args.multi_turn_scheduler or trainer.enable_server_multi_turn
-    contradicting = {
-        "multi_turn_scheduler": (takes_turns, "a draft is one answer, not a conversation"),
-        "use_gym_env": (trainer.use_gym_env, "a draft is one answer, not a game"),
-        "async_generate": (
-            trainer.args.async_generate,
-            "the refinements of a batch can't be sampled before its drafts are scored",
-        ),
-    }
-    for name, (is_on, reason) in contradicting.items():
-        if is_on:
-            raise ValueError(f"{name} can't be combined with drafts: {reason}")
+    refuse_on("multi_turn_scheduler", takes_turns, "a draft is one answer, not a conversation")
+    refuse_on("use_gym_env", trainer.use_gym_env, "a draft is one answer, not a game")
+    refuse_on(
+        "async_generate",
+        trainer.args.async_generate,
+        "the refinements of a batch can't be sampled before its drafts are scored",
+    )
 
 
-def _as_draft(sample: Any, tokenizer: Any) -> tuple[list[int], str]:
+def _as_completion(sample: Any, tokenizer: Any) -> Completion:
     ids = list(sample.response_token_ids or [])
     content = sample.messages[-1]["content"]
-    return ids, content if isinstance(content, str) else decode_completion(ids, tokenizer)
+    if isinstance(content, str):
+        return Completion(ids, content)
+    return Completion.decoded(ids, tokenizer)

@@ -22,7 +22,6 @@ from igrpo_kernels.surrogates import Surrogate
 
 from .. import policy_loss
 from ..drafts.rules import DraftRules
-from ..prompts import decode_completion
 from ..rollouts.completions import Completion
 from ..rollouts.once_per_group import check_rules, fit_to_tokenizer, stage_one
 from ..seeds import derive_seed
@@ -48,7 +47,7 @@ class IGRPO(RolloutStrategy):
         num_drafts: N.
         rules: How a draft is chosen and spliced. A `TextSplice` gets the control tokens of the
             renderer's tokenizer.
-        max_prompt_tokens: Most tokens of a spliced prompt; the draft is cut to fit, the question
+        max_prompt_tokens: Maximum tokens of a spliced prompt; the draft is cut to fit, the question
             never is. Set it below the context of the model, by the length of an answer.
         each: How the rollouts of a stage are run: `RetryOnFailure()`, say.
         seed: For random ties, random drafts and dropout.
@@ -90,7 +89,7 @@ class IGRPO(RolloutStrategy):
 
         async def draw(number: int) -> Completion:
             action = drafts.trajectories[number].transitions[-1].ac
-            return Completion(action.tokens, decode_completion(action.tokens, renderer.tokenizer))
+            return Completion.decoded(action.tokens, renderer.tokenizer)
 
         async def score(_: Sequence[Completion]) -> list[float]:
             return rewards
@@ -106,12 +105,7 @@ class IGRPO(RolloutStrategy):
         stage_two_group = _Group(env_group_builder, None, question, stage_two.prompt)
         refined = await self.each.execute(stage_two_group, policy)
         for trajectory in refined.trajectories:
-            trajectory.transitions[-1].metrics.update(
-                {
-                    "igrpo/draft_reward": stage_two.mean_draft_reward,
-                    "igrpo/conditioned": float(stage_two.is_conditioned),
-                }
-            )
+            trajectory.transitions[-1].metrics.update(stage_two.logs("igrpo/"))
         return RolloutResult(refined.trajectories, refined.envs, [*drafts.errors, *refined.errors])
 
     def _fit_rules(self, renderer: Any) -> DraftRules:

@@ -17,17 +17,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 
 from igrpo_kernels.checks import check_count
 
 from ..advantages.of_groups import sum_rewards
 from ..drafts.rules import DraftRules
-from ..prompts import decode_completion
 from ..rollouts.completions import Completion
-from ..rollouts.once_per_group import check_rules, fit_to_tokenizer, refuse_templated
+from ..rollouts.once_per_group import check_rules, fit_to_tokenizer
 from .draft_layout import DraftLayout
-from .gathered import choose_drafts, log_stages
+from .gathered import log_stages, share_drafts
+from .refusals import refuse_on, refuse_templated
 from .versions import requires
 
 with requires("unsloth", "2026.10", "2026.10"):
@@ -36,8 +35,8 @@ with requires("unsloth", "2026.10", "2026.10"):
 
 
 def make_trainer(
-    rules: DraftRules = DraftRules(),  # frozen
     *,
+    rules: DraftRules = DraftRules(),  # frozen
     num_drafts: int = 4,
     max_prompt_tokens: int | None = None,
 ) -> type[Any]:
@@ -49,7 +48,7 @@ def make_trainer(
     Args:
         rules: How a draft is chosen and spliced.
         num_drafts: N. `num_drafts` times the rows on a rank must be divisible by G.
-        max_prompt_tokens: Most tokens of a spliced prompt; a draft is cut to it. None sets no
+        max_prompt_tokens: Maximum tokens of a spliced prompt; a draft is cut to it. None sets no
             limit, and `max_seq_length` of the model must leave room.
 
     Returns:
@@ -84,8 +83,7 @@ class _TwoStages(_Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         for name in ("tools", "environment_factory", "rollout_func"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} can't be combined with drafts")
+            refuse_on(name, kwargs.get(name), "a draft is one answer that TRL draws")
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self: Any, inputs: list[dict[str, Any]]) -> Any:
@@ -122,14 +120,9 @@ class _TwoStages(_Trainer):
             per_function = self._calculate_rewards(mine, prompts, texts, ids)
         weights = self.reward_weights.to(per_function.device)
         rewards = sum_rewards(per_function, weights).view(-1, self.num_drafts)
-        lengths = [len(each) for each in ids]
+        drafts = [Completion.decoded(each, self._tokens) for each in ids]
         step = (self.state.global_step, self._step)
-        choices = choose_drafts(self.rules, rewards, lengths, self.args.seed, *step)
-        here = [
-            (prompt, list(ids[place]), decode_completion(ids[place], self._tokens))
-            for prompt, place in layout.chosen_here(choices).items()
-        ]
-        chosen = {prompt: Completion(drawn, text) for prompt, drawn, text in gather_object(here)}
+        chosen = share_drafts(self.rules, rewards, drafts, layout, self.args.seed, *step)
         rules = fit_to_tokenizer(self.rules, self._tokens, self.max_prompt_tokens)
         self._draft_rewards = rewards
         return [

@@ -1,7 +1,7 @@
 """iGRPO in prime-rl, through verifiers 0.4: an environment with the roles drafter and refiner.
 
-It goes over any taskset, with the taskset's own rewards. An environment is a module that exports
-one, and is named by `env.id`, so a file of two lines has to lie on the path:
+It works with any taskset and the taskset's own rewards. `env.id` names a module that exports the
+environment, so a file of two lines has to be on the path:
 
     from igrpo_algo.trainers.verifiers import IGRPOEnv
     __all__ = ["IGRPOEnv"]
@@ -21,8 +21,7 @@ from pydantic import Field, TypeAdapter
 
 from ..drafts.rules import DraftRules
 from ..prompts import Prompt
-from ..rollouts.completions import Completion
-from ..rollouts.once_per_group import check_rules, fit_to_tokenizer, stage_one
+from ..rollouts.once_per_group import HostDraft, check_rules, fit_to_tokenizer, stage_one
 from ..seeds import derive_seed
 from .versions import requires
 
@@ -39,7 +38,7 @@ class IGRPOEnvConfig(vf.EnvConfig):
         refiner: Draws the refinements.
         num_drafts: N.
         num_refinements: G.
-        max_prompt_tokens: Most tokens of a spliced prompt. The draft is cut to fit, the question
+        max_prompt_tokens: Maximum tokens of a spliced prompt. The draft is cut to fit, the question
             never is; counted for clients of type "train", which name a tokenizer.
         seed: For random ties, random drafts and dropout.
         max_concurrent_agents: All drafts run at once, then all refinements; verifiers' own default
@@ -84,18 +83,16 @@ class IGRPOEnv(vf.Env[IGRPOEnvConfig]):
             RuntimeError: A draft failed.
         """
         prompt = _as_chat(task.data)
-        drafts: dict[int, vf.Trace] = {}
 
-        async def draw(number: int) -> Completion:
-            drafts[number] = await agents.drafter.run(task)
-            return _as_completion(drafts[number])
+        async def draw(_: int) -> HostDraft:
+            return _as_draft(await agents.drafter.run(task))
 
-        async def score(drawn: Sequence[Completion]) -> list[float]:
-            failed = next((trace for trace in drafts.values() if not trace.ok), None)
-            if failed is not None:
-                error = failed.last_error
-                raise RuntimeError(f"a draft failed: {error and error.message}")
-            return [drafts[number].reward for number in range(len(drawn))]
+        async def score(drafts: Sequence[HostDraft]) -> list[float]:
+            for trace in (draft.host for draft in drafts):
+                if not trace.ok:
+                    error = trace.last_error
+                    raise RuntimeError(f"a draft failed: {error and error.message}")
+            return [draft.host.reward for draft in drafts]
 
         stage_two = await stage_one(
             prompt,
@@ -166,13 +163,13 @@ def _with_prompt(task: vf.Task, prompt: Prompt) -> vf.Task:
     return refined
 
 
-def _as_completion(trace: vf.Trace) -> Completion:
+def _as_draft(trace: vf.Trace) -> HostDraft:
     """Return the last reply of a run: its tokens where the client knows them, and its text."""
     replies = [node for node in trace.nodes if node.sampled]
     if not replies:
-        return Completion([], "")
+        return HostDraft([], "", host=trace)
     last = replies[-1]
     ids = [token for token, sampled in zip(last.token_ids, last.mask, strict=True) if sampled]
     thinking = last.message.reasoning_content
     thought = f"<think>{thinking}</think>" if thinking else ""
-    return Completion(ids, thought + trace.last_reply)
+    return HostDraft(ids, thought + trace.last_reply, host=trace)

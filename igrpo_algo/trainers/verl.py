@@ -7,7 +7,7 @@ verl loads this file through the entry point `verl.plugins`, in the driver and i
         actor_rollout_ref.actor.policy_loss.loss_mode=igrpo \
         actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
 
-Settings, all optional, stand under `igrpo`: `num_drafts`, `rules` (the dotted name of a
+Settings, all optional, go under `igrpo`: `num_drafts`, `rules` (the dotted name of a
 `DraftRules`) and `seed`. G is `rollout.n`. Drafts are scored by verl's own reward manager. verl
 cuts prompts longer than `rollout.prompt_length` from the left, the question first, so a draft is
 cut to fit into it. Validation is single-shot: there a choice of drafts would read the labels.
@@ -31,9 +31,8 @@ from igrpo_kernels.aggregates import Aggregate
 
 from .. import policy_loss
 from ..drafts.rules import DraftRules
-from ..prompts import decode_completion
-from ..rollouts.completions import Completion
-from ..rollouts.once_per_group import OncePerGroup, StageTwoPrompt, fit_to_tokenizer
+from ..rollouts.once_per_group import HostDraft, OncePerGroup, StageTwoPrompt, fit_to_tokenizer
+from .refusals import refuse_long, refuse_on
 from .versions import requires
 
 with requires("verl", "0.9", "0.9"):
@@ -140,15 +139,16 @@ class IGRPOAgentLoop(SingleTurnAgentLoop):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if getattr(self.rollout_config, "full_determinism", False):
-            raise ValueError(
-                "rollout.full_determinism must be off: verl numbers its requests by sample, and "
-                "drafts belong to a whole group"
-            )
-        if self.rollout_config.multi_turn.enable:
-            raise ValueError(
-                "rollout.multi_turn.enable must be off: a draft is one answer, not a conversation"
-            )
+        refuse_on(
+            "rollout.full_determinism",
+            getattr(self.rollout_config, "full_determinism", False),
+            "verl numbers its requests by sample, and drafts belong to a whole group",
+        )
+        refuse_on(
+            "rollout.multi_turn.enable",
+            self.rollout_config.multi_turn.enable,
+            "a draft is one answer, not a conversation",
+        )
         self._worker = _Worker.of(self.config, self.tokenizer)
 
     async def run(
@@ -164,7 +164,9 @@ class IGRPOAgentLoop(SingleTurnAgentLoop):
             return await super().run(sampling_params, priority, **fields)
         if await self.process_multi_modal_info(messages):
             raise ValueError("images, videos and audios can't be combined with drafts")
-        self._check_room(messages)
+        length = len(self.continuous_token_builder.build_initial_tokens(messages))
+        advice = "raise rollout.prompt_length, or set data.filter_overlong_prompts"
+        refuse_long(length, self.prompt_length, advice)
         draw_plain = functools.partial(super().run, sampling_params, priority, raw_prompt=messages)
         stage_one = functools.partial(self._stage_one, messages, draw_plain, fields)
         uid = fields["uid"]
@@ -186,16 +188,13 @@ class IGRPOAgentLoop(SingleTurnAgentLoop):
         fields: dict[str, Any],
         uid: str,
     ) -> StageTwoPrompt:
-        drawn: dict[int, AgentLoopOutput] = {}
+        async def draw(_: int) -> HostDraft:
+            drawn = await draw_plain()
+            return HostDraft.decoded(drawn.response_ids, self.tokenizer, host=drawn)
 
-        async def draw(number: int) -> Completion:
-            drawn[number] = await draw_plain()
-            ids = drawn[number].response_ids
-            return Completion(ids, decode_completion(ids, self.tokenizer))
-
-        async def score(drafts: Sequence[Completion]) -> list[float]:
-            outputs = (drawn[number] for number in range(len(drafts)))
-            return await asyncio.gather(*(self._worker.score(each, fields) for each in outputs))
+        async def score(drafts: Sequence[HostDraft]) -> list[float]:
+            rewards = (self._worker.score(draft.host, fields) for draft in drafts)
+            return await asyncio.gather(*rewards)
 
         rules = fit_to_tokenizer(
             self._worker.stage_one.rules,
@@ -206,15 +205,6 @@ class IGRPOAgentLoop(SingleTurnAgentLoop):
         return await self._worker.stage_one.prompt(
             uid, messages, draw, score, columns=fields, rules=rules
         )
-
-    def _check_room(self, messages: list[dict[str, Any]]) -> None:
-        length = len(self.continuous_token_builder.build_initial_tokens(messages))
-        if length > self.prompt_length:
-            raise ValueError(
-                f"prompt has {length} tokens, and rollout.prompt_length leaves room for "
-                f"{self.prompt_length}: raise it, or set data.filter_overlong_prompts, since a "
-                "question is never cut"
-            )
 
 
 @dataclass(frozen=True)

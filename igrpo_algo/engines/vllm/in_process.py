@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...prompts import Prompt, decode_completion
+from ...prompts import Prompt
 from ...rollouts.completions import Completion, CompletionGroups
 from ..base import EngineSampler, request_seed, seed_or_fresh, seeds_or_fresh, stop_ids
 from ..distribution import Distribution
@@ -261,8 +261,8 @@ class VllmSampler(EngineSampler):
             logprobs = [float(step[token].logprob) for step, token in steps]
         if drawn.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM gave up a completion: finish reason {drawn.finish_reason!r}")
-        return Completion(
-            ids, decode_completion(ids, self.tokenizer), logprobs, drawn.finish_reason
+        return Completion.decoded(
+            ids, self.tokenizer, logprobs=logprobs, finish_reason=drawn.finish_reason
         )
 
 

@@ -3,8 +3,8 @@
 Stage 1 is TRL's own generation and scoring, called on the drafts with its book-keeping set aside;
 Stage 2 is TRL's own batch with the prompts exchanged right before generation, so that old and
 reference log-probs are taken under the spliced prompt and reward functions see the original one.
-Which draft is chosen and what becomes of it is `DraftRules`; what a reward is worth is a function
-of `igrpo_algo.advantages`.
+`DraftRules` decides which draft is chosen and what becomes of it; the advantages come from a
+function of `igrpo_algo.advantages`.
 """
 
 import logging

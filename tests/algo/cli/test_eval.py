@@ -182,6 +182,7 @@ def test_the_chat_template_gets_the_keywords(
         (["--reward", "no:thing"], "could not be imported"),
         (["--dataset", "no.jsonl"], "no.jsonl does not exist"),
         (["--model", "./no"], "model ./no is not a folder with a config.json"),
+        (["--model", "someone/none"], "tokenizer of model 'someone/none' could not be loaded"),
         (["--temperature", "-1"], "temperature must be >= 0, got -1.0"),
         (["--temperature", "0", "--top-p", "0.9"], "top_p has no effect at temperature 0, got 0.9"),
         (["--reward", "math,math"], "--reward names 'math' twice"),

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from igrpo_algo.engines import static
-from igrpo_algo.engines.decoding import draw, noise_of
+from igrpo_algo.engines.decoding import cache_argument, draw, noise_of
 from igrpo_algo.engines.static import StaticSampler
 
 TINY = {
@@ -308,3 +308,19 @@ def test_a_graph_in_bf16(model, tokenizer):
     first = [[row.token_ids[0] for row in group] for group in drawn]
     assert first == [[row.token_ids[0] for row in group] for group in expected]
     assert captured._captured is not None
+
+
+def test_a_cache_is_given_under_the_name_that_the_model_has_for_it() -> None:
+    """`cache` since transformers 5.24; a wrapper that takes anything hands the old name on."""
+
+    class New:
+        def forward(self, cache): ...
+
+    class Old:
+        def forward(self, past_key_values): ...
+
+    class Wrapped:
+        def forward(self, *args, **kwargs): ...
+
+    names = [cache_argument(kind.forward) for kind in (New, Old, Wrapped)]
+    assert names == ["cache", "past_key_values", "past_key_values"]

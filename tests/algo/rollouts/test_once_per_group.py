@@ -12,6 +12,7 @@ from igrpo_algo import Completion, DraftRules, DraftTemplate, TextSplice
 from igrpo_algo.drafts.rules import Fallback, Ties
 from igrpo_algo.drafts.splice import TokenBudget
 from igrpo_algo.rollouts.once_per_group import (
+    HostDraft,
     OncePerGroup,
     StageTwoPrompt,
     fit_to_tokenizer,
@@ -219,8 +220,27 @@ class Characters:
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": list(map(ord, text))}
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return "".join(map(chr, ids))
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return list(map(chr, ids))
+
+
+def test_a_draft_carries_what_the_trainer_drew_it_as_to_its_score():
+    async def draw(number: int) -> HostDraft:
+        return HostDraft.decoded(f"{number}!".encode(), Characters(), host={"reward": -number})
+
+    async def score(drafts: Sequence[HostDraft]) -> list[float]:
+        return [draft.host["reward"] for draft in drafts]
+
+    stage_two = asyncio.run(
+        stage_one("q", draw, score, rules=DraftRules(splice=SPLICE), num_drafts=3, seed=0)
+    )
+    assert stage_two.prompt == "q[0!]"
+    assert stage_two.draft_rewards == (0.0, -1.0, -2.0)
+    assert stage_two.logs() == {"igrpo_draft_reward": -1.0, "igrpo_conditioned": 1.0}
+    assert stage_two.logs("igrpo/").keys() == {"igrpo/draft_reward", "igrpo/conditioned"}
 
 
 def test_a_text_splice_gets_the_room_and_the_control_tokens():

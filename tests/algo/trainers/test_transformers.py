@@ -9,6 +9,7 @@ from tiny_qwen import third_party
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    DynamicCache,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -32,6 +33,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from igrpo_algo.engines.decoding import cache_argument
 from igrpo_algo.shared_prompt.packing import pack_shared_prompt
 from igrpo_algo.trainers.transformers import enable_shared_prompt, shared_prompt_hidden
 from igrpo_kernels import Clip, SequenceMean, linear_policy_loss, token_logprobs
@@ -297,9 +299,10 @@ def test_inputs_that_do_not_belong_to_the_row_are_refused(prompts, completions) 
     two = {name: inputs[name].repeat(2, 1) for name in ("input_ids", "position_ids")}
     with pytest.raises(ValueError, match=r"must run by itself .* shape \[2, 4, 43, 8\]"):
         model(**inputs | two)
-    cache = model(torch.tensor(prompts[:1]), use_cache=True).past_key_values
+    cached = {cache_argument(type(model).forward): DynamicCache()}
+    model(torch.tensor(prompts[:1]), use_cache=True, **cached)
     with pytest.raises(ValueError, match=r"without a cache, .* keys of shape \[1, 2, 52, 8\]"):
-        model(**inputs | {"past_key_values": cache})
+        model(**inputs | cached)
     for layer in model.get_decoder().layers:
         layer.self_attn.is_causal = False
     with pytest.raises(ValueError, match="LlamaAttention is not"):

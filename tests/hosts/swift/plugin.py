@@ -36,7 +36,8 @@ class Letters(ORM):
 
 orms["letters"] = Letters
 if drafts := os.environ["IGRPO_DRAFTS"]:
-    use_igrpo(DraftRules(splice=TextSplice(DraftTemplate("[", "]"))), num_drafts=int(drafts))
+    rules = DraftRules(splice=TextSplice(DraftTemplate("[", "]")))
+    use_igrpo(rules=rules, num_drafts=int(drafts))
 Trainer = swift.rlhf_trainers.GRPOTrainer
 theirs = {
     "encode": Trainer._prepare_batch_inputs,

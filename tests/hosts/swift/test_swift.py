@@ -162,15 +162,15 @@ def test_options_that_contradict_drafts_are_refused(
 ) -> None:
     settings = {"multi_turn_scheduler": None, "async_generate": False} | settings
     state = {"enable_server_multi_turn": False, "use_gym_env": False} | state
-    with pytest.raises(ValueError, match=f"{name} can't be combined with drafts"):
+    with pytest.raises(ValueError, match=f"{name} must be off"):
         _check_options(SimpleNamespace(args=SimpleNamespace(**settings), **state))
 
 
 def test_bad_arguments_are_refused() -> None:
     skipping = DraftRules(failed_below=1.0, when_failed=Fallback.SKIP)
     with pytest.raises(ValueError, match=r"when_failed must not be Fallback\.SKIP"):
-        use_igrpo(skipping)
+        use_igrpo(rules=skipping)
     with pytest.raises(ValueError, match="selection_score must be None"):
-        use_igrpo(DraftRules(selection_score=len))
+        use_igrpo(rules=DraftRules(selection_score=len))
     with pytest.raises(ValueError, match="num_drafts"):
         use_igrpo(num_drafts=0)

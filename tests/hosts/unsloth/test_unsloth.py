@@ -76,5 +76,5 @@ def test_bad_arguments_are_refused(given: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("name", ["tools", "environment_factory", "rollout_func"])
 def test_options_that_contradict_drafts_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} can't be combined with drafts"):
+    with pytest.raises(ValueError, match=f"{name} must be off"):
         make_trainer()(**{name: [len]})
