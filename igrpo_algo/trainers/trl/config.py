@@ -275,6 +275,8 @@ class IGRPOConfig(GRPOConfig):
         check_number("success_reward", self.success_reward)
         if self.reward_max is not None:
             check_number("reward_max", self.reward_max)
+        for index, weight in enumerate(self.reward_weights or []):
+            check_number(f"reward_weights[{index}]", weight)
 
     def _check_combinations(self) -> None:
         self._check_draft_share()

@@ -130,6 +130,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"draft_dropout": 1.5}, ValueError, "draft_dropout must be <= 1"),
     ({"draft_loss_coef": -1.0}, ValueError, "draft_loss_coef must be >= 0"),
     ({"success_reward": float("nan")}, ValueError, "success_reward must be finite"),
+    ({"reward_weights": [1, float("nan")]}, ValueError, r"reward_weights\[1\] must be finite"),
     ({"draft_template": "before"}, TypeError, "draft_template must be a dict"),
     ({"draft_template": {"before": "x"}}, TypeError, "after"),
     ({"num_drafts": 1, "draft_loss_coef": 1.0}, ValueError, "needs num_drafts >= 2"),
