@@ -22,7 +22,7 @@ class Chunk:
         bias: Shape [V], or None.
         columns: Where each target stands; outside of [0, V) for a target of another slice. Shape
             [N].
-        transform: Scale, cap and temperature of these rows.
+        transform: Scale, cap and temperature of these rows, the last in memory.
     """
 
     hidden: Tensor
@@ -39,7 +39,8 @@ class Chunk:
     @property
     def to_logits(self) -> tuple[float, float | None, Tensor, int]:
         """Kernel arguments: scale, softcap, temperature_ptr, temperature_stride."""
-        temperature, cap = self.transform.temperature_tensor(self.hidden), self.transform.softcap
+        temperature, cap = self.transform.temperature, self.transform.softcap
+        assert isinstance(temperature, Tensor)
         step = 0 if temperature.numel() == 1 else 1
         return self.transform.logit_scale, None if cap is None else float(cap), temperature, step
 

@@ -154,6 +154,8 @@ def softmax_of_rows(
     tile = tile_for(head.weight)
     if tile is not None and not can_describe(hidden):
         hidden = hidden.clone(memory_format=torch.contiguous_format)
+    # a number goes to the device once, and not for each launch
+    transform = transform._replace(temperature=transform.temperature_tensor(hidden))
     chunk = Chunk(hidden, head.weight, head.bias, head.columns(targets).columns, transform)
     # the gradient of an entropy starts from log E, and multiplies by the cap's slope afterwards
     takes_log = entropy or (known is not None and known.entropy is not None)

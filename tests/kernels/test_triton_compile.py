@@ -105,4 +105,4 @@ def test_rows_are_addressed_in_64_bits_fla_1082_trl_7266(launch: Variant) -> Non
     assert row is not None
     # the row is widened before it meets a stride, and no 32-bit product takes part in an address
     assert re.search(rf"arith.extsi {row[1]} : i32 to i64", ttir)
-    assert not re.search(r"arith.muli .* : (i32|tensor<.*xi32>)$", ttir, re.MULTILINE)
+    assert not re.search(r"arith.muli .* : (i32|tensor<[0-9x]+xi32>)", ttir)
