@@ -107,11 +107,16 @@ def liger_loss(batch: Batch) -> Tensor:
 
 def liger_triton_loss(batch: Batch) -> Tensor:
     """All logits by torch, one more row per sequence, then Liger's Triton GRPO loss in place."""
+    hidden = torch.nn.functional.pad(batch.hidden, (0, 0, 0, 1))
+    return liger_grpo_loss(hidden @ batch.weight.t(), batch, inplace=True)
+
+
+def liger_grpo_loss(logits: Tensor, batch: Batch, *, inplace: bool) -> Tensor:
+    """Liger's Triton GRPO loss from logits with one more row per sequence."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    hidden = torch.nn.functional.pad(batch.hidden, (0, 0, 0, 1))
     return triton_grpo_loss(
-        hidden @ batch.weight.t(),
+        logits,
         batch.old_logprobs,
         None,
         batch.targets,
@@ -121,7 +126,7 @@ def liger_triton_loss(batch: Batch) -> Tensor:
         beta=0.0,
         eps_low=CLIP,
         eps_high=CLIP,
-        inplace=True,
+        inplace=inplace,
         loss_type="bnpo",
         reduce=True,
     )[0]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.batches import CLIP, Batch, clipped_token_mean
-from benchmarks.peers_linear import compiled
+from benchmarks.peers_linear import compiled, liger_grpo_loss
 from igrpo_kernels import Clip, TokenMean, clipped_policy_loss, token_logprobs
 from igrpo_kernels.loss_from_logprobs import policy_loss
 
@@ -78,25 +78,9 @@ def liger_scores(batch: Batch) -> Scores:
 
 def liger_loss(batch: Batch) -> Tensor:
     """Liger's Triton GRPO loss; not in place, so that the logits live as they do for the others."""
-    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-
     # a fresh row behind the logits would be a copy of them all: theirs is there already
     padded = Padded.apply(batch.logits, batch.padded_logits)
-    return triton_grpo_loss(
-        padded,
-        batch.old_logprobs,
-        None,
-        batch.targets,
-        batch.advantages,
-        batch.mask,
-        temperature=1.0,
-        beta=0.0,
-        eps_low=CLIP,
-        eps_high=CLIP,
-        inplace=False,
-        loss_type="bnpo",
-        reduce=True,
-    )[0]
+    return liger_grpo_loss(padded, batch, inplace=False)
 
 
 def quack_scores(batch: Batch) -> Scores:

@@ -50,7 +50,7 @@ class EarlyWarning:
         Args:
             metrics: Of `copied`, `refinement_zero_std`, `draft_zero_std`, `draft_reward`, `uplift`,
                 `right_after_right_draft` and `right_after_wrong_draft` those that are known. NaN
-                for `copied` says that no draft was shown, and the uplift then says nothing.
+                for `copied` means that no draft was shown; the uplift is then left out.
 
         Returns:
             The warnings that were not given before.
@@ -87,8 +87,8 @@ class EarlyWarning:
         if not copied > COPIES_TAKE_OVER:
             return None
         return (
-            f"{copied:.0%} of the refinements repeat their draft: Stage 2 is paid for copying and "
-            "teaches little. See draft_loss_coef, draft_dropout and draft_choice."
+            f"{copied:.0%} of the refinements repeat their draft: copying is rewarded, and Stage 2 "
+            "learns little else. See draft_loss_coef, draft_dropout and draft_choice."
         )
 
     def _equal_groups(self) -> str | None:
@@ -98,8 +98,8 @@ class EarlyWarning:
         of_drafts = self._mean("draft_zero_std")
         return (
             f"{equal:.0%} of the groups of refinements had equal rewards in the last {self.window} "
-            f"batches, but {of_drafts:.0%} of the groups of drafts: Stage 2 has nothing left to "
-            "learn from, the drafts have. Train them too (draft_loss_coef=1), or see draft_choice."
+            f"batches, but {of_drafts:.0%} of the groups of drafts: Stage 2 has no gradient "
+            "left, the drafts do. Train them too (draft_loss_coef=1), or see draft_choice."
         )
 
     def _verdicts(self) -> str | None:
@@ -110,8 +110,8 @@ class EarlyWarning:
         return (
             f"refinements were right in {after_right:.0%} after a right draft and in "
             f"{after_wrong:.0%} after a wrong one in the last {self.window} batches: the draft "
-            "decides, and Stage 2 learns to hand it on. See draft_loss_coef, draft_dropout and "
-            "draft_choice."
+            "decides the result, and Stage 2 learns to repeat it. See draft_loss_coef, "
+            "draft_dropout and draft_choice."
         )
 
     def _template(self) -> str | None:
@@ -123,6 +123,6 @@ class EarlyWarning:
             return None
         return (
             f"refinements scored {loss:.2g} (+- {error:.1g}) below the drafts' {level:.2g} in the "
-            f"first {self.window} batches: the model does not understand what it is shown. See "
+            f"first {self.window} batches: the model does not understand its prompt. See "
             "draft_template, max_draft_length and strip_draft_thinking."
         )

@@ -43,7 +43,7 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
     that holds it, however that ends. Readers are not kept out.
 
     Args:
-        path: What is going to be written; it need not exist.
+        path: What will be written; it need not exist.
 
     Yields:
         Nothing.

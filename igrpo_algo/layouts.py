@@ -262,7 +262,7 @@ def fill(
 
     Args:
         sizes: The tokens of each item.
-        limit: Most tokens of a batch; None: no limit.
+        limit: Maximum tokens of a batch; None: no limit.
         cost: From the sizes in a batch to its tokens.
 
     Yields:

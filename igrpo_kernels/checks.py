@@ -56,6 +56,15 @@ def check_integral(name: str, value: object) -> Tensor:
     return tensor
 
 
+def check_device(name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    """Return `tensor` if it lies on the device of `like`: a kernel would read another's memory."""
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be on {like.device}, got {describe(tensor)} on {tensor.device}"
+        )
+    return tensor
+
+
 def check_mask(value: object, shape: Sequence[int], legend: str) -> Tensor:
     """Return a mask of booleans, or of ones and zeros in any dtype, as booleans.
 

@@ -1,6 +1,6 @@
 """A chunk of rows through head and softmax on a CPU: the product, then the exponentials in place.
 
-One of the two modules behind `head_softmax`, which says what the functions owe their caller.
+One of the two modules behind `head_softmax`, whose docstring specifies the functions.
 """
 
 from torch import Tensor

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .checks import (
     check_count,
+    check_device,
     check_floating,
     check_number,
     check_rank,
@@ -60,7 +61,7 @@ class HeadBatch(NamedTuple):
         leaves = check_tensor("hidden", hidden), check_tensor("weight", weight), bias
         hidden, weight, bias = _cast_for_autocast(*leaves)
         _check_head(hidden, weight, bias, softcap, logit_scale, shard, chunk_bytes)
-        targets, mask = check_targets(targets, mask, hidden.shape[:-1])
+        targets, mask = check_targets(targets, mask, hidden)
         per_row = row_temperature(temperature, targets, working_dtype(weight.dtype))
         transform = LogitTransform(per_row, softcap, float(logit_scale))
         bias = None if bias is None else bias.contiguous()
@@ -82,7 +83,7 @@ def _check_head(
     Raises:
         TypeError: A tensor is not floating point or is sharded, the dtypes differ, or `shard` is
             not a VocabularyShard.
-        ValueError: The shapes do not fit, or `softcap` or `logit_scale` is out of range.
+        ValueError: Shapes or devices do not fit, or `softcap` or `logit_scale` is out of range.
     """
     check_floating("hidden", hidden)
     for name, tensor in (("hidden", hidden), ("weight", weight)):
@@ -107,8 +108,10 @@ def _check_head(
             f"hidden and weight must have one dtype, got {describe(hidden)} and "
             f"{describe(weight)}; cast one of them, or run under torch.autocast"
         )
+    check_device("weight", weight, hidden)
     if bias is not None:
         check_shape("bias", check_floating("bias", bias), weight.shape[:1], "[V]")
+        check_device("bias", bias, hidden)
         if bias.dtype != weight.dtype:
             raise TypeError(f"bias must have weight's dtype, {weight.dtype}, got {describe(bias)}")
     if softcap is not None:
@@ -130,7 +133,7 @@ def _cast_for_autocast(
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Leave torch.autocast: what it would cast has been cast at the door."""
+    """Leave torch.autocast: what it would cast has been cast already."""
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

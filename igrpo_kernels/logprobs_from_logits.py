@@ -93,7 +93,7 @@ def token_logprobs(
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {list(logits.shape)}")
     check_flag("return_entropy", return_entropy)
     check_flag("inplace_backward", inplace_backward)
-    targets, mask = check_targets(targets, mask, logits.shape[:-1])
+    targets, mask = check_targets(targets, mask, logits)
     per_row = row_temperature(temperature, targets, working_dtype(logits.dtype))
     if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
         _check_own_memory(logits)

@@ -94,7 +94,8 @@ def linear_policy_loss(
             None: 256 MiB on a CPU; on CUDA four times the weight's, 1.25 GiB at least and 2.5 at
             most.
         skip_zero_rows: Find rows that cannot have a gradient first, and leave them out. On a GPU
-            the host waits for that; with False and no mask it never waits (CUDA graphs).
+            the host waits for that; with False and no mask it never waits (CUDA graphs), unless a
+            surrogate over sequences takes several chunks.
         cu_seqlens: Packed only: offsets of the sequences. Shape [B + 1].
         return_entropy: Put the entropy into the metrics also where `entropy_coef` is zero.
         all_metrics: Average the metrics over all counted tokens, which costs a forward of the rows

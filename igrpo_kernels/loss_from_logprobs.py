@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .aggregates import Aggregate
-from .checks import check_floating, check_shape
+from .checks import check_device, check_floating, check_shape
 from .kl import K3, KlEstimator
 from .loss_terms import TokenInputs, TokenObjective, named_means
 from .row_selection import working_dtype
@@ -115,7 +115,7 @@ def policy_loss(
     )
     if entropy is not None:
         check_shape("entropy", check_floating("entropy", entropy), logprobs.shape, "of logprobs")
-        entropy = entropy.to(dtype)
+        entropy = check_device("entropy", entropy, logprobs).to(dtype)
     return average(objective, aggregate, inputs, logprobs, entropy)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .aggregates import Aggregate
-from .checks import check_floating, check_number, check_shape, describe
+from .checks import check_device, check_floating, check_number, check_shape, describe
 from .kl import K3, KlEstimator
 from .row_selection import Rows
 from .sequences import Sequences
@@ -183,7 +183,7 @@ class TokenInputs:
 
         Raises:
             TypeError: An input is not a floating-point tensor.
-            ValueError: A shape does not fit that of the tokens.
+            ValueError: A shape or a device is not that of the tokens.
         """
         shape = sequences.mask.shape
 
@@ -191,10 +191,11 @@ class TokenInputs:
             if values is None:
                 return None
             check_shape(name, check_floating(name, values), shape, legend)
-            return constant(values, dtype)
+            return constant(check_device(name, values, sequences.mask), dtype)
 
         def aligned(name: str, values: Tensor) -> Tensor:
-            return sequences.align(name, constant(check_floating(name, values), dtype))
+            check_device(name, check_floating(name, values), sequences.mask)
+            return sequences.align(name, constant(values, dtype))
 
         weights = importance_weights
         if weights is not None:

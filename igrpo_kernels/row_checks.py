@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    check_device,
     check_integral,
     check_mask,
     check_number,
@@ -22,14 +23,17 @@ NAMESPACE = (__package__ or "igrpo_kernels").replace(".", "_")
 LEAST_TEMPERATURE = 2.0**-126
 
 
-def check_targets(targets: object, mask: object, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
-    """Check that targets and mask have the rows' shape; return them as int64 and bool.
+def check_targets(targets: object, mask: object, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Check that targets and mask fit rows [..., V] or [..., H]; return them as int64 and bool.
 
     In memory without gaps, as kernels read them.
     """
+    shape = rows.shape[:-1]
     targets = check_shape("targets", check_integral("targets", targets), shape, "of the rows")
-    mask = None if mask is None else check_mask(mask, shape, "of targets").contiguous()
-    return targets.long().contiguous(), mask
+    targets = check_device("targets", targets, rows).long().contiguous()
+    if mask is None:
+        return targets, None
+    return targets, check_mask(mask, shape, "of targets").to(rows.device).contiguous()
 
 
 def row_temperature(

@@ -112,7 +112,7 @@ class RowStatistics(NamedTuple):
 
     @classmethod
     def join(cls, parts: "list[RowStatistics]") -> "RowStatistics":
-        """Put those of chunks behind one another; at least one."""
+        """Concatenate those of chunks; at least one."""
         if len(parts) == 1:
             return parts[0]
         joined = [torch.cat(column) for column in zip(*(p.tensors for p in parts), strict=True)]

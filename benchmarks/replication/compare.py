@@ -46,6 +46,11 @@ def refined(record: Record) -> float:
     return record["final"]["refined"][0]
 
 
+def best_use(record: Record) -> float:
+    """Accuracy of the better of the two: what a user would deploy."""
+    return max(single_shot(record), refined(record))
+
+
 def split(place: str) -> tuple[str, str]:
     """Give task and size of a folder of records.
 

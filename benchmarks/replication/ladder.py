@@ -15,6 +15,7 @@ from benchmarks.replication.tables import (
     percent,
     points,
 )
+from benchmarks.replication.tasks import ALL_TASKS
 from benchmarks.speed_page import table
 
 FOLLOWED = ("best", "both-best", "both-worst", "both-worst-6-2")
@@ -89,7 +90,10 @@ def tally(found: Sequence[Verdict]) -> str:
 
 
 def changes(rungs: Rungs) -> str:
-    """Say which differences to GRPO change from the smallest size to the largest."""
+    """Say which differences to GRPO change from the smallest size to the largest.
+
+    Weights that were there already had a warm-up of their own: a change from them is marked.
+    """
     shown, looked_at = [], 0
     for arm in FOLLOWED:
         for task, sizes in rungs.items():
@@ -98,7 +102,8 @@ def changes(rungs: Rungs) -> str:
                 change = compare.change(small, large, arm, baseline_of(arm), value)
                 looked_at += not math.isnan(change.low)
                 if change.excludes_zero:
-                    what = f"*{ARMS[arm].label}* on {task} from {low} to {high}, {name}"
+                    own = ", with another warm-up" if ALL_TASKS[task].weights else ""
+                    what = f"*{ARMS[arm].label}* on {task} from {low} to {high}{own}, {name}"
                     shown.append(f"{what} {points(change)}")
     return (
         f"From the smallest size to the largest, {len(shown) or 'none'} of these {looked_at} "

@@ -16,6 +16,7 @@ from benchmarks.replication.tables import (
     costs,
     diagnostics,
     first_warnings,
+    forgotten,
     more,
     ordered,
     percent,
@@ -48,7 +49,7 @@ def build_page(maps: Maps) -> str:
         prose.HEAD.format(weights=weights_of(maps)),
         takeaway(maps),
         f"![Single-shot and draft-then-refine accuracy less GRPO's](../images/{PLOT})",
-        prose.ADVICE.format(first=first_warnings(maps)),
+        prose.ADVICE.format(first=first_warnings(maps), forgotten=forgotten(maps)),
         "## What it rests on",
         basis(maps),
         "## Where iGRPO is ahead, level, behind",
@@ -75,6 +76,7 @@ def takeaway(maps: Maps) -> str:
     recorded, maps = maps, compare.telling(maps)
     run_on = {arm: places_of(maps, arm) for arm in ARMS if ARMS[arm].num_drafts}
     good = [arm for arm in run_on if compare.never_behind(run_on[arm], arm, baseline_of(arm))]
+    maps = {place: maps[place] for place in maps if any(place in each for each in run_on.values())}
     everywhere = [arm for arm in run_on if maps and len(run_on[arm]) == len(maps)]
     if not recorded:
         return "**Nothing has been measured yet.**"

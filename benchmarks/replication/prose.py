@@ -18,7 +18,8 @@ ADVICE = """## Advice in five lines
 2. Copies above one half, or Stage 2 without variance far more often than Stage 1: don't train on
    refinements of the best draft alone.
 3. Train the drafts too (`draft_loss_coef`): they cost no further sampling, and without them half
-   of the completions get no gradient.
+   of the completions get no gradient, and the plain question may be forgotten: see whether
+   `igrpo/draft_reward` falls. {forgotten}
 4. Keep GRPO at the same number of completions beside it, with at least three seeds, and believe
    no difference without an interval.
 5. Judge by what you deploy: single-shot, or draft-then-refine. They do not rank the forms alike.
@@ -46,7 +47,9 @@ equal completions ("half the completions" excepted), paired by seed, with 95 % i
 by Student's t and by the paired bootstrap, which is too narrow for five seeds. *Ahead* and
 *behind*: both leave zero out. *Level*: both lie within three points of zero. *Open*: anything else.
 *No draft shown* draws its refinements from the same seeds as GRPO of four and trains on nothing
-else, so the two are the same run; its drafts are thrown away."""
+else, so the two are the same run; its drafts are thrown away. GRPO never trains on a prompt with a
+draft, and may lose by one: so the better use of each is compared too. The best of many forms is
+flattered by chance."""
 
 NOTHING_LEARNED = " GRPO itself gained less than five points here, so this decides nothing."
 

@@ -51,12 +51,27 @@ def section(place: str, arms: ByArm) -> str:
     note = prose.NOTHING_LEARNED if compare.gain(arms) < compare.GAIN_NEEDED else ""
     if not compare.is_compared(arms, "grpo", "grpo"):
         note = prose.TOO_FEW_SEEDS
-    return f"**{place}**: {title}.{note}{thinking(arms)}\n\n{table(rows)}"
+    return f"**{place}**: {title}.{note}{used_best(arms)}{thinking(arms)}\n\n{table(rows)}"
 
 
 def accuracy(arms: ByArm, arm: str, value: Value) -> float:
     """Average a measure over an arm's finished runs."""
     return mean([value(record) for record in finished(arms, arm).values()])
+
+
+def used_best(arms: ByArm) -> str:
+    """Compare the arms as a user would deploy them: GRPO, and the form that does best."""
+    forms = [arm for arm in ARMS if ARMS[arm].num_drafts and baseline_of(arm) == "grpo"]
+    compared = [arm for arm in forms if compare.is_compared(arms, arm, "grpo")]
+    if not compared:
+        return ""
+    best = max(compared, key=lambda arm: accuracy(arms, arm, compare.best_use))
+    gap, _, verdict = beside_grpo(arms, best, compare.best_use)
+    return (
+        f" At its better use, single-shot or draft-then-refine, GRPO has "
+        f"{percent(accuracy(arms, 'grpo', compare.best_use))}; of {len(compared)} forms with one "
+        f"update, *{ARMS[best].label}* does best: {gap} points, {verdict.strip('*')}."
+    )
 
 
 def thinking(arms: ByArm) -> str:
@@ -134,6 +149,24 @@ def first_warnings(maps: Maps) -> str:
     return (
         f"Here the first warnings of that form came at {span(steps)}, in {len(steps)} of "
         f"{len(runs)} runs."
+    )
+
+
+def forgotten(maps: Maps) -> str:
+    """Say where the paper's form, training only with a draft in the prompt, lost Stage 1."""
+    falls = {
+        place: [
+            record["steps"][0]["reward"] - record["steps"][-1]["reward"] >= compare.GAIN_NEEDED
+            for record in finished(arms, "best").values()
+        ]
+        for place, arms in ordered(maps)
+    }
+    total = sum(map(len, falls.values()))
+    fell = sum(map(sum, falls.values()))
+    places = ", ".join(place for place, each in falls.items() if any(each))
+    return (
+        f"It fell by five points or more in {fell} of {total} runs of the paper's form"
+        f"{f' ({places})' if fell else ''}."
     )
 
 

@@ -19,7 +19,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import check_list, check_number, check_rank, check_shape, check_tensor
+from igrpo_kernels.checks import (
+    check_list,
+    check_number,
+    check_rank,
+    check_shape,
+    check_tensor,
+    require,
+)
 
 from .moments import GroupedRewards, check_ddof, divide, to_scores, weighted_moments
 
@@ -236,7 +243,7 @@ def gdpo(
 
     Raises:
         TypeError: As in `standardize_by_group`.
-        ValueError: As in `standardize_by_group`, or `weights` do not have shape [K].
+        ValueError: As in `standardize_by_group`, or `weights` are not finite or not [K].
 
     Examples:
         >>> both = torch.tensor([[[1.0, 30.0], [0.0, 10.0]]])
@@ -264,7 +271,7 @@ def sum_rewards(rewards: Tensor, weights: Sequence[float] | Tensor | None = None
 
     Raises:
         TypeError: `rewards` is not a tensor of real numbers.
-        ValueError: `rewards` are not [P, G, K] or [B, K], or `weights` do not have shape [K].
+        ValueError: `rewards` are not [P, G, K] or [B, K], or `weights` are not finite or not [K].
 
     Examples:
         >>> sum_rewards(torch.tensor([[1.0, 0.5], [1.0, float("nan")]]), weights=[1.0, 2.0])
@@ -283,7 +290,7 @@ def _check_several(
     if weights is None:
         return scores, scores.new_ones(kinds)
     if isinstance(weights, Tensor):
-        check_tensor("weights", weights)
+        require(check_tensor("weights", weights).isfinite(), "weights must be finite")
     else:
         for index, number in enumerate(check_list("weights", weights)):
             check_number(f"weights[{index}]", number)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from igrpo_kernels.checks import check_number
+
 from ..drafts.rules import DraftRules, Ties
 from ..drafts.select import select_random_draft
 from ..drafts.splice import TextSplice, TokenBudget
@@ -43,7 +45,7 @@ class Protocol:
         batch_size: Prompts per call of the sampler.
         success_reward: Score of the first reward from which an answer is right.
         ks: The k of pass@k.
-        seed: Fixes the samples.
+        seed: The seed of all samples.
     """
 
     samples: int
@@ -61,6 +63,9 @@ class Protocol:
                 raise ValueError(f"--{name.replace('_', '-')} must be >= 1")
         if not all(1 <= k <= self.samples for k in self.ks):
             raise ValueError(f"--k must be from 1 to --samples = {self.samples}, got {self.ks}")
+        check_number("--success-reward", self.success_reward)
+        if not self.drafts and self.draft_choice is not RefinedDraft.RANDOM:
+            raise ValueError("--draft-choice has no effect without --draft-then-refine")
 
 
 def draft_rules(choice: RefinedDraft, sampler: "EngineSampler") -> DraftRules:

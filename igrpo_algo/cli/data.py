@@ -239,6 +239,8 @@ def _locate_errors(place: str, column: str) -> Iterator[None]:
 def _read(source: str | Path, split: str, config: str | None) -> Iterator[tuple[str, Row]]:
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
+    if path.exists() and config is not None:
+        raise ValueError(f"config {config!r} has no effect: {path} is not a set on the hub")
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     if path.is_file():
         if suffix not in readers:

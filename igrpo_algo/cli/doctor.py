@@ -132,7 +132,7 @@ def print_findings(findings: dict[str, Any]) -> None:
     print("\nops")
     for op, path in findings["ops"].items():
         print(f"  {op:24}{path}")
-    print("\nthe trainer's own head beside TRL's (use_trl_loss=True)")
+    print("\nloss and log-probs of IGRPOTrainer over TRL's (use_trl_loss=True)")
     for name, speed in findings["trainer_head"].items():
         print(f"  {name:24}{speed}")
     print("\ncommands")

@@ -1,4 +1,4 @@
-"""A user's mistake ends a command with one line, not with a traceback."""
+"""A user's mistake ends a command with one line instead of a traceback."""
 
 import sys
 from collections.abc import Iterator

@@ -28,7 +28,7 @@ def evaluate(
         str | None, typer.Option(help="k of pass@k, separated by commas (1 and samples).")
     ] = None,
     draft_then_refine: Annotated[
-        str | None, typer.Option(help="N:G - also draw N drafts, then G refinements of one.")
+        str | None, typer.Option(help="N:G, to also draw N drafts and G refinements of one.")
     ] = None,
     draft_choice: Annotated[
         RefinedDraft,
@@ -38,15 +38,15 @@ def evaluate(
         float, typer.Option(help="Score of the first reward from which an answer is right.")
     ] = 1.0,
     output_dir: Annotated[
-        Path, typer.Option(help="summary.json and samples.jsonl; a stopped run goes on here.")
+        Path, typer.Option(help="summary.json and samples.jsonl; a stopped run continues here.")
     ] = Path("runs/eval"),
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 1024,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.6,
     top_p: Annotated[
         float | None, typer.Option(help="Nucleus (0.95; all tokens at temperature 0).")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
-    seed: Annotated[int, typer.Option(help="Fixes the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     split: options.Split = "test",
     dataset_config: options.DatasetConfig = None,
     question_column: options.QuestionColumn = None,

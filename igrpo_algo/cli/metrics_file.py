@@ -1,4 +1,4 @@
-"""JSON that a killed run leaves whole: metrics as lines, summaries as one document."""
+"""JSON files that stay whole when a run is killed: metrics as lines, summaries as one document."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _finite(value: Any) -> Any:
-    """Replace what JSON has no word for: NaN and infinities by None, objects by their text."""
+    """Replace what JSON cannot represent: NaN and infinities by None, objects by their text."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

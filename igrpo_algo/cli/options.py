@@ -21,7 +21,7 @@ Rewards = Annotated[
     str,
     typer.Option(
         "--reward",
-        help="math, exact, format, format-opened or module:function; commas separate several.",
+        help="math, exact, format, format-opened or module:function; several separated by commas.",
     ),
 ]
 Split = Annotated[str, typer.Option(help="Split of a hub set.")]
@@ -104,9 +104,12 @@ def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
     looks_local = model.startswith((".", "/")) or folder.exists()
     if looks_local and not any((folder / name).is_file() for name in MODEL_FILES):
         raise ValueError(f"model {model} is not a folder with a {' or '.join(MODEL_FILES)}")
-    tokenizer = AutoTokenizer.from_pretrained(
-        model, trust_remote_code=trust_remote_code, padding_side="left"
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model, trust_remote_code=trust_remote_code, padding_side="left"
+        )
+    except OSError as error:  # of the hub, which may not name the model
+        raise ValueError(f"tokenizer of model {model!r} could not be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

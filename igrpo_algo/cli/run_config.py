@@ -1,4 +1,4 @@
-"""One `IGRPOConfig` from preset, file, options and `--set`; the later wins."""
+"""Make an `IGRPOConfig` from preset, file, options and `--set`; later ones win."""
 
 import dataclasses
 import difflib

@@ -1,4 +1,4 @@
-"""What draws completions: a model for `igrpo eval`, and `--sampler` of `igrpo train`."""
+"""The samplers of the commands: a model for `igrpo eval`, and `--sampler` of `igrpo train`."""
 
 from typing import TYPE_CHECKING, Any
 

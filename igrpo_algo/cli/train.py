@@ -41,7 +41,7 @@ IN_SUMMARY = frozenset({
 
 @dataclass(frozen=True)
 class Job:
-    """A training run whose arguments are sound; no model is loaded yet."""
+    """A training run whose arguments are checked; no model is loaded yet."""
 
     model: str
     tokenizer: Any
@@ -72,7 +72,7 @@ def train(
         int | None, typer.Option(help="Optimizer steps; wins over epochs (3 epochs; paper 1).")
     ] = None,
     max_completion_length: Annotated[
-        int | None, typer.Option(help="Most tokens of a completion (512; paper 4096).")
+        int | None, typer.Option(help="Maximum tokens of a completion (512; paper 4096).")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Sampling temperature (1.0; paper 0.7).")
@@ -88,7 +88,7 @@ def train(
         list[str] | None, typer.Option("--set", help="key=value for any field of IGRPOConfig.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last whole checkpoint, if any.")
+        bool, typer.Option("--resume", help="Continue from the last complete checkpoint, if any.")
     ] = False,
     eval_dataset: Annotated[
         str | None, typer.Option(help="Prompts to evaluate on during training.")
@@ -110,11 +110,10 @@ def train(
     """Train a model with iGRPO.
 
     Settings come from the paper's preset (with --paper), then --config, then the options here, then
-    --set; the later wins. --resume goes on from the last checkpoint of a run that was killed, or
-    starts if there is none. Without --resume a folder that holds a checkpoint is refused, and so is
-    --resume with other settings; only these may change:
-    max_steps, num_train_epochs, save_steps, save_total_limit, logging_steps, report_to, run_name
-    and disable_tqdm.
+    --set; later ones win. --resume continues a run that was killed from its last checkpoint, or
+    starts one if there is none. Without --resume a folder that holds a checkpoint is refused, and
+    so is --resume with other settings; only these may change: max_steps, num_train_epochs,
+    save_steps, save_total_limit, logging_steps, report_to, run_name and disable_tqdm.
     """
     flags: Settings = {
         "num_drafts": num_drafts,
@@ -135,6 +134,8 @@ def train(
     }
     with usage_errors("train"):
         check_sampler_name(sampler)
+        if eval_dataset is None and eval_split != "test":
+            raise ValueError("--eval-split has no effect without --eval-dataset")
         settings = read_config_file(config) if config else {}
         flags["chat_template_kwargs"] = options.parse_kwargs(chat_template_kwargs)
         settings |= {name: value for name, value in flags.items() if value is not None}
@@ -146,7 +147,8 @@ def train(
         )
         record = {
             "model": model, "dataset": dataset, "split": split, "eval_dataset": eval_dataset,
-            "reward": reward, "paper": paper, "peft_r": peft_r, "sampler": sampler,
+            "eval_split": eval_dataset and eval_split, "reward": reward, "paper": paper,
+            "peft_r": peft_r, "sampler": sampler,
             **reading, **settings,
         }  # fmt: skip
         peft = _lora(peft_r)
@@ -220,8 +222,8 @@ def _checkpoint_to_resume(
         return None
     if not resume:
         raise ValueError(
-            f"{output_dir} holds {checkpoint.path.name} of an earlier run: add --resume to go on, "
-            "or choose another --output-dir"
+            f"{output_dir} holds {checkpoint.path.name} of an earlier run: add --resume to "
+            "continue it, or choose another --output-dir"
         )
     check_settings(output_dir, settings, free=FREE_ON_RESUME)
     return checkpoint

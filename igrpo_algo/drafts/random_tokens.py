@@ -1,13 +1,16 @@
 """Random tokens in place of a draft: what Stage 2 does when the draft carries no information."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from ..thinking import strip_thinking
 
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """Replaces a draft by as many random tokens: a control for the content of drafts.
+    """Replaces a draft, as it would be shown, by as many random tokens: a control for its content.
 
     The tokens are uniform over the vocabulary without its special tokens; as text in a prompt, a
     tokenizer may read some of them otherwise. The same draft gives the same ones, on every rank.
@@ -16,6 +19,7 @@ class RandomTokens:
     Attributes:
         tokenizer: Hugging Face's interface: called on text, `decode`, `get_vocab`,
             `all_special_ids`.
+        strip: What is kept of the draft, and counted; as in `TextSplice`.
 
     Examples:
         >>> class Letters:
@@ -31,9 +35,11 @@ class RandomTokens:
     """
 
     tokenizer: Any
+    strip: Callable[[str], str] | None = strip_thinking
 
     def __call__(self, draft: str) -> str:
-        """Return the text of the random tokens; empty for an empty draft."""
+        """Return the text of the random tokens; empty where nothing is kept of the draft."""
+        draft = draft if self.strip is None else self.strip(draft)
         special = set(self.tokenizer.all_special_ids)
         ids = sorted(set(self.tokenizer.get_vocab().values()) - special)
         count = len(self.tokenizer(draft, add_special_tokens=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""Which draft a prompt's refinements see: one frozen value for every rollout, trainer and command.
+"""Which draft the refinements of a prompt see: one frozen value for every trainer and command.
 
 d* = select(R(d_1), ..., R(d_N)),  q' = splice(q, d*)   (iGRPO, arXiv:2602.09000, equations 2 and 3)
 

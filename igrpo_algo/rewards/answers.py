@@ -64,10 +64,10 @@ def completion_text(completion: CompletionLike) -> str:
 def extract_answer(text: str) -> str | None:
     r"""Return the final answer that a text states, or None where it states none.
 
-    Only the text behind the last thinking counts (`thinking.THINKING_MARKS`), and of that only the
+    Only the text after the last thinking counts (`thinking.THINKING_MARKS`), and of that only the
     last `<answer>...</answer>` if there is one; thinking that never ends states no answer. The
-    answer is then the first of these that the text has: the last `\boxed{...}`; the line behind the
-    last `####` (GSM8K's mark); the rest of the sentence behind the last "answer is" or "answer:",
+    answer is then the first of these that the text has: the last `\boxed{...}`; the line after the
+    last `####` (GSM8K's mark); the rest of the sentence after the last "answer is" or "answer:",
     or the line below a heading "Final answer"; all of the text inside the answer tag. A last box
     that is empty or never closed states no answer. The rules `remarks.STATED` cut off other words
     around an answer that is not boxed. The time is linear in the length of the text.

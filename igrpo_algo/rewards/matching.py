@@ -56,7 +56,7 @@ def math_reward(
     decides about the others, in a process that can be killed (0.5 equals \frac{1}{2}).
 
     - Units: a known one (`split_words`) is ignored if the other side has none; "5 km" is not "5 m".
-      Other words behind a number ("2 thirds", "72 clips") must be the same on both sides.
+      Other words after a number ("2 thirds", "72 clips") must be the same on both sides.
     - Words: a reference of words is compared as text, ignoring case. Two letters are a product
       ("xy" equals "yx") if both are consonants or from a, b, c, x, y, z; else a word ("no").
     - Choices: "(B) 5" is B against a letter and 5 against a value.
@@ -126,7 +126,7 @@ def _equal_answers(gold: str, answer: str) -> bool | None:
 
 
 def _equal_measures(gold: str, answer: str) -> bool | None:
-    """Compare values with the units or other words behind them."""
+    """Compare values with the units or other words after them."""
     gold_value, gold_words, gold_known = split_words(gold)
     value, words, known = split_words(answer)
     if gold_words != words and ((gold_words and words) or not (gold_known and known)):
@@ -206,7 +206,7 @@ def _is_text(answer: str) -> bool:
 
 
 def _is_prose(gold: str) -> bool:
-    """Return whether a reference is sentences, or a pointer, from which no answer can be told."""
+    """Return whether a reference is prose or a pointer, from which no answer can be read."""
     if _ELSEWHERE.search(gold) and not re.search(r"\d", gold):
         return True
     words = [word.lower() for word in _WORD.findall(gold)]

@@ -36,7 +36,7 @@ _VALUE = re.compile(r"[\d$\\]|(?<!')\b(?![aI]\b)[A-Za-z]\b")
 
 
 def _drop_remark(match: re.Match[str]) -> str:
-    """Drop words behind a value, unless they may name another value or belong to this one."""
+    """Drop words after a value, unless they may name another value or belong to this one."""
     value, remark = match.string[: match.start()], match[0]
     words = re.findall("[a-z]+", remark.lower())
     is_value = re.search(r"\d", value) or not re.search("[A-Za-z]{2}", _COMMAND.sub("", value))
@@ -67,7 +67,7 @@ STATED = (
             "so": "so",
         },
     ),
-    # Words behind it, set off by punctuation, by a bracket or by the word that they begin with.
+    # Words after it, set off by punctuation, by a bracket or by their first word.
     rule(
         r"(?:\s*[,;:.]\s+|\s+[-–—]+\s+|\s*—\s*|\s+(?=\()"
         r"|\s+(?=(?:and [A-Za-z]{2}|which|as|because|since|so|hence|thus|in (?:total|all)"

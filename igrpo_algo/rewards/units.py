@@ -56,7 +56,7 @@ _POWERS = {"square ": "^2", "sq ": "^2", "sq. ": "^2", "cubic ": "^3", "": ""}
 
 
 def split_words(answer: str) -> tuple[str, str, bool]:
-    r"""Split a normalized answer into its value and the unit or other words behind it.
+    r"""Split a normalized answer into its value and the unit or other words after it.
 
     Known are the common units of length, weight, volume, time, money, temperature and angle, their
     squares, cubes and quotients, and a few counts (people, ways, points). A comparison may ignore

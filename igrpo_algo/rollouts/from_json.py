@@ -1,6 +1,6 @@
 """Records as JSON: written from dataclasses, and read back by their types.
 
-Nothing that is read is trusted: whatever is not a record is a ValueError that names the field.
+Input is not trusted: anything that is not a record raises a ValueError that names the field.
 """
 
 import json

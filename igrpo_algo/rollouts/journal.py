@@ -1,4 +1,4 @@
-"""A file of finished prompts that survives a run that dies: a header, then a line per prompt.
+"""A file of finished prompts that survives the death of a run: a header, then a line per prompt.
 
 Every line is JSON, written whole, flushed and synced before its rollout is yielded. A crash can
 leave a last line without an end, which is dropped on loading.
@@ -23,7 +23,7 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class Header:
-    """Which rollout a journal belongs to, as far as that can be written down.
+    """Which rollout a journal belongs to, as far as JSON can say it.
 
     Functions (sampler, reward, splice, select) cannot be compared, so they are not in it.
 
@@ -55,7 +55,7 @@ class Header:
         """Describe a rollout.
 
         Raises:
-            TypeError: A prompt holds what JSON cannot say.
+            TypeError: A prompt has content that JSON cannot represent.
         """
         hashed = hashlib.blake2b(json.dumps(prompts).encode(), digest_size=16).hexdigest()
         return cls(len(prompts), num_drafts, num_refinements, rounds, seed, hashed)
@@ -100,7 +100,7 @@ def load_journal(path: str | os.PathLike[str]) -> list[Rollout]:
 
 
 def check_journal(path: str | os.PathLike[str], header: Header) -> None:
-    """Check that a rollout may go on with a journal, if there is one.
+    """Check that a rollout may continue a journal, if there is one.
 
     Raises:
         ValueError: The journal begins with another header, or with none.

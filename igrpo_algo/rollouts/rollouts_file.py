@@ -33,7 +33,7 @@ def save_rollouts(rollouts: Sequence[Rollout], path: str | os.PathLike[str]) -> 
     The JSON has the number of tokens where token ids were, and whether there were log-probs.
 
     Raises:
-        TypeError: A prompt holds what JSON cannot say (an image, say).
+        TypeError: A prompt has content that JSON cannot represent, such as an image.
     """
     from safetensors.torch import save
 

@@ -15,7 +15,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from igrpo_kernels.checks import check_callable, check_list, describe
+from igrpo_kernels.checks import LARGEST_FLOAT32, check_callable, check_list, describe
 
 from ..prompts import Prompt
 from .completions import Completion
@@ -23,7 +23,7 @@ from .completions import Completion
 Reward = Callable[..., Any]
 
 NO_LISTS = (str, bytes, Mapping, Set)
-"""Whose items are no scores in the order of the completions."""
+"""Types whose items are not scores in the order of the completions."""
 
 
 class RewardError(RuntimeError):
@@ -142,15 +142,17 @@ class Scorer:
             if isinstance(value, str | bytes):
                 raise TypeError("text, which float() would read")
             number = float(value)
+        except OverflowError:
+            number = math.inf
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"{self.name} must return numbers or None, got {describe(value)} "
                 f"on {self._where(index)}"
             ) from error
-        if math.isinf(number):
+        if abs(number) > LARGEST_FLOAT32:
             raise ValueError(
-                f"{self.name} must be finite, or None or NaN for what cannot be scored, "
-                f"got {number} on {self._where(index)}"
+                f"{self.name} must be finite in float32, or None or NaN for what cannot be scored, "
+                f"got {describe(value)} on {self._where(index)}"
             )
         return math.nan if math.isnan(number) else number
 

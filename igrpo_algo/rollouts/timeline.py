@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = {"drafts": "#0072B2", "waiting": "0.85", "refinements": "#D55E00"}
-"""One color per kind of span, told apart by color-blind eyes too."""
+"""One color per kind of span, also distinguishable for color-blind readers."""
 
 LATER_ROUNDS = ("#009E73", "#AA4499", "#E69F00", "#56B4E9")
 

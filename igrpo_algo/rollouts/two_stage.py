@@ -52,7 +52,7 @@ def two_stage_rollout(
         sampler: What draws completions. See `igrpo_algo.rollouts.sampling` for its forms.
         reward: TRL's convention: `reward(prompts=..., completions=..., **columns)` returns a float
             or None (not scored) for each completion; a coroutine function may too. It is called
-            once per prompt and stage, and always sees the original prompt.
+            once per stage (streamed: once per prompt and stage), and sees the original prompts.
         num_drafts: N. 0 leaves Stage 1 out: whatever the rules, the group is then GRPO's, unless
             there is another round.
         num_refinements: G, at least 1.
@@ -136,8 +136,8 @@ def stream_two_stage_rollout(  # noqa: D417  # the docstring names where the oth
             better.
         reward_max: The reward's known maximum, for early selection; None waits for all drafts.
         journal: A file that gets each finished group before it is yielded. Groups that it already
-            holds are yielded first and not drawn again, so a run that died goes on. Its first line
-            has sizes, seed and a hash of the prompts, which must be the same then; functions
+            holds are yielded first and not drawn again, so a run that died can continue. Its first
+            line has sizes, seed and a hash of the prompts, which must be the same then; functions
             cannot be compared.
 
     Returns:

@@ -83,7 +83,7 @@ def pack_shared_prompt(
     Args:
         prompt_ids: P prompts (q', the draft spliced in), as token ids; none may be empty.
         completions: For each prompt its completions, such as `rollouts.refinements.completions`.
-        max_tokens: Most tokens of a row, prompts included; None: no limit.
+        max_tokens: Maximum tokens of a row, prompts included; None: no limit.
 
     Returns:
         The rows, on the CPU.

@@ -41,7 +41,7 @@ def head_speed(device: torch.device) -> str:
     """Say how the trainer's head did beside TRL's on a device of this kind.
 
     The trainer takes its own on every device, and TRL's loss with `use_trl_loss=True`. GPUs are
-    told apart by their capability.
+    distinguished by their capability.
 
     Examples:
         >>> head_speed(torch.device("mps"))

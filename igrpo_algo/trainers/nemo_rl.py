@@ -52,14 +52,14 @@ def use_igrpo(
     """Make `grpo_train` draw both stages from here on, in this process.
 
     NeMo-RL's data processors apply the chat template to a prompt before anyone can see it. A draft
-    goes in front of what the template puts behind the user's message. Environments are given the
+    goes before what the template puts after the user's message. Environments are given the
     messages as the model saw them, the draft included.
 
     Args:
         rules: How a draft is chosen and spliced.
         num_drafts: N.
-        max_prompt_tokens: Most tokens of a spliced prompt: what `max_total_sequence_length` leaves
-            beside an answer. The draft is cut to fit, the question never is.
+        max_prompt_tokens: Maximum tokens of a spliced prompt: what `max_total_sequence_length`
+            leaves beside an answer. The draft is cut to fit, the question never is.
         seed: For random ties, random drafts and dropout.
 
     Raises:
@@ -214,7 +214,8 @@ class IGRPOLossFn:
         kl: The estimator; NeMo-RL's own weighting is the default.
         max_importance_weight: Corrects for the engine that sampled, by weights up to this; None
             leaves the correction out.
-        use_fused_linear_logprobs: Whether the model hands over log-probs, as NeMo-RL is told.
+        use_fused_linear_logprobs: Whether the model returns log-probs, as in NeMo-RL's
+            configuration.
     """
 
     input_type = LossInputType.LOGPROB

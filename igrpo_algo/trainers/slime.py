@@ -86,7 +86,7 @@ def make_generate(
     ) -> Sample:
         """Draw one refinement, or in evaluation one plain completion."""
         host = _Host(args, sample)
-        if evaluation or "igrpo" in sample.metadata:  # one that was stopped half-way goes on
+        if evaluation or "igrpo" in sample.metadata:  # a sample that was stopped half-way continues
             sample.tokens = sample.tokens or host.encode(sample.prompt)
             return await host.draw(sample, sampling_params)
         host.check()

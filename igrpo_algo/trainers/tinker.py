@@ -47,7 +47,7 @@ class IGRPO(RolloutStrategy):
         num_drafts: N.
         rules: How a draft is chosen and spliced. A `TextSplice` gets the control tokens of the
             renderer's tokenizer.
-        max_prompt_tokens: Most tokens of a spliced prompt; the draft is cut to fit, the question
+        max_prompt_tokens: Maximum tokens of a spliced prompt; the draft is cut to fit, the question
             never is. Set it below the context of the model, by the length of an answer.
         each: How the rollouts of a stage are run: `RetryOnFailure()`, say.
         seed: For random ties, random drafts and dropout.

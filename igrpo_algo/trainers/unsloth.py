@@ -48,7 +48,7 @@ def make_trainer(
     Args:
         rules: How a draft is chosen and spliced.
         num_drafts: N. `num_drafts` times the rows on a rank must be divisible by G.
-        max_prompt_tokens: Most tokens of a spliced prompt; a draft is cut to it. None sets no
+        max_prompt_tokens: Maximum tokens of a spliced prompt; a draft is cut to it. None sets no
             limit, and `max_seq_length` of the model must leave room.
 
     Returns:

@@ -1,7 +1,7 @@
 """iGRPO in prime-rl, through verifiers 0.4: an environment with the roles drafter and refiner.
 
-It goes over any taskset, with the taskset's own rewards. An environment is a module that exports
-one, and is named by `env.id`, so a file of two lines has to lie on the path:
+It works with any taskset and the taskset's own rewards. `env.id` names a module that exports the
+environment, so a file of two lines has to be on the path:
 
     from igrpo_algo.trainers.verifiers import IGRPOEnv
     __all__ = ["IGRPOEnv"]
@@ -38,7 +38,7 @@ class IGRPOEnvConfig(vf.EnvConfig):
         refiner: Draws the refinements.
         num_drafts: N.
         num_refinements: G.
-        max_prompt_tokens: Most tokens of a spliced prompt. The draft is cut to fit, the question
+        max_prompt_tokens: Maximum tokens of a spliced prompt. The draft is cut to fit, the question
             never is; counted for clients of type "train", which name a tokenizer.
         seed: For random ties, random drafts and dropout.
         max_concurrent_agents: All drafts run at once, then all refinements; verifiers' own default

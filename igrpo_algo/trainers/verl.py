@@ -7,7 +7,7 @@ verl loads this file through the entry point `verl.plugins`, in the driver and i
         actor_rollout_ref.actor.policy_loss.loss_mode=igrpo \
         actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
 
-Settings, all optional, stand under `igrpo`: `num_drafts`, `rules` (the dotted name of a
+Settings, all optional, go under `igrpo`: `num_drafts`, `rules` (the dotted name of a
 `DraftRules`) and `seed`. G is `rollout.n`. Drafts are scored by verl's own reward manager. verl
 cuts prompts longer than `rollout.prompt_length` from the left, the question first, so a draft is
 cut to fit into it. Validation is single-shot: there a choice of drafts would read the labels.

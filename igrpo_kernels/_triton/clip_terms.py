@@ -27,11 +27,25 @@ BLOCK = 1024
 
 
 @triton.jit
+def shared(at, span, WIDE: tl.constexpr):
+    """Which value belongs to a token, where `span` in a row share one; 32-bit division is cheap."""
+    return at // span if WIDE else at.to(tl.int32) // span
+
+
+@triton.jit
 def clip_terms(
-    logprob, old_logprob, advantage, importance, ref_logprob, low, high, dual, kl_coef,
-    HAS_IMPORTANCE: tl.constexpr, HAS_REF: tl.constexpr,
+    at, counts, logprob,  # tokens, whether they count, and their log-probs
+    old_ptr, ref_ptr,  # of all tokens; None: the log-prob itself, no reference
+    advantages_ptr, importance_ptr, weights_ptr,  # of all tokens / span; the last two may be None
+    advantage_span, importance_span, weight_span,
+    low, high, dual, kl_coef,  # 1 - low, 1 + high, the dual clip or infinity
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Loss of tokens and its slope by the log-prob; then ratio, the two sides clipped, and k3."""
+    """Loss and its slope by the log-prob, weighed; ratio, the sides clipped, k3, importance."""
+    old_logprob = logprob
+    if old_ptr is not None:
+        old_logprob = tl.load(old_ptr + at, mask=counts, other=0.0)
+    advantage = tl.load(advantages_ptr + shared(at, advantage_span, WIDE), mask=counts, other=0.0)
     log_ratio = logprob - old_logprob
     ratio = tl.exp(tl.minimum(log_ratio, LARGEST, NAN))
     pays = advantage > 0
@@ -41,84 +55,87 @@ def clip_terms(
     moves = (ratio >= least) & (ratio <= most) & (log_ratio <= LARGEST)
     loss = -clipped * advantage
     slope = tl.where(moves, -ratio * advantage, 0.0)
-    if HAS_IMPORTANCE:
+    importance = tl.zeros_like(loss)
+    if importance_ptr is not None:
+        index = shared(at, importance_span, WIDE)
+        importance = tl.load(importance_ptr + index, mask=counts, other=0.0)
         loss *= importance
         slope *= importance
     k3 = tl.zeros_like(loss)
-    if HAS_REF:
-        x = ref_logprob - logprob
+    if ref_ptr is not None:
+        x = tl.load(ref_ptr + at, mask=counts, other=0.0) - logprob
         grown = expm1(tl.minimum(x, LARGEST, NAN))
         k3 = grown - x
         loss += kl_coef * k3
         slope -= kl_coef * tl.where(x <= LARGEST, grown, -1.0)
-    return loss, slope, ratio, (advantage < 0) & (ratio < low), pays & (ratio > high), k3
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + shared(at, weight_span, WIDE), mask=counts, other=0.0)
+        loss *= weight
+        slope *= weight
+    is_low, is_high = (advantage < 0) & (ratio < low), pays & (ratio > high)
+    return loss, slope, ratio, is_low.to(tl.float32), is_high.to(tl.float32), k3, importance
 
 
 @triton.jit
-def shared(at, span, WIDE: tl.constexpr):
-    """Which value belongs to a token, where `span` in a row share one; 32-bit division is cheap."""
-    return at // span if WIDE else at.to(tl.int32) // span
+def store_terms(
+    terms_ptr, step, loss, logprob, ratio, is_low, is_high, k3, entropy, importance,
+    ref_ptr, entropy_ptr, importance_ptr,  # None: not given, and so not logged
+):  # fmt: skip
+    """The loss and what is logged, `step` apart and in the order of `names_of`."""
+    tl.store(terms_ptr, loss)
+    terms_ptr += step
+    tl.store(terms_ptr, logprob)
+    terms_ptr += step
+    tl.store(terms_ptr, ratio)
+    terms_ptr += step
+    tl.store(terms_ptr, is_low)
+    terms_ptr += step
+    tl.store(terms_ptr, is_high)
+    if ref_ptr is not None:
+        terms_ptr += step
+        tl.store(terms_ptr, k3)
+    if entropy_ptr is not None:
+        terms_ptr += step
+        tl.store(terms_ptr, entropy)
+    if importance_ptr is not None:
+        terms_ptr += step
+        tl.store(terms_ptr, importance)
 
 
 @triton.jit
 def clip_tokens_kernel(
     losses_ptr, slopes_ptr, sums_ptr,  # outputs [N], [N], [K, programs]; None where not wanted
-    logprobs_ptr, old_ptr, ref_ptr, entropy_ptr, mask_ptr,  # inputs [N]; None but for the first
-    advantages_ptr, importance_ptr, weights_ptr,  # inputs [N / span]; the last two may be None
-    low, high, dual, kl_coef,  # scalars: 1 - low, 1 + high, the dual clip or infinity
-    tokens, advantage_span, importance_span, weight_span,  # sizes
-    HAS_MASK: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    HAS_LOSSES: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SUMS: tl.constexpr,
+    logprobs_ptr, entropy_ptr, mask_ptr, tokens,  # inputs [N]; the second and third may be None
+    old_ptr, ref_ptr, advantages_ptr, importance_ptr, weights_ptr,  # as in `clip_terms`
+    advantage_span, importance_span, weight_span, low, high, dual, kl_coef,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss of each token, times its weight; its slope; and what a block's tokens add up to."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < tokens
     counts = inside
-    if HAS_MASK:
+    if mask_ptr is not None:
         counts = tl.load(mask_ptr + at, mask=inside, other=0) != 0
     # a slot that does not count is not read: it may hold NaN or inf
     logprob = tl.load(logprobs_ptr + at, mask=counts, other=0.0).to(tl.float32)
-    old_logprob, ref_logprob, importance = logprob, logprob, logprob
-    if HAS_OLD:
-        old_logprob = tl.load(old_ptr + at, mask=counts, other=0.0)
-    if HAS_REF:
-        ref_logprob = tl.load(ref_ptr + at, mask=counts, other=0.0)
-    if HAS_IMPORTANCE:
-        index = shared(at, importance_span, WIDE)
-        importance = tl.load(importance_ptr + index, mask=counts, other=0.0)
-    index = shared(at, advantage_span, WIDE)
-    advantage = tl.load(advantages_ptr + index, mask=counts, other=0.0)
-    loss, slope, ratio, is_low, is_high, k3 = clip_terms(
-        logprob, old_logprob, advantage, importance, ref_logprob, low, high, dual, kl_coef,
-        HAS_IMPORTANCE, HAS_REF,
+    loss, slope, ratio, is_low, is_high, k3, importance = clip_terms(
+        at, counts, logprob, old_ptr, ref_ptr, advantages_ptr, importance_ptr, weights_ptr,
+        advantage_span, importance_span, weight_span, low, high, dual, kl_coef, WIDE,
     )  # fmt: skip
-    if HAS_WEIGHTS:
-        weight = tl.load(weights_ptr + shared(at, weight_span, WIDE), mask=counts, other=0.0)
-        loss *= weight
-        slope *= weight
-    if HAS_LOSSES:
+    if losses_ptr is not None:
         tl.store(losses_ptr + at, tl.where(counts, loss, 0.0), mask=inside)
-    if HAS_SLOPES:
+    if slopes_ptr is not None:
         tl.store(slopes_ptr + at, tl.where(counts, slope, 0.0), mask=inside)
-    if HAS_SUMS:
-        step = tl.num_programs(0)
-        sums_ptr += tl.program_id(0)
-        tl.store(sums_ptr, tl.sum(tl.where(counts, loss, 0.0)))
-        tl.store(sums_ptr + step, tl.sum(logprob))
-        tl.store(sums_ptr + 2 * step, tl.sum(tl.where(counts, ratio, 0.0)))
-        tl.store(sums_ptr + 3 * step, tl.sum((counts & is_low).to(tl.float32)))
-        tl.store(sums_ptr + 4 * step, tl.sum((counts & is_high).to(tl.float32)))
-        sums_ptr += 5 * step
-        if HAS_REF:
-            tl.store(sums_ptr, tl.sum(tl.where(counts, k3, 0.0)))
-            sums_ptr += step
-        if HAS_ENTROPY:
-            tl.store(sums_ptr, tl.sum(tl.load(entropy_ptr + at, mask=counts, other=0.0)))
-            sums_ptr += step
-        if HAS_IMPORTANCE:
-            tl.store(sums_ptr, tl.sum(importance))
+    if sums_ptr is not None:
+        entropy = logprob
+        if entropy_ptr is not None:
+            entropy = tl.load(entropy_ptr + at, mask=counts, other=0.0)
+        store_terms(
+            sums_ptr + tl.program_id(0), tl.num_programs(0), tl.sum(tl.where(counts, loss, 0.0)),
+            tl.sum(logprob), tl.sum(tl.where(counts, ratio, 0.0)), tl.sum(is_low), tl.sum(is_high),
+            tl.sum(tl.where(counts, k3, 0.0)), tl.sum(entropy), tl.sum(importance),
+            ref_ptr, entropy_ptr, importance_ptr,
+        )  # fmt: skip
 
 
 def names_of(inputs: TokenInputs, entropy: Tensor | None) -> list[str]:
@@ -151,12 +168,21 @@ class ClippedRows(Protocol):
         ...
 
 
-def clip_numbers(objective: TokenObjective) -> tuple[float, float, float, float]:
-    """The bounds of the ratio, the dual clip's (infinite without one), and the weight of k3."""
-    clip = objective.surrogate
+def clip_arguments(
+    inputs: TokenInputs, weights: Tensor | None, objective: TokenObjective
+) -> tuple[Any, ...]:
+    """Kernel arguments: `old_ptr` to `kl_coef` of `clip_terms`."""
+    clip, tokens = objective.surrogate, inputs.sequences.mask.numel()
     assert isinstance(clip, Clip)
-    dual = math.inf if clip.dual is None else float(clip.dual)
-    return 1.0 - clip.low, 1.0 + clip.high, dual, float(objective.kl_coef)
+    shared = (inputs.advantages, inputs.importance_weights, weights)
+    return (
+        *map(contiguous, (inputs.old_logprobs, inputs.ref_logprobs, *shared)),
+        *(span(values, tokens) for values in shared),
+        1.0 - clip.low,
+        1.0 + clip.high,
+        math.inf if clip.dual is None else float(clip.dual),
+        float(objective.kl_coef),
+    )
 
 
 def span(values: Tensor | None, tokens: int) -> int:
@@ -189,28 +215,15 @@ def clip_tokens(
         count = 1 + len(names_of(inputs, entropy))
         parts = logprobs.new_empty((count, programs), dtype=torch.float32)
     mask = None if sequences.complete else sequences.mask
-    per_token = (logprobs, inputs.old_logprobs, inputs.ref_logprobs, entropy, mask)
-    shared = (inputs.advantages, inputs.importance_weights, weights)
     if tokens:
         # the kernel runs on the current device, which need not be the tensor's
         with torch.cuda.device_of(logprobs):
             clip_tokens_kernel[(programs,)](
                 *found,
                 parts,
-                *map(contiguous, per_token),
-                *map(contiguous, shared),
-                *clip_numbers(objective),
+                *map(contiguous, (logprobs, entropy, mask)),
                 tokens,
-                *(span(values, tokens) for values in shared),
-                HAS_MASK=mask is not None,
-                HAS_OLD=inputs.old_logprobs is not None,
-                HAS_REF=inputs.ref_logprobs is not None,
-                HAS_ENTROPY=entropy is not None,
-                HAS_IMPORTANCE=inputs.importance_weights is not None,
-                HAS_WEIGHTS=weights is not None,
-                HAS_LOSSES=losses,
-                HAS_SLOPES=slopes,
-                HAS_SUMS=sums,
+                *clip_arguments(inputs, weights, objective),
                 WIDE=tokens >= 2**31,
                 BLOCK=BLOCK,
                 num_warps=8,
@@ -240,7 +253,7 @@ class ClippedLosses(torch.autograd.Function):
         ctx: Any, logprobs: Tensor, inputs: TokenInputs, objective: TokenObjective
     ) -> Tensor:
         """Return the losses, and keep their slopes."""
-        ctx.dtype = logprobs.dtype
+        ctx.dtype, ctx.sequences = logprobs.dtype, inputs.sequences
         losses, slopes, _ = clip_tokens(
             logprobs, inputs, objective, losses=True, slopes=ctx.needs_input_grad[0]
         )
@@ -253,7 +266,8 @@ class ClippedLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         """Multiply the slopes by the upstream gradients."""
         (slopes,) = ctx.saved_tensors
-        return (slopes * grad_losses).to(ctx.dtype), None, None
+        grad = ctx.sequences.select(slopes * grad_losses)  # upstream may be infinite where masked
+        return grad.to(ctx.dtype), None, None
 
 
 class ClippedLoss(torch.autograd.Function):

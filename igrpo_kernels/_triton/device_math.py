@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Device functions that the kernels share: exponents relative to a reference, log1p and expm1."""
+"""Device functions that the kernels share: the softmax relative to a reference, log1p and expm1."""
 
 import triton
 import triton.language as tl
@@ -36,17 +36,35 @@ def expm1(x):
 
 
 @triton.jit
-def exponents(products, scale, softcap, to_log2, reference, HAS_SOFTCAP: tl.constexpr):
+def exponents(products, scale, softcap, to_log2, reference):
     """From products to (z - reference) log2(e), and the slope of the cap.
 
     z = cap(scale * products) / temperature;  `to_log2` is log2(e) / temperature, and `reference` is
     in the same unit.
     """
     slope = 1.0
-    if HAS_SOFTCAP:
+    if softcap is not None:
         capped = 2 * tl.sigmoid(products * (2 * scale / softcap)) - 1  # tanh
         slope = 1 - capped * capped
         shifted = capped * (softcap * to_log2) - reference
     else:
         shifted = products * (scale * to_log2) - reference
     return shifted, slope
+
+
+@triton.jit
+def of_sums(others, moment, gap):
+    """Log-prob, entropy and total of a row, as in `..row_statistics.RowStatistics.of_sums`."""
+    at_target = tl.exp(gap)
+    excess = others + (at_target - 1.0)
+    log_total = log1p(excess)
+    total = 1.0 + excess
+    entropy = log_total - (moment + at_target * tl.maximum(gap, LEAST)) / total
+    return gap - log_total, entropy, total
+
+
+@triton.jit
+def surprise(logprob, entropy):
+    """Minus the slope of the entropy by the token's own logit: p (log p + entropy)."""
+    bounded = tl.maximum(logprob, LEAST)
+    return tl.exp(bounded) * (bounded + entropy)

@@ -28,8 +28,7 @@ from .device_math import LEAST, LN2, LOG2E, exponents
 def finish_tile(
     products, row, column, target, reference, to_log2, scale, softcap, vocabulary,
     bias_ptr, e_desc,
-    PIECES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_MOMENT: tl.constexpr, STORES: tl.constexpr, STORES_SLOPE: tl.constexpr,
+    PIECES: tl.constexpr, HAS_MOMENT: tl.constexpr, STORES_SLOPE: tl.constexpr,
     SERIAL: tl.constexpr,
 ):  # fmt: skip
     """From products [N, W] to the row sums of their exponentials and moments; store the former.
@@ -42,8 +41,7 @@ def finish_tile(
         low, high = tl.split(tl.permute(tl.reshape(products, (N, 2, HALF)), (0, 2, 1)))
         total, moment = finish_tile(
             low, row, column, target, reference, to_log2, scale, softcap, vocabulary,
-            bias_ptr, e_desc, PIECES // 2, HAS_BIAS, HAS_SOFTCAP, HAS_MOMENT, STORES, STORES_SLOPE,
-            SERIAL,
+            bias_ptr, e_desc, PIECES // 2, HAS_MOMENT, STORES_SLOPE, SERIAL,
         )  # fmt: skip
         # One half after the other: the compiler would begin with all exponentials, and spill. It
         # cannot know that a sum is never negative, and waits for what adds zero.
@@ -51,18 +49,17 @@ def finish_tile(
             scale += tl.minimum(tl.maximum(total, moment), 0.0)
         more, more_moment = finish_tile(
             high, row, column + HALF, target, reference, to_log2, scale, softcap, vocabulary,
-            bias_ptr, e_desc, PIECES // 2, HAS_BIAS, HAS_SOFTCAP, HAS_MOMENT, STORES, STORES_SLOPE,
-            SERIAL,
+            bias_ptr, e_desc, PIECES // 2, HAS_MOMENT, STORES_SLOPE, SERIAL,
         )  # fmt: skip
         total += more
         moment += more_moment
     else:
         columns = column + tl.arange(0, products.shape[1])
-        if HAS_BIAS:
+        if bias_ptr is not None:
             bias = tl.load(bias_ptr + columns, mask=columns < vocabulary, other=0.0)
             products += bias.to(tl.float32)[None, :]
         shifted, slope = exponents(
-            products, scale[:, None], softcap, to_log2[:, None], reference[:, None], HAS_SOFTCAP
+            products, scale[:, None], softcap, to_log2[:, None], reference[:, None]
         )
         left_out = (columns[None, :] == target[:, None]) | (columns[None, :] >= vocabulary)
         exponentials = tl.where(left_out, 0.0, tl.exp2(shifted))
@@ -70,7 +67,7 @@ def finish_tile(
         moment = tl.zeros_like(total)
         if HAS_MOMENT:
             moment = tl.sum(exponentials * tl.maximum(shifted, LEAST), 1) * LN2
-        if STORES:
+        if e_desc is not None:
             if STORES_SLOPE:
                 exponentials *= slope
             e_desc.store([row, column], exponentials.to(e_desc.dtype))
@@ -81,13 +78,10 @@ def finish_tile(
 def exp_product_kernel(
     e_desc, sums_ptr, moments_ptr,  # outputs [N, V], [tiles of V, N], again; None if not wanted
     x_desc, w_desc, bias_ptr,  # inputs [N, H], [V, H], [V] or None
-    targets_ptr, references_ptr, temperature_ptr,  # [N], [N], [N] or [1]
-    logit_scale, softcap,  # scalars
-    rows, vocabulary, width, temperature_stride,  # sizes
+    targets_ptr, references_ptr, rows, vocabulary, width,  # inputs [N]
+    scale, softcap, temperature_ptr, temperature_stride,  # number, it or None, [N] or [1]
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_MOMENT: tl.constexpr, STORES: tl.constexpr, STORES_SLOPE: tl.constexpr,
-    HAS_SUMS: tl.constexpr, PIECES: tl.constexpr,
+    PROGRAMS: tl.constexpr, PIECES: tl.constexpr, STORES_SLOPE: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(rows, BLOCK_N)
     column_tiles = tl.cdiv(vocabulary, BLOCK_V)
@@ -110,16 +104,15 @@ def exp_product_kernel(
         target = tl.load(targets_ptr + at, mask=inside, other=-1).to(tl.int32)
         reference = tl.load(references_ptr + at, mask=inside, other=0.0) * LOG2E
         to_log2 = LOG2E / tl.load(temperature_ptr + at * temperature_stride, mask=inside, other=1.0)
-        scale = tl.zeros_like(to_log2) + logit_scale
+        scales = tl.zeros_like(to_log2) + scale
         total, moment = finish_tile(
-            products, row, column, target, reference, to_log2, scale, softcap, vocabulary,
-            bias_ptr, e_desc, PIECES, HAS_BIAS, HAS_SOFTCAP, HAS_MOMENT, STORES, STORES_SLOPE,
-            PIECES > 2,
+            products, row, column, target, reference, to_log2, scales, softcap, vocabulary,
+            bias_ptr, e_desc, PIECES, moments_ptr is not None, STORES_SLOPE, PIECES > 2,
         )  # fmt: skip
         slot = column_tile.to(tl.int64) * rows + at
-        if HAS_SUMS:
+        if sums_ptr is not None:
             tl.store(sums_ptr + slot, total, mask=inside)
-        if HAS_MOMENT:
+        if moments_ptr is not None:
             tl.store(moments_ptr + slot, moment, mask=inside)
 
 
@@ -169,7 +162,7 @@ def tile_for(weight: Tensor) -> Tile | None:
 def can_describe(values: Tensor) -> bool:
     """Whether the copy engine can walk a matrix."""
     steps = (values.data_ptr(), values.stride(0) * values.element_size())
-    return values.stride(1) == 1 and values.numel() > 0 and all(step % 16 == 0 for step in steps)
+    return values.stride(1) == 1 and all(step % 16 == 0 for step in steps)
 
 
 def blocks(tile: Tile, *, rich: bool) -> dict[str, int]:
@@ -195,6 +188,8 @@ def exp_product(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch the product; return sums and moments of the column tiles. Shape [tiles, N].
 
+    An empty slice of the vocabulary has no tile, and nothing is launched.
+
     Args:
         exponentials: Where E goes; None: it is not kept. Shape [N, V].
         chunk: The rows.
@@ -207,12 +202,13 @@ def exp_product(
     (rows, width), vocabulary = chunk.hidden.shape, len(chunk.weight)
     tiles = triton.cdiv(vocabulary, tile.columns)
     totals = [references.new_empty((tiles, rows)) if some else None for some in (sums, moments)]
+    if not tiles:
+        return totals[0], totals[1]
     sizes = blocks(tile, rich=chunk.has_cap or moments)
     stored = None
     if exponentials is not None:
         box = [tile.rows, tile.columns // sizes["PIECES"]]
         stored = TensorDescriptor.from_tensor(exponentials, box)
-    temperature, stride = chunk.temperature
     programs = multiprocessors(chunk.hidden.device)
     exp_product_kernel[(min(programs, triton.cdiv(rows, tile.rows) * tiles),)](
         stored,
@@ -222,21 +218,13 @@ def exp_product(
         chunk.bias,
         chunk.columns,
         references,
-        temperature,
-        chunk.scale,
-        chunk.softcap,
         rows,
         vocabulary,
         width,
-        stride,
+        *chunk.to_logits,
         **sizes,
         PROGRAMS=programs,
-        HAS_BIAS=chunk.bias is not None,
-        HAS_SOFTCAP=chunk.has_cap,
-        HAS_MOMENT=moments,
-        STORES=exponentials is not None,
         STORES_SLOPE=stores_slope,
-        HAS_SUMS=sums,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,

@@ -11,17 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..row_statistics import RowStatistics
-from .chunk import Chunk
-from .device_math import FLOOR, LEAST, LN2, LOG2E, RANGE, exponents, log1p
+from .chunk import Chunk, rows_of
+from .device_math import FLOOR, LEAST, LN2, LOG2E, RANGE, exponents, of_sums
 
 
 @triton.jit
 def target_logits_kernel(
-    logits_ptr,  # output [N]
-    x_ptr, w_ptr, bias_ptr, targets_ptr, temperature_ptr,  # [N, H], [V, H], [V], [N], [N] or [1]
-    scale, softcap,  # scalars
-    vocabulary, width, x_stride, w_stride, w_step, temperature_stride,  # sizes
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_H: tl.constexpr,
+    target_logits_ptr,  # output [N]
+    w_ptr, w_stride, w_step, bias_ptr,  # [V, H], [V] or None
+    x_ptr, x_stride, targets_ptr, vocabulary, width,  # [N, H], [N]
+    scale, softcap, temperature_ptr, temperature_stride,  # number, it or None, [N] or [1]
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The logit at the target of a row; 0 where that stands in another slice."""
     row = tl.program_id(0).to(tl.int64)
@@ -33,25 +33,24 @@ def target_logits_kernel(
         at = start + tl.arange(0, BLOCK_H)
         mask = at < readable
         x = tl.load(x_ptr + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
-        w = tl.load(w_ptr + target * w_stride + at * w_step, mask=mask, other=0.0)
+        w_at = target * w_stride + at.to(tl.int64) * w_step
+        w = tl.load(w_ptr + w_at, mask=mask, other=0.0)
         product += x * w.to(tl.float32)
     total = tl.sum(product, 0)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         total += tl.load(bias_ptr + target, mask=inside, other=0.0).to(tl.float32)
     to_log2 = LOG2E / tl.load(temperature_ptr + row * temperature_stride)
-    logit, _ = exponents(total, scale, softcap, to_log2, 0.0, HAS_SOFTCAP)
-    tl.store(logits_ptr + row, tl.where(inside, logit * LN2, 0.0))
+    logit, _ = exponents(total, scale, softcap, to_log2, 0.0)
+    tl.store(target_logits_ptr + row, tl.where(inside, logit * LN2, 0.0))
 
 
 @triton.jit
 def exp_rows_kernel(
-    e_ptr, sums_ptr, moments_ptr,  # outputs [N, V] or None, [N], [N] or None
-    products_ptr, bias_ptr,  # inputs [N, V] and [V] or None; the former may be e_ptr
-    targets_ptr, references_ptr, temperature_ptr,  # [N], [N], [N] or [1]
-    scale, softcap,  # scalars
-    vocabulary, e_stride, products_stride, temperature_stride,  # sizes
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_MOMENT: tl.constexpr,
-    STORES: tl.constexpr, STORES_SLOPE: tl.constexpr, NARROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+    e_ptr, e_stride, sums_ptr, moments_ptr,  # outputs [N, V] or None, [N], [N] or None
+    products_ptr, products_stride,  # input [N, V]; may be e_ptr
+    bias_ptr, targets_ptr, references_ptr, vocabulary,  # [V] or None, [N], [N]
+    scale, softcap, temperature_ptr, temperature_stride,  # number, it or None, [N] or [1]
+    STORES_SLOPE: tl.constexpr, NARROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """exp(z - reference) of a row, 0 at the target, in place of its products; their sum and moment.
 
@@ -67,15 +66,15 @@ def exp_rows_kernel(
         columns = start + tl.arange(0, BLOCK_V)
         inside = columns < vocabulary
         products = tl.load(products_ptr + row * products_stride + columns, mask=inside, other=0.0)
-        if HAS_BIAS:
+        if bias_ptr is not None:
             products += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        shifted, slope = exponents(products, scale, softcap, to_log2, reference, HAS_SOFTCAP)
+        shifted, slope = exponents(products, scale, softcap, to_log2, reference)
         counts = inside & (columns != target)
         exponentials = tl.where(counts, tl.exp2(shifted), 0.0)
         sums += exponentials
-        if HAS_MOMENT:
+        if moments_ptr is not None:
             moments += exponentials * tl.maximum(shifted, LEAST)
-        if STORES:
+        if e_ptr is not None:
             if STORES_SLOPE:
                 exponentials *= slope
             if NARROWS:  # the first block overwrites products that other threads still load
@@ -83,14 +82,14 @@ def exp_rows_kernel(
             stored = exponentials.to(e_ptr.dtype.element_ty)
             tl.store(e_ptr + row * e_stride + columns, stored, mask=inside)
     tl.store(sums_ptr + row, tl.sum(sums, 0))
-    if HAS_MOMENT:
+    if moments_ptr is not None:
         tl.store(moments_ptr + row, tl.sum(moments, 0) * LN2)
 
 
 @triton.jit
 def products_tile(
-    x_ptr, w_ptr, bias_ptr, row, column, rows, vocabulary, width, x_stride, w_stride, w_step,
-    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    w_ptr, w_stride, w_step, bias_ptr, x_ptr, x_stride, row, column, rows, vocabulary, width,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Products of some rows and columns, x W' + b, by plain loads."""
     columns = column + tl.arange(0, BLOCK_V)
@@ -102,9 +101,9 @@ def products_tile(
         x_mask = (row < rows)[:, None] & (at < width)[None, :]
         x = tl.load(x_ptr + at[None, :], mask=x_mask, other=0.0)
         w_mask = (at < width)[:, None] & (columns < vocabulary)[None, :]
-        w = tl.load(w_ptr + at[:, None] * w_step, mask=w_mask, other=0.0)
+        w = tl.load(w_ptr + at.to(tl.int64)[:, None] * w_step, mask=w_mask, other=0.0)
         products = tl.dot(x, w, products, input_precision="ieee")
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=columns < vocabulary, other=0.0)
         products += bias.to(tl.float32)[None, :]
     return products, columns
@@ -112,15 +111,12 @@ def products_tile(
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def row_totals_kernel(
-    logprobs_ptr, entropy_ptr, references_ptr, totals_ptr,  # outputs [N]
-    e_ptr,  # [N, V] or None; rows out of range are written again
-    sums_ptr, moments_ptr, target_logits_ptr,  # inputs [tiles of V, N] twice, [N]
-    x_ptr, w_ptr, bias_ptr, targets_ptr, temperature_ptr,  # as in the other kernels
-    scale, softcap,  # scalars
-    rows, tiles, vocabulary, width,  # sizes
-    x_stride, w_stride, w_step, e_stride, temperature_stride,  # strides
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_MOMENT: tl.constexpr,
-    STORES: tl.constexpr, STORES_SLOPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    logprobs_ptr, entropy_ptr, references_ptr, totals_ptr,  # outputs [N]; the second may be None
+    e_ptr, e_stride,  # [N, V] or None; rows out of range are written again
+    sums_ptr, moments_ptr, target_logits_ptr, rows, tiles,  # inputs [tiles of V, N] twice, [N]
+    w_ptr, w_stride, w_step, bias_ptr, x_ptr, x_stride, targets_ptr, vocabulary, width,
+    scale, softcap, temperature_ptr, temperature_stride,  # as in the other kernels
+    STORES_SLOPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Add up the tiles' sums, and finish log-prob and entropy.
@@ -137,7 +133,7 @@ def row_totals_kernel(
         at = tile.to(tl.int64)[:, None] * rows + row[None, :]
         mask = (tile < tiles)[:, None] & inside[None, :]
         others += tl.sum(tl.load(sums_ptr + at, mask=mask, other=0.0), 0)
-        if HAS_MOMENT:
+        if moments_ptr is not None:
             moment += tl.sum(tl.load(moments_ptr + at, mask=mask, other=0.0), 0)
     target_logit = tl.load(target_logits_ptr + row, mask=inside, other=0.0)
     reference = target_logit
@@ -149,29 +145,27 @@ def row_totals_kernel(
         highest = tl.full((BLOCK_N,), FLOOR, tl.float32)
         for column in range(0, vocabulary, BLOCK_V):
             products, columns = products_tile(
-                x_ptr, w_ptr, bias_ptr, row, column, rows, vocabulary, width,
-                x_stride, w_stride, w_step, HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_H,
+                w_ptr, w_stride, w_step, bias_ptr, x_ptr, x_stride, row, column, rows, vocabulary,
+                width, BLOCK_N, BLOCK_V, BLOCK_H,
             )  # fmt: skip
-            logits, _ = exponents(products, scale, softcap, to_log2[:, None], 0.0, HAS_SOFTCAP)
+            logits, _ = exponents(products, scale, softcap, to_log2[:, None], 0.0)
             logits = tl.where((columns < vocabulary)[None, :], logits, FLOOR)
             highest = tl.maximum(highest, tl.max(logits, 1))
         again = tl.zeros((BLOCK_N,), tl.float32)
         moment_again = tl.zeros((BLOCK_N,), tl.float32)
         for column in range(0, vocabulary, BLOCK_V):
             products, columns = products_tile(
-                x_ptr, w_ptr, bias_ptr, row, column, rows, vocabulary, width,
-                x_stride, w_stride, w_step, HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_H,
+                w_ptr, w_stride, w_step, bias_ptr, x_ptr, x_stride, row, column, rows, vocabulary,
+                width, BLOCK_N, BLOCK_V, BLOCK_H,
             )  # fmt: skip
-            shifted, slope = exponents(
-                products, scale, softcap, to_log2[:, None], highest[:, None], HAS_SOFTCAP
-            )
+            shifted, slope = exponents(products, scale, softcap, to_log2[:, None], highest[:, None])
             here = (columns < vocabulary)[None, :]
             counts = here & (columns[None, :] != target[:, None])
             exponentials = tl.where(counts, tl.exp2(shifted), 0.0)
             again += tl.sum(exponentials, 1)
-            if HAS_MOMENT:
+            if moments_ptr is not None:
                 moment_again += tl.sum(exponentials * tl.maximum(shifted, LEAST), 1) * LN2
-            if STORES:
+            if e_ptr is not None:
                 if STORES_SLOPE:
                     exponentials *= slope
                 tl.store(
@@ -183,17 +177,13 @@ def row_totals_kernel(
         moment = tl.where(redone, moment_again, moment)
         reference = tl.where(redone, highest * LN2, reference)
 
-    # total = e^gap + others, and by log1p where that is 1 + others: a confident token keeps digits
     gap = tl.where(redone, target_logit - reference, 0.0)
-    at_target = tl.exp(gap)
-    excess = others + tl.where(redone, at_target - 1.0, 0.0)
-    log_total = log1p(excess)
-    tl.store(logprobs_ptr + row, gap - log_total, mask=inside)
+    logprob, entropy, total = of_sums(others, moment, gap)
+    tl.store(logprobs_ptr + row, logprob, mask=inside)
     tl.store(references_ptr + row, reference, mask=inside)
-    tl.store(totals_ptr + row, 1.0 + excess, mask=inside)
-    if HAS_MOMENT:
-        mean = (moment + at_target * tl.maximum(gap, LEAST)) / (1.0 + excess)
-        tl.store(entropy_ptr + row, log_total - mean, mask=inside)
+    tl.store(totals_ptr + row, total, mask=inside)
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr + row, entropy, mask=inside)
 
 
 BLOCK_V = 4096
@@ -212,24 +202,8 @@ FUSION = {"enable_fp_fusion": True}
 def target_logits(chunk: Chunk) -> Tensor:
     """Return the logit at each target; 0 where that is not among the columns. Shape [N]."""
     logits = chunk.new_rows()
-    temperature, stride = chunk.temperature
     target_logits_kernel[(len(logits),)](
-        logits,
-        chunk.hidden,
-        chunk.weight,
-        chunk.bias,
-        chunk.columns,
-        temperature,
-        chunk.scale,
-        chunk.softcap,
-        *chunk.weight.shape,
-        chunk.hidden.stride(0),
-        *chunk.weight.stride(),
-        stride,
-        HAS_BIAS=chunk.bias is not None,
-        HAS_SOFTCAP=chunk.has_cap,
-        BLOCK_H=BLOCK_H,
-        **FUSION,
+        logits, *chunk.of_weight, *chunk.of_rows, BLOCK_H=BLOCK_H, **FUSION
     )
     return logits
 
@@ -252,26 +226,16 @@ def exp_rows_(
     narrows = dtype != products.dtype
     exponentials = products.view(dtype)[:, :vocabulary] if narrows else products
     sums, found = products.new_empty((1, rows)), products.new_empty((1, rows)) if moments else None
-    temperature, stride = chunk.temperature
     exp_rows_kernel[(rows,)](
-        exponentials,
+        *rows_of(exponentials if stores else None),
         sums,
         found,
-        products,
+        *rows_of(products),
         chunk.bias,
         chunk.columns,
         references,
-        temperature,
-        chunk.scale,
-        chunk.softcap,
         vocabulary,
-        exponentials.stride(0),
-        products.stride(0),
-        stride,
-        HAS_BIAS=chunk.bias is not None,
-        HAS_SOFTCAP=chunk.has_cap,
-        HAS_MOMENT=moments,
-        STORES=stores,
+        *chunk.to_logits,
         STORES_SLOPE=stores_slope,
         NARROWS=narrows,
         BLOCK_V=BLOCK_V,
@@ -291,38 +255,20 @@ def row_totals(
     stores_slope: bool,
 ) -> RowStatistics:
     """Finish the rows from what their tiles add up to. Shape [tiles, N] of sums and moments."""
-    logprobs, reference, total = (chunk.new_rows() for _ in range(3))
-    entropy = None if moments is None else chunk.new_rows()
-    temperature, stride = chunk.temperature
-    row_totals_kernel[(triton.cdiv(len(total), TOTALS["BLOCK_N"]),)](
-        logprobs,
-        entropy,
-        reference,
-        total,
-        exponentials,
+    tiles, rows = sums.shape
+    found = chunk.new_statistics(entropy=moments is not None)
+    row_totals_kernel[(triton.cdiv(rows, TOTALS["BLOCK_N"]),)](
+        *found,
+        *rows_of(exponentials),
         sums,
         moments,
         target_logits,
-        chunk.hidden,
-        chunk.weight,
-        chunk.bias,
-        chunk.columns,
-        temperature,
-        chunk.scale,
-        chunk.softcap,
-        len(total),
-        len(sums),
-        *chunk.weight.shape,
-        chunk.hidden.stride(0),
-        *chunk.weight.stride(),
-        0 if exponentials is None else exponentials.stride(0),
-        stride,
-        HAS_BIAS=chunk.bias is not None,
-        HAS_SOFTCAP=chunk.has_cap,
-        HAS_MOMENT=moments is not None,
-        STORES=exponentials is not None,
+        rows,
+        tiles,
+        *chunk.of_weight,
+        *chunk.of_rows,
         STORES_SLOPE=stores_slope,
         **TOTALS,
         **FUSION,
     )
-    return RowStatistics(logprobs, entropy, reference, total)
+    return found

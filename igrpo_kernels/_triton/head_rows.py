@@ -7,6 +7,8 @@ state times c, and E at the target. Then
     gradient of the products = c E,   dX = c (E W),   dW = E' (c X)
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,14 +17,14 @@ from torch import Tensor
 from ..row_selection import Rows
 from ..row_softmax import ProductGradient
 from ..row_statistics import RowStatistics
-from .chunk import Chunk, contiguous, where
-from .clip_terms import ClippedRows, clip_numbers, clip_terms, names_of, span
-from .device_math import LEAST, expm1
+from .chunk import Chunk, rows_of, where
+from .clip_terms import ClippedRows, clip_arguments, clip_terms, names_of, store_terms
+from .device_math import LEAST, expm1, surprise
 
 
 @triton.jit
 def scale_row(
-    out_ptr, x_ptr, row, to_row, factor, width, x_stride, out_stride, BLOCK_H: tl.constexpr
+    out_ptr, out_stride, to_row, x_ptr, x_stride, row, factor, width, BLOCK_H: tl.constexpr
 ):
     """A row times its factor, rounded once."""
     for start in range(0, width, BLOCK_H):
@@ -41,116 +43,96 @@ def slope_of_cap(logits, temperature, softcap):
 
 @triton.jit
 def finish_row(
-    factors_ptr, scaled_ptr, e_ptr, x_ptr, references_ptr, row, target, by_logprob, logprob, total,
-    temperature, scale, softcap, vocabulary, width, x_stride, e_stride,
-    HAS_SOFTCAP: tl.constexpr, IS_WEIGHED: tl.constexpr, SCALES: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    factors_ptr, scaled_ptr, e_ptr, e_stride, row, by_logprob, logprob, references_ptr, totals_ptr,
+    x_ptr, x_stride, targets_ptr, vocabulary, width,
+    scale, softcap, temperature_ptr, temperature_stride,
+    IS_WEIGHED: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Write c, the hidden state times c, and -others (times the cap's slope) at the target.
 
     IS_WEIGHED: E holds the upstream gradient and its target already.
     """
+    temperature = tl.load(temperature_ptr + row * temperature_stride)
+    total = tl.load(totals_ptr + row)
     factor = -by_logprob * (scale / temperature) / total
     tl.store(factors_ptr + row, factor)
     if not IS_WEIGHED:
         at_target = total * expm1(logprob)
-        if HAS_SOFTCAP:
+        if softcap is not None:
             logit = tl.load(references_ptr + row) + (logprob + tl.log(total))
             at_target *= slope_of_cap(logit, temperature, softcap)
+        target = tl.load(targets_ptr + row)
         inside = (target >= 0) & (target < vocabulary)
         stored = at_target.to(e_ptr.dtype.element_ty)
         tl.store(e_ptr + row * e_stride + target, stored, mask=inside)
-    if SCALES:
-        scale_row(scaled_ptr, x_ptr, row, row, factor, width, x_stride, width, BLOCK_H)
+    if scaled_ptr is not None:
+        scale_row(scaled_ptr, width, row, x_ptr, x_stride, row, factor, width, BLOCK_H)
 
 
 @triton.jit
 def gradient_rows_kernel(
-    factors_ptr, scaled_ptr, e_ptr,  # outputs [N], [N, H] or None; [N, V], written at the targets
-    by_logprob_ptr, logprobs_ptr, totals_ptr, references_ptr, targets_ptr,  # inputs [N]
-    x_ptr, temperature_ptr,  # inputs [N, H], [N] or [1]
-    scale, softcap,  # scalars
-    vocabulary, width, x_stride, e_stride, temperature_stride,  # sizes
-    HAS_SOFTCAP: tl.constexpr, IS_WEIGHED: tl.constexpr, SCALES: tl.constexpr,
+    factors_ptr, scaled_ptr, e_ptr, e_stride,  # outputs [N], [N, H] or None; [N, V], at the targets
+    by_logprob_ptr,  # input [N]; None: E has been weighed by it
+    logprobs_ptr, references_ptr, totals_ptr,  # inputs [N]
+    x_ptr, x_stride, targets_ptr, vocabulary, width,  # inputs [N, H], [N]
+    scale, softcap, temperature_ptr, temperature_stride,  # number, it or None, [N] or [1]
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """From the upstream gradient of a log-prob to the factor of its row."""
     row = tl.program_id(0).to(tl.int64)
     by_logprob = 1.0
-    if not IS_WEIGHED:
+    if by_logprob_ptr is not None:
         by_logprob = tl.load(by_logprob_ptr + row)
     finish_row(
-        factors_ptr, scaled_ptr, e_ptr, x_ptr, references_ptr, row, tl.load(targets_ptr + row),
-        by_logprob, tl.load(logprobs_ptr + row), tl.load(totals_ptr + row),
-        tl.load(temperature_ptr + row * temperature_stride), scale, softcap, vocabulary, width,
-        x_stride, e_stride, HAS_SOFTCAP, IS_WEIGHED, SCALES, BLOCK_H,
+        factors_ptr, scaled_ptr, e_ptr, e_stride, row, by_logprob, tl.load(logprobs_ptr + row),
+        references_ptr, totals_ptr, x_ptr, x_stride, targets_ptr, vocabulary, width, scale, softcap,
+        temperature_ptr, temperature_stride, by_logprob_ptr is None, BLOCK_H,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "first", "advantage_span", "importance_span", "weight_span"])
 def clip_rows_kernel(
-    terms_ptr, factors_ptr, scaled_ptr, e_ptr,  # outputs [K, N], and as in the kernel above
-    logprobs_ptr, entropy_ptr, totals_ptr, references_ptr, targets_ptr, x_ptr, temperature_ptr,
-    rows_ptr, old_ptr, ref_ptr,  # where the rows stand in the batch, [N] or None; of the batch, [B]
-    advantages_ptr, importance_ptr, weights_ptr,  # of the batch, [B / span]
-    low, high, dual, kl_coef, scale, softcap,  # scalars
-    rows, first, advantage_span, importance_span, weight_span,  # sizes
-    vocabulary, width, x_stride, e_stride, temperature_stride,
-    HAS_ROWS: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, HAS_GRADIENT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, SCALES: tl.constexpr, BLOCK_H: tl.constexpr,
+    terms_ptr, factors_ptr, scaled_ptr, e_ptr, e_stride,  # outputs [K, N], and as above or None
+    logprobs_ptr, entropy_ptr, references_ptr, totals_ptr,  # inputs [N]; the second may be None
+    x_ptr, x_stride, targets_ptr, vocabulary, width,  # inputs [N, H], [N]
+    scale, softcap, temperature_ptr, temperature_stride,  # number, it or None, [N] or [1]
+    rows, first, rows_ptr,  # N; where the rows stand in the batch: from here on, or [N]
+    old_ptr, ref_ptr, advantages_ptr, importance_ptr, weights_ptr,  # as in `clip_terms`
+    advantage_span, importance_span, weight_span, low, high, dual, kl_coef,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The whole of a row: ratio, clipped loss, upstream gradient, and what that leaves behind."""
     row = tl.program_id(0).to(tl.int64)
     at = first + row
-    if HAS_ROWS:
+    if rows_ptr is not None:
         at = tl.load(rows_ptr + row)
     logprob = tl.load(logprobs_ptr + row)
-    old_logprob, ref_logprob, importance = logprob, logprob, logprob
-    if HAS_OLD:
-        old_logprob = tl.load(old_ptr + at)
-    if HAS_REF:
-        ref_logprob = tl.load(ref_ptr + at)
-    if HAS_IMPORTANCE:
-        importance = tl.load(importance_ptr + at // importance_span)
-    advantage = tl.load(advantages_ptr + at // advantage_span)
-    loss, slope, ratio, is_low, is_high, k3 = clip_terms(
-        logprob, old_logprob, advantage, importance, ref_logprob, low, high, dual, kl_coef,
-        HAS_IMPORTANCE, HAS_REF,
+    loss, slope, ratio, is_low, is_high, k3, importance = clip_terms(
+        at, at >= 0, logprob, old_ptr, ref_ptr, advantages_ptr, importance_ptr, weights_ptr,
+        advantage_span, importance_span, weight_span, low, high, dual, kl_coef, True,
     )  # fmt: skip
-    weight = tl.load(weights_ptr + at // weight_span)
-    terms_ptr += row
-    tl.store(terms_ptr, loss * weight)
-    tl.store(terms_ptr + rows, logprob)
-    tl.store(terms_ptr + 2 * rows, ratio)
-    tl.store(terms_ptr + 3 * rows, is_low.to(tl.float32))
-    tl.store(terms_ptr + 4 * rows, is_high.to(tl.float32))
-    terms_ptr += 5 * rows
-    if HAS_REF:
-        tl.store(terms_ptr, k3)
-        terms_ptr += rows
-    if HAS_ENTROPY:
-        tl.store(terms_ptr, tl.load(entropy_ptr + row))
-        terms_ptr += rows
-    if HAS_IMPORTANCE:
-        tl.store(terms_ptr, importance)
-    if HAS_GRADIENT:
+    entropy = logprob
+    if entropy_ptr is not None:
+        entropy = tl.load(entropy_ptr + row)
+    store_terms(
+        terms_ptr + row, rows, loss, logprob, ratio, is_low, is_high, k3, entropy, importance,
+        ref_ptr, entropy_ptr, importance_ptr,
+    )  # fmt: skip
+    if e_ptr is not None:
         finish_row(
-            factors_ptr, scaled_ptr, e_ptr, x_ptr, references_ptr, row, tl.load(targets_ptr + row),
-            slope * weight, logprob, tl.load(totals_ptr + row),
-            tl.load(temperature_ptr + row * temperature_stride), scale, softcap, vocabulary, width,
-            x_stride, e_stride, HAS_SOFTCAP, False, SCALES, BLOCK_H,
+            factors_ptr, scaled_ptr, e_ptr, e_stride, row, slope, logprob, references_ptr,
+            totals_ptr, x_ptr, x_stride, targets_ptr, vocabulary, width, scale, softcap,
+            temperature_ptr, temperature_stride, False, BLOCK_H,
         )  # fmt: skip
 
 
 @triton.jit
 def weigh_rows_kernel(
-    e_ptr,  # [N, V], overwritten: exp(z - reference), 0 at the target
+    e_ptr, e_stride,  # [N, V], overwritten: exp(z - reference), 0 at the target
     by_logprob_ptr, by_entropy_ptr,  # inputs [N]; None is zero
-    logprobs_ptr, entropy_ptr, totals_ptr, references_ptr, targets_ptr, temperature_ptr,  # [N]
-    softcap,  # scalar
-    vocabulary, e_stride, temperature_stride,  # sizes
-    HAS_LOGPROB: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    logprobs_ptr, entropy_ptr, references_ptr, totals_ptr,  # inputs [N]
+    targets_ptr, vocabulary,  # input [N]
+    softcap, temperature_ptr, temperature_stride,  # number or None, [N] or [1]
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """What the entropy adds to a row's gradient, and the cap's slope: both functions of log E.
@@ -165,16 +147,15 @@ def weigh_rows_kernel(
     reference = tl.load(references_ptr + row)
     temperature = tl.load(temperature_ptr + row * temperature_stride)
     by_logprob = 0.0
-    if HAS_LOGPROB:
+    if by_logprob_ptr is not None:
         by_logprob = tl.load(by_logprob_ptr + row)
     at_target = by_logprob * total * expm1(logprob)
     by_entropy, entropy = 0.0, 0.0
-    if HAS_ENTROPY:
+    if by_entropy_ptr is not None:
         by_entropy = tl.load(by_entropy_ptr + row)
         entropy = tl.load(entropy_ptr + row)
-        bounded = tl.maximum(logprob, LEAST)
-        at_target += by_entropy * total * tl.exp(bounded) * (bounded + entropy)
-    if HAS_SOFTCAP:
+        at_target += by_entropy * total * surprise(logprob, entropy)
+    if softcap is not None:
         at_target *= slope_of_cap(reference + (logprob + log_total), temperature, softcap)
     for start in range(0, vocabulary, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
@@ -183,9 +164,9 @@ def weigh_rows_kernel(
         exponentials = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         shifted = tl.maximum(tl.log(exponentials), LEAST)
         weighed = exponentials * by_logprob
-        if HAS_ENTROPY:
+        if by_entropy_ptr is not None:
             weighed += exponentials * by_entropy * (shifted - log_total + entropy)
-        if HAS_SOFTCAP:
+        if softcap is not None:
             weighed *= slope_of_cap(reference + shifted, temperature, softcap)
         weighed = tl.where(columns == target, at_target, weighed)
         tl.store(at, weighed.to(e_ptr.dtype.element_ty), mask=inside)
@@ -193,17 +174,19 @@ def weigh_rows_kernel(
 
 @triton.jit(do_not_specialize=["first"])
 def scale_rows_kernel(
-    out_ptr, values_ptr, factors_ptr, rows_ptr,  # output [B, H]; inputs [N, H], [N], [N] or None
-    first, width, values_stride, out_stride,  # sizes
-    HAS_ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+    out_ptr, out_stride, first, rows_ptr,  # output [B, H]; where the rows stand in it, [N] or None
+    products_ptr, products_stride, factors_ptr, width,  # inputs [N, H], [N]
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Rows times their factors, to where they stand in the batch."""
     row = tl.program_id(0).to(tl.int64)
     to_row = first + row
-    if HAS_ROWS:
+    if rows_ptr is not None:
         to_row = tl.load(rows_ptr + row)
     factor = tl.load(factors_ptr + row)
-    scale_row(out_ptr, values_ptr, row, to_row, factor, width, values_stride, out_stride, BLOCK_H)
+    scale_row(
+        out_ptr, out_stride, to_row, products_ptr, products_stride, row, factor, width, BLOCK_H
+    )
 
 
 BLOCK_V = 4096
@@ -219,24 +202,14 @@ def weigh_rows_(
     by_entropy: Tensor | None,
 ) -> None:
     """Multiply rows of E by their upstream gradients and the cap's slope, targets included."""
-    temperature, stride = chunk.temperature
     weigh_rows_kernel[(len(exponentials),)](
-        exponentials,
+        *rows_of(exponentials),
         by_logprob,
         by_entropy,
-        found.logprobs,
-        found.entropy,
-        found.total,
-        found.reference,
+        *found,
         chunk.columns,
-        temperature,
-        chunk.softcap,
         exponentials.shape[1],
-        exponentials.stride(0),
-        stride,
-        HAS_LOGPROB=by_logprob is not None,
-        HAS_ENTROPY=by_entropy is not None,
-        HAS_SOFTCAP=chunk.has_cap,
+        *chunk.to_logits[1:],
         BLOCK_V=BLOCK_V,
         num_warps=8,
         **FUSION,
@@ -253,27 +226,13 @@ def gradient_rows(
 ) -> ProductGradient:
     """Finish rows of E and their factors; without `by_logprob` E has been weighed already."""
     gradient = new_gradient(exponentials, chunk, scales_hidden)
-    temperature, stride = chunk.temperature
     gradient_rows_kernel[(len(exponentials),)](
-        gradient.factors,
-        gradient.scaled_hidden,
-        exponentials,
+        *outputs_of(gradient),
         by_logprob,
         found.logprobs,
-        found.total,
         found.reference,
-        chunk.columns,
-        chunk.hidden,
-        temperature,
-        chunk.scale,
-        chunk.softcap,
-        *chunk.weight.shape,
-        chunk.hidden.stride(0),
-        exponentials.stride(0),
-        stride,
-        HAS_SOFTCAP=chunk.has_cap,
-        IS_WEIGHED=by_logprob is None,
-        SCALES=scales_hidden,
+        found.total,
+        *chunk.of_rows,
         BLOCK_H=BLOCK_H,
         **FUSION,
     )
@@ -284,6 +243,13 @@ def new_gradient(exponentials: Tensor, chunk: Chunk, scales_hidden: bool) -> Pro
     """Memory for what a row's kernel leaves."""
     scaled = torch.empty_like(chunk.hidden, dtype=exponentials.dtype) if scales_hidden else None
     return ProductGradient(exponentials, chunk.new_rows(), scaled_hidden=scaled)
+
+
+def outputs_of(gradient: ProductGradient | None) -> tuple[Any, ...]:
+    """Kernel arguments: factors_ptr, scaled_ptr, e_ptr, e_stride."""
+    if gradient is None:
+        return None, None, None, 0
+    return gradient.factors, gradient.scaled_hidden, *rows_of(gradient.matrix)
 
 
 def clip_rows(
@@ -299,50 +265,19 @@ def clip_rows(
 
     The terms are the loss, and those of `names_of`. Shape [K, N].
     """
-    gradient, stride_of_e = None, 0
+    gradient = None
     if exponentials is not None:
         gradient = new_gradient(exponentials, chunk, scales_hidden)
-        stride_of_e = exponentials.stride(0)
-    count = len(chunk.hidden)
-    first, index = where(rows)
-    inputs = losses.inputs
+    count, inputs = len(chunk.hidden), losses.inputs
     terms = found.total.new_empty((1 + len(names_of(inputs, found.entropy)), count))
-    shared = (inputs.advantages, inputs.importance_weights, losses.weights)
-    tokens = inputs.sequences.mask.numel()
-    temperature, stride = chunk.temperature
     clip_rows_kernel[(count,)](
         terms,
-        None if gradient is None else gradient.factors,
-        None if gradient is None else gradient.scaled_hidden,
-        exponentials,
-        found.logprobs,
-        found.entropy,
-        found.total,
-        found.reference,
-        chunk.columns,
-        chunk.hidden,
-        temperature,
-        index,
-        *map(contiguous, (inputs.old_logprobs, inputs.ref_logprobs)),
-        *map(contiguous, shared),
-        *clip_numbers(losses.objective),
-        chunk.scale,
-        chunk.softcap,
+        *outputs_of(gradient),
+        *found,
+        *chunk.of_rows,
         count,
-        first,
-        *(span(values, tokens) for values in shared),
-        *chunk.weight.shape,
-        chunk.hidden.stride(0),
-        stride_of_e,
-        stride,
-        HAS_ROWS=index is not None,
-        HAS_OLD=inputs.old_logprobs is not None,
-        HAS_REF=inputs.ref_logprobs is not None,
-        HAS_ENTROPY=found.entropy is not None,
-        HAS_IMPORTANCE=inputs.importance_weights is not None,
-        HAS_GRADIENT=gradient is not None,
-        HAS_SOFTCAP=chunk.has_cap,
-        SCALES=scales_hidden and gradient is not None,
+        *where(rows),
+        *clip_arguments(inputs, losses.weights, losses.objective),
         BLOCK_H=BLOCK_H,
         **FUSION,
     )
@@ -351,18 +286,13 @@ def clip_rows(
 
 def put_scaled_rows_(out: Tensor, rows: Rows, values: Tensor, factors: Tensor) -> None:
     """Overwrite some rows of a batch by values [N, H] times their factors."""
-    first, index = where(rows)
     with torch.cuda.device_of(values):
         scale_rows_kernel[(len(values),)](
-            out,
-            values,
+            *rows_of(out),
+            *where(rows),
+            *rows_of(values),
             factors,
-            index,
-            first,
             values.shape[1],
-            values.stride(0),
-            out.stride(0),
-            HAS_ROWS=index is not None,
             BLOCK_H=BLOCK_H,
             **FUSION,
         )

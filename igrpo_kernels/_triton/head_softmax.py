@@ -21,7 +21,7 @@ from ..row_statistics import LARGEST, RowStatistics
 from ..vocabulary_shard import VocabularyShard
 from .chunk import Chunk, contiguous
 from .clip_terms import ClippedRows, names_of
-from .exp_product import exp_product, tile_for
+from .exp_product import can_describe, exp_product, tile_for
 from .exp_rows import exp_rows_, row_totals, target_logits
 from .head_rows import clip_rows, gradient_rows, weigh_rows_
 
@@ -151,8 +151,11 @@ def softmax_of_rows(
             "float64 has no kernel: cast to float32, or move the tensors to the CPU, got "
             f"{describe(hidden)}"
         )
-    if hidden.data_ptr() % 16:  # where the copy engine can begin
-        hidden = hidden.clone()
+    tile = tile_for(head.weight)
+    if tile is not None and not can_describe(hidden):
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    # a number goes to the device once, and not for each launch
+    transform = transform._replace(temperature=transform.temperature_tensor(hidden))
     chunk = Chunk(hidden, head.weight, head.bias, head.columns(targets).columns, transform)
     # the gradient of an entropy starts from log E, and multiplies by the cap's slope afterwards
     takes_log = entropy or (known is not None and known.entropy is not None)
@@ -160,7 +163,7 @@ def softmax_of_rows(
     with torch.cuda.device_of(hidden):
         reference = _reference(chunk, head.shard) if known is None else known.reference
         options = {"moments": entropy and known is None, "stores_slope": stores_slope}
-        tile, kept = tile_for(head.weight), None
+        kept = None
         if tile is not None:
             if keeps:
                 kept = memory[: len(hidden), : head.vocabulary]

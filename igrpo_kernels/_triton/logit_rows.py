@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..checks import describe
 from ..row_statistics import RowStatistics
-from .device_math import FLOOR, LEAST, LN2, LOG2E, RANGE, expm1, log1p
+from .chunk import contiguous
+from .device_math import FLOOR, LEAST, LN2, LOG2E, RANGE, expm1, of_sums, surprise
 
 BLOCK_V = 4096
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
@@ -50,17 +51,17 @@ def relative_sums(
 
 @triton.jit(do_not_specialize=["inner_size"])
 def logit_rows_fwd_kernel(
-    logprobs_ptr, entropy_ptr, references_ptr, totals_ptr,  # outputs [N]
-    logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # inputs [N, V], [N], [N], [N] or [1]
+    logprobs_ptr, entropy_ptr, references_ptr, totals_ptr,  # outputs [N]; the second may be None
+    logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [N, V], [N], [N] or None, [N] or [1]
     vocabulary, inner_size,  # sizes
     outer_stride, inner_stride, temperature_stride,  # strides
-    HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     to_log2 = LOG2E / tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
     target = tl.load(targets_ptr + row)
     readable = vocabulary
-    if HAS_MASK:  # a row left out is not read; its target may be anything
+    if mask_ptr is not None:  # a row left out is not read; its target may be anything
         counts = tl.load(mask_ptr + row) != 0
         target = tl.where(counts, target, 0)
         readable = tl.where(counts, vocabulary, 0)
@@ -69,7 +70,7 @@ def logit_rows_fwd_kernel(
     at_target = tl.load(logits_ptr + target, mask=inside, other=0.0).to(tl.float32) * to_log2
     reference = at_target
     others, moment = relative_sums(
-        logits_ptr, readable, target, to_log2, reference, HAS_ENTROPY, BLOCK_V
+        logits_ptr, readable, target, to_log2, reference, entropy_ptr is not None, BLOCK_V
     )
     if (others < RANGE) == 0:  # inf and NaN too
         highest = tl.full((BLOCK_V,), FLOOR, tl.float32)
@@ -79,22 +80,18 @@ def logit_rows_fwd_kernel(
             highest = tl.maximum(highest, logits.to(tl.float32) * to_log2)
         reference = tl.max(highest, 0)
         others, moment = relative_sums(
-            logits_ptr, readable, target, to_log2, reference, HAS_ENTROPY, BLOCK_V
+            logits_ptr, readable, target, to_log2, reference, entropy_ptr is not None, BLOCK_V
         )
 
     gap = tl.where(reference == at_target, 0.0, (at_target - reference) * LN2)
-    power = tl.exp(gap)
-    excess = others + (power - 1.0)
-    log_total = log1p(excess)
-    logprob = gap - log_total
-    entropy = log_total - (moment + power * tl.maximum(gap, LEAST)) / (1.0 + excess)
-    if HAS_MASK:
+    logprob, entropy, total = of_sums(others, moment, gap)
+    if mask_ptr is not None:
         logprob = tl.where(counts, logprob, 0.0)
         entropy = tl.where(counts, entropy, 0.0)
     tl.store(logprobs_ptr + row, logprob)
     tl.store(references_ptr + row, reference * LN2)
-    tl.store(totals_ptr + row, 1.0 + excess)
-    if HAS_ENTROPY:
+    tl.store(totals_ptr + row, total)
+    if entropy_ptr is not None:
         tl.store(entropy_ptr + row, entropy)
 
 
@@ -106,7 +103,6 @@ def logit_rows_bwd_kernel(
     by_logprob_ptr, by_entropy_ptr,  # upstream gradients, [N]; None is zero
     vocabulary, inner_size,  # sizes
     grad_outer_stride, grad_inner_stride, outer_stride, inner_stride, temperature_stride,
-    HAS_MASK: tl.constexpr, HAS_LOGPROB: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -114,18 +110,17 @@ def logit_rows_bwd_kernel(
     by_logprob, by_entropy, above = 0.0, 0.0, 0.0
     logprob = tl.load(logprobs_ptr + row)
     total = tl.load(totals_ptr + row)
-    if HAS_LOGPROB:
+    if by_logprob_ptr is not None:
         by_logprob = tl.load(by_logprob_ptr + row) * inverse_temperature
     active = by_logprob != 0
     at_target = -by_logprob * expm1(logprob)
-    if HAS_ENTROPY:
+    if by_entropy_ptr is not None:
         by_entropy = tl.load(by_entropy_ptr + row) * inverse_temperature
         active |= by_entropy != 0
         entropy = tl.load(entropy_ptr + row)
-        bounded = tl.maximum(logprob, LEAST)
-        at_target -= by_entropy * tl.exp(bounded) * (bounded + entropy)
+        at_target -= by_entropy * surprise(logprob, entropy)
         above = entropy - tl.log(total)
-    if HAS_MASK:
+    if mask_ptr is not None:
         active &= tl.load(mask_ptr + row) != 0
     # a row of no upstream gradient is not read, and gets exact zeros
     readable = tl.where(active, vocabulary, 0)
@@ -142,7 +137,7 @@ def logit_rows_bwd_kernel(
         shifted = logits.to(tl.float32) * to_log2 - reference
         probs = tl.exp2(shifted) * inverse_total
         factor = by_logprob
-        if HAS_ENTROPY:
+        if by_entropy_ptr is not None:
             factor += by_entropy * (tl.maximum(shifted, LEAST) * LN2 + above)
         grad = tl.where(columns == target, at_target, -factor * probs)
         grad = tl.where(active, grad, 0.0)
@@ -185,19 +180,14 @@ def forward(
         )
     logits = with_row_layout(logits)
     layout = RowLayout.of(logits)
-    logprobs, reference, total, entropy = (
-        targets.new_empty(layout.rows, dtype=torch.float32) for _ in range(4)
-    )
-    found = RowStatistics(logprobs, entropy if with_entropy else None, reference, total)
+    new = [targets.new_empty(layout.rows, dtype=torch.float32) for _ in range(4)]
+    found = RowStatistics(new[0], new[1] if with_entropy else None, *new[2:])
     if not layout.rows:
         return found
     # the kernel runs on the current device, which need not be the tensor's
     with torch.cuda.device_of(logits):
         logit_rows_fwd_kernel[(layout.rows,)](
-            logprobs,
-            found.entropy,
-            reference,
-            total,
+            *found,
             logits,
             targets,
             mask,
@@ -207,8 +197,6 @@ def forward(
             layout.outer_stride,
             layout.inner_stride,
             0 if temperature.numel() == 1 else 1,
-            HAS_MASK=mask is not None,
-            HAS_ENTROPY=with_entropy,
             BLOCK_V=BLOCK_V,
             **LAUNCH,
         )
@@ -238,12 +226,8 @@ def write_gradient(
             targets,
             mask,
             temperature,
-            known.logprobs,
-            known.entropy,
-            known.reference,
-            known.total,
-            None if by_logprob is None else by_logprob.contiguous(),
-            None if by_entropy is None else by_entropy.contiguous(),
+            *known,
+            *map(contiguous, (by_logprob, by_entropy)),
             walked.shape[-1],
             layout.inner_size,
             grad_layout.outer_stride,
@@ -251,9 +235,6 @@ def write_gradient(
             layout.outer_stride,
             layout.inner_stride,
             0 if temperature.numel() == 1 else 1,
-            HAS_MASK=mask is not None,
-            HAS_LOGPROB=by_logprob is not None,
-            HAS_ENTROPY=by_entropy is not None,
             BLOCK_V=BLOCK_V,
             **LAUNCH,
         )

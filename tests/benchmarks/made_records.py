@@ -30,6 +30,7 @@ def record(sampled: float, refined: float, **fields: Any) -> dict[str, Any]:
     }
     step = {
         "step": 5,
+        "reward": 0.3,
         "copy_rate": 0.4,
         "zero_variance": 0.6,
         "draft_zero_variance": 0.3,

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,18 @@ def test_the_whole_command_is_red_if_a_step_fails(
     assert {"hardware", "versions", "commit", "date"} <= written.keys()
     assert written["finished"]
     assert f"{'RED' if code else 'green'} after" in capfd.readouterr().out
+
+
+def test_no_clock_stops_a_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+
+    def run_module(arguments: Any, seconds: float | None) -> dict[str, Any]:
+        limits.append(seconds)
+        return {"exit_code": 0, "seconds": 0.0}
+
+    monkeypatch.setattr(gpu_check, "run_module", run_module)
+    gpu_check.main([*NOTHING_ELSE, "--output", str(tmp_path / "run.json")])
+    assert limits == [None] * 3
 
 
 def test_a_gpu_is_demanded_by_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,13 @@ from igrpo_kernels.row_softmax import ProductGradient
 from tests.kernels.linear_policy_cases import T, V
 
 
+@pytest.fixture(params=["one slice", "many slices"])
+def sliced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test with all rows of logits in one slice, and with each in a slice of its own."""
+    if request.param == "many slices":
+        monkeypatch.setattr(row_selection, "CACHE_BYTES", 0)
+
+
 @pytest.fixture(params=["one chunk", "some chunks", "many chunks", "many slices"])
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test with all rows in one chunk, and with each in a chunk, or a slice, of its own.

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from igrpo_kernels import (
     K3,
@@ -175,3 +176,23 @@ def test_tensors_on_the_meta_device(op: Op, names: list[str]) -> None:
         shape = shapes.get(name, (2, 3))
         with pytest.raises(TypeError, match=f"^{name} must hold values, got .* meta device"):
             op(**{name: torch.empty(shape, dtype=dtype, device="meta")})
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "shape"),
+    [
+        (logits_op, "targets", (2, 3)),
+        (head_op, "weight", (5, 4)),
+        (head_op, "targets", (2, 3)),
+        (head_op, "bias", (5,)),
+        (fused_op, "advantages", (2,)),
+        (loss_op, "old_logprobs", (2, 3)),
+        (clipped_op, "advantages", (2,)),
+    ],
+)
+def test_a_tensor_on_another_device(op: Op, name: str, shape: tuple[int, ...]) -> None:
+    with FakeTensorMode():  # a CUDA tensor without a GPU
+        dtype = torch.long if name == "targets" else torch.float32
+        values = torch.zeros(shape, dtype=dtype, device="cuda")
+    with pytest.raises(ValueError, match=f"^{name} must be on cpu, got a .* on cuda:0$"):
+        op(**{name: values})

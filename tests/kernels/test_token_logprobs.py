@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import igrpo_kernels.row_selection as row_selection
 from igrpo_kernels import token_logprobs
 
 EPS = torch.finfo(torch.float32).eps
@@ -32,14 +31,7 @@ def plain(
     return log_p.gather(-1, targets[..., None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
-@pytest.fixture(params=["one chunk", "many chunks"])
-def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test with all rows in one chunk, and with every row in a chunk of its own."""
-    if request.param == "many chunks":
-        monkeypatch.setattr(row_selection, "CACHE_BYTES", 0)
-
-
-@pytest.mark.usefixtures("chunked")
+@pytest.mark.usefixtures("sliced")
 def test_a_loop_in_plain_floats() -> None:
     logits = torch.randn(6, 9, dtype=torch.float64)
     targets = torch.randint(0, 9, (6,))
@@ -64,7 +56,7 @@ def test_numbers_worked_by_hand() -> None:
     torch.testing.assert_close(entropy, torch.tensor([by_hand, math.log(2.0)]), rtol=1e-6, atol=0)
 
 
-@pytest.mark.usefixtures("chunked")
+@pytest.mark.usefixtures("sliced")
 @pytest.mark.parametrize("temperature", [1.0, 0.6, "per row"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck(temperature: float | str, masked: bool) -> None:
@@ -82,7 +74,7 @@ def test_gradcheck(temperature: float | str, masked: bool) -> None:
     assert torch.autograd.gradcheck(both, logits)
 
 
-@pytest.mark.usefixtures("chunked")
+@pytest.mark.usefixtures("sliced")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [1, 2, 7, 507, 50257])
 def test_error_against_float64_is_that_of_plain_torch(dtype: torch.dtype, vocabulary: int) -> None:
@@ -291,7 +283,7 @@ def test_targets_of_any_integer_dtype() -> None:
         assert torch.equal(token_logprobs(logits, torch.tensor([0, 4, 2], dtype=dtype)), wanted)
 
 
-@pytest.mark.usefixtures("chunked")
+@pytest.mark.usefixtures("sliced")
 @settings(max_examples=40)
 @given(st.data())
 def test_shift_permutation_and_neighbors(data: st.DataObject) -> None:

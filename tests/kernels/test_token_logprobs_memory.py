@@ -9,14 +9,7 @@ import igrpo_kernels.row_selection as row_selection
 from igrpo_kernels import token_logprobs
 
 
-@pytest.fixture(params=["one chunk", "many chunks"])
-def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a test with all rows in one chunk, and with every row in a chunk of its own."""
-    if request.param == "many chunks":
-        monkeypatch.setattr(row_selection, "CACHE_BYTES", 0)
-
-
-@pytest.mark.usefixtures("chunked")
+@pytest.mark.usefixtures("sliced")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("view", ["whole", "shifted", "strided vocabulary"])

@@ -8,35 +8,30 @@ import re
 from typing import Any
 
 import pytest
-import triton
 
 from benchmarks.triton_resources import (
-    BACKWARD,
     EXP_ROWS,
     FORWARD,
-    PRODUCTS,
+    PRODUCT,
     RECORDED,
     TARGETS,
     Variant,
     compiled,
     for_target,
     launches_of,
-    product_variant,
     resources,
     variants,
 )
 from igrpo_kernels._triton import exp_product, logit_rows
-
-ROW_KERNELS = [FORWARD, BACKWARD, EXP_ROWS]
 
 
 def assembly(launch: Variant, name: str = "sm_90") -> dict[str, Any]:
     return compiled(launch, name).asm  # type: ignore[no-any-return]
 
 
-# Triton 3.6 spills so many bytes of this kernel at most, which only rows out of range can feel; the
-# tiles that fit there spill with 3.7 to 3.9
-SPILLED = {"row_totals_kernel": 48} if triton.__version__.startswith("3.6.") else {}
+# Bytes at most, which only rows out of range can feel: with Triton 3.9 in fp32 on sm_80, with 3.6
+# elsewhere too. Of other tiles, and ways to step along the operands, none is free of spills in all
+SPILLED = {"row_totals_kernel": 64}
 
 
 @pytest.mark.parametrize("launch", list(variants()), ids=str)
@@ -53,42 +48,40 @@ def test_no_kernel_spills(launch: Variant) -> None:
         assert registers * 32 * warps <= 2**16 or target == "gfx942"
 
 
-def test_the_recorded_table_holds_every_kernel_and_no_spill() -> None:
+def test_the_recorded_table_holds_every_kernel_and_no_other_spill() -> None:
     recorded = json.loads(RECORDED.read_text())["registers and spilled bytes"]
     assert sorted(recorded) == sorted(map(str, variants()))
     for launch in variants():
         targets = recorded[str(launch)]
         assert sorted(targets) == sorted(launch.targets)
-        assert all(registers > 0 and spilled == 0 for registers, spilled in targets.values())
+        limit = SPILLED.get(launch.kernel.fn.__name__, 0)
+        assert all(registers > 0 and spilled <= limit for registers, spilled in targets.values())
 
 
 def test_the_product_runs_on_tensor_cores_and_the_copy_engine() -> None:
-    ptx = assembly(product_variant("STORES HAS_SUMS"))["ptx"]
+    ptx = assembly(launches_of(PRODUCT, "e_desc sums_ptr")[0])["ptx"]
     assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16" in ptx
     assert "cp.async.bulk.tensor.2d.shared::c" in ptx  # operands in
     assert "cp.async.bulk.tensor.2d.global.shared::cta" in ptx  # exponentials out
     assert "cvt.rn.bf16x2.f32" in ptx  # rounded, not truncated
-    assert "tcgen05.mma" in assembly(product_variant("STORES HAS_SUMS"), "sm_100")["ptx"]
+    assert "tcgen05.mma" in assembly(launches_of(PRODUCT, "e_desc sums_ptr")[0], "sm_100")["ptx"]
 
 
-@pytest.mark.parametrize("flags", PRODUCTS)
-def test_the_epilogue_takes_one_exponential_a_logit(flags: str) -> None:
-    launch = product_variant(flags)
+@pytest.mark.parametrize("launch", launches_of(PRODUCT), ids=str)
+def test_the_epilogue_takes_one_exponential_a_logit(launch: Variant) -> None:
     sizes = for_target(launch, "sm_90").constants
     logits = sizes["BLOCK_N"] * sizes["BLOCK_V"] // (32 * exp_product.TILES[9, 0].warps)
-    each = 2 if "HAS_SOFTCAP" in flags else 1  # and one for the cap's tanh
+    each = 2 if "softcap" in launch.chosen else 1  # and one for the cap's tanh
     assert assembly(launch)["ptx"].count("ex2.approx") == each * logits
 
 
 def test_forward_alone_stores_no_exponential() -> None:
-    ptx = assembly(product_variant("HAS_SUMS"))["ptx"]
+    ptx = assembly(launches_of(PRODUCT, "sums_ptr")[0])["ptx"]
     assert "cp.async.bulk.tensor.2d.global.shared::cta" not in ptx
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("flags", ["", "HAS_MASK HAS_ENTROPY"])
-def test_the_forward_takes_one_exponential_a_logit(flags: str, dtype: str) -> None:
-    launch = next(some for some in launches_of(FORWARD, flags) if some.dtype == dtype)
+@pytest.mark.parametrize("launch", launches_of(FORWARD), ids=str)
+def test_the_forward_takes_one_exponential_a_logit(launch: Variant) -> None:
     ptx = assembly(launch)["ptx"]
     logits = logit_rows.BLOCK_V // (32 * logit_rows.LAUNCH["num_warps"])  # of a thread, each step
     # in the loop, again in that of rows out of range, and one of the target's
@@ -98,16 +91,18 @@ def test_the_forward_takes_one_exponential_a_logit(flags: str, dtype: str) -> No
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_products_are_loaded_before_half_their_width_is_written_over(name: str) -> None:
-    ttgir = assembly(launches_of(EXP_ROWS, "STORES NARROWS")[0], name)["ttgir"]
+    ttgir = assembly(launches_of(EXP_ROWS, "e_ptr NARROWS")[0], name)["ttgir"]
     loop = ttgir[ttgir.index("scf.for") :]
     assert loop.index("tt.load") < loop.index("barrier") < loop.index("tt.store")
 
 
-@pytest.mark.parametrize("kernel", ROW_KERNELS, ids=lambda kernel: kernel.fn.__name__)
-def test_rows_are_addressed_in_64_bits_fla_1082_trl_7266(kernel: Any) -> None:
-    ttir = assembly(launches_of(kernel)[-1])["ttir"]
+@pytest.mark.parametrize(
+    "launch", [launch for launch in variants() if not launch.is_product], ids=str
+)
+def test_rows_are_addressed_in_64_bits_fla_1082_trl_7266(launch: Variant) -> None:
+    ttir = assembly(launch)["ttir"]
     row = re.search(r"(%\S+) = tt.get_program_id x", ttir)
     assert row is not None
     # the row is widened before it meets a stride, and no 32-bit product takes part in an address
     assert re.search(rf"arith.extsi {row[1]} : i32 to i64", ttir)
-    assert not re.search(r"arith.muli .* : i32", ttir)
+    assert not re.search(r"arith.muli .* : (i32|tensor<[0-9x]+xi32>)", ttir)

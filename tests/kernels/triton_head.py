@@ -18,6 +18,7 @@ from igrpo_kernels._triton import exp_product, exp_rows, head_softmax
 from igrpo_kernels.linear_head import LinearHead
 from igrpo_kernels.row_softmax import LogitTransform
 from igrpo_kernels.row_statistics import LARGEST, RowStatistics
+from igrpo_kernels.vocabulary_shard import VocabularyShard
 from tests.kernels.triton_problem import (
     ONE,
     SHAPES,
@@ -337,11 +338,24 @@ def test_the_product_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
         weight[:, :12].contiguous(),  # rows of 24 bytes
         weight[:, 1:9],  # begins off a boundary
         weight.t(),
-        weight[:0],
         torch.randn(40, 1).bfloat16(),
     ):
         assert exp_product.tile_for(other) is None
     assert exp_product.tile_for(weight[:, :8]) is SMALL  # rows 32 bytes apart
+
+
+def test_a_rank_without_columns_cuts_the_chunks_that_the_others_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()  # the product of the weight itself
+    monkeypatch.setattr(exp_product, "tile_of_device", lambda device: SMALL)
+    most = set()
+    for rank, size in enumerate((40, 0)):
+        shard = VocabularyShard(sizes=(40, 0), rank=rank, group_name="tp")
+        weight = torch.randn(size, 16).bfloat16()
+        head = LinearHead(weight, None, LogitTransform(ONE), shard, chunk_bytes=1000)
+        most.add(head_softmax.rows_per_chunk(head, 20, keeps=True))
+    assert len(most) == 1
 
 
 def test_every_tile_fits_what_a_block_has() -> None:

@@ -162,6 +162,16 @@ def test_clipped_policy_loss(shape: tuple[int, int], dual: float | None, on_cuda
         assert_same(value, exact)
 
 
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_masked_slot_has_no_gradient_whatever_comes_from_above(bad: float, on_cuda: Any) -> None:
+    logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    mask = torch.tensor([[True, False]])
+    on_cuda()
+    losses = clipped_policy_loss(logprobs, torch.ones(1), mask)
+    (grad,) = torch.autograd.grad(losses, logprobs, torch.tensor([[1.0, bad]]))
+    assert grad.tolist() == [[-1.0, 0.0]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 1000])
 @pytest.mark.parametrize("scalar", [1.0, -2.5, 0.0, torch.nan])

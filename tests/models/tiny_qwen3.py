@@ -1,11 +1,11 @@
-"""A tiny random Qwen3 with a tokenizer of characters and a chat template, built in code."""
+"""A tiny random Qwen3, and tokenizers of characters or bytes, built in code."""
 
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Split
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 CHAT_TEMPLATE = (
@@ -30,6 +30,26 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
     )
     fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def byte_tokenizer(
+    special: list[str], chat_template: str, *, pad: str, eos: str
+) -> PreTrainedTokenizerFast:
+    """The special tokens, then one token per byte."""
+    vocabulary = {
+        token: index for index, token in enumerate(special + sorted(ByteLevel.alphabet()))
+    }
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        eos_token=eos,
+        extra_special_tokens=[token for token in special if token not in (pad, eos)],
+    )
+    fast.chat_template = chat_template
     return fast
 
 

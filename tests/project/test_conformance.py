@@ -1,17 +1,12 @@
 """The table of differences in the docs is what the tests of the hosts recorded, and small."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from conformance_table import make_table, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
-SPEC = importlib.util.spec_from_file_location("table", ROOT / "tools" / "conformance_table.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-TABLE = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(TABLE)
-RECORDS = {record["trainer"]: record for record in TABLE.read_records()}
+RECORDS = {record["trainer"]: record for record in read_records()}
 PINS = {
     path.parent.name: path.read_text() for path in (ROOT / "tests/hosts").glob("*/requirements.txt")
 }
@@ -19,7 +14,7 @@ PINS = {
 
 def test_the_page_is_made_of_the_records() -> None:
     page = (ROOT / "docs" / "use" / "conformance.md").read_text()
-    assert page == TABLE.make_table(RECORDS.values()), "run: python tools/conformance_table.py"
+    assert page == make_table(RECORDS.values()), "run: python tools/conformance_table.py"
 
 
 @pytest.mark.parametrize("trainer", sorted(RECORDS))

@@ -1,13 +1,12 @@
 """The runner of planted faults: what it must call killed, survived and broken."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import syntax
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNER = ROOT / "tests" / "mutants" / "run.py"
@@ -87,16 +86,6 @@ def test_every_planted_fault_fits_the_tree() -> None:
     assert check_entries(ROOT) == ""
 
 
-@pytest.fixture(scope="module")
-def syntax() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("syntax", RUNNER.with_name("syntax.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 CODE = """\
 def spread(values, count, *, ddof=1):
     mean = sum(values) / count  # of all
@@ -128,9 +117,7 @@ def spread(values, count, *, ddof=1):
         ("sum((item - mean) ** 2 for item in values)", "abs(item)", "abs(value)"),
     ],
 )  # fmt: skip
-def test_a_piece_is_found_by_its_syntax(
-    syntax: ModuleType, old: str, new: str, planted: str
-) -> None:
+def test_a_piece_is_found_by_its_syntax(old: str, new: str, planted: str) -> None:
     (place,) = syntax.find(old, CODE)
     assert planted in syntax.replace(CODE, place, new)
 
@@ -147,7 +134,7 @@ def test_a_piece_is_found_by_its_syntax(
         ("", 0),
     ],
 )
-def test_other_code_is_not_taken_for_a_piece(syntax: ModuleType, old: str, count: int) -> None:
+def test_other_code_is_not_taken_for_a_piece(old: str, count: int) -> None:
     assert len(syntax.find(old, CODE)) == count
 
 

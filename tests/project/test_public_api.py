@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 import doctest
-import importlib.util
+import importlib
 import inspect
 import pkgutil
 import re
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
+import docs_pages
 import pytest
 import torch
 
@@ -199,18 +200,9 @@ def test_arguments_are_documented_with_shapes(package: str, name: str) -> None:
         )
 
 
-def docs_pages() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_pages", ROOT / "tools" / "docs_pages.py")
-    assert spec is not None
-    assert spec.loader is not None
-    hook = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hook)
-    return hook
-
-
 def reference() -> list[str]:
     """What the pages of the reference show, by dotted path."""
-    pages = "".join(docs_pages().reference_pages().values())
+    pages = "".join(docs_pages.reference_pages().values())
     return re.findall(r"^::: (\S+)", pages, re.MULTILINE)
 
 
@@ -225,7 +217,7 @@ def test_map_names_what_exists_once_and_all_that_most_users_type() -> None:
     named = re.findall(r"`(\w+)`", text)
     assert sorted(set(named)) == sorted(named)
     assert {*igrpo_algo.__all__, *igrpo_kernels.__all__} <= set(named)
-    known = {*docs_pages().all_public_names(), "igrpo_algo", "igrpo_kernels", "select", "generate"}
+    known = {*docs_pages.all_public_names(), "igrpo_algo", "igrpo_kernels", "select", "generate"}
     assert set(named) - known == set()
     files = re.findall(r"`(igrpo_\w+/\S+)`", text)
     assert len(files) > 5

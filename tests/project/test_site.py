@@ -1,6 +1,5 @@
 """The built site: each public name once, nothing internal, examples as code, code that fits."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -8,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 
+import docs_pages
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,23 +61,14 @@ def reference(site: dict[str, Page]) -> Iterator[tuple[str, Page]]:
     return ((name, page) for name, page in site.items() if name.startswith(("algo/", "kernels/")))
 
 
-def docs_pages() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_pages", ROOT / "tools" / "docs_pages.py")
-    assert spec is not None
-    assert spec.loader is not None
-    hook = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hook)
-    return hook
-
-
 def test_each_public_name_has_one_heading(site: dict[str, Page]) -> None:
     shown = Counter(name for _, page in reference(site) for name in page.ids if "." in name)
-    public = docs_pages().all_public_names()
+    public = docs_pages.all_public_names()
     assert {name: shown[path] for name, path in public.items() if shown[path] != 1} == {}
 
 
 def test_nothing_internal_is_shown(site: dict[str, Page]) -> None:
-    public = set(docs_pages().all_public_names().values())
+    public = set(docs_pages.all_public_names().values())
     strays = [
         name
         for _, page in reference(site)

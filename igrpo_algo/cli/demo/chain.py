@@ -142,7 +142,7 @@ class Teacher:
 
     A weak fact comes out right with probability `weak_accuracy`; of its errors `stuck_share` repeat
     one fixed wrong value, the rest are uniform. The other facts come out right with probability
-    `strong_accuracy`. After an error the chain goes on from the wrong value.
+    `strong_accuracy`. After an error the chain continues from the wrong value.
     """
 
     seed: int = 0

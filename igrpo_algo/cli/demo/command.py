@@ -87,7 +87,7 @@ def finish(
         try:
             train(config, open_runs, output_dir, console, workers)
         except KeyboardInterrupt:
-            console.print("Stopped. The same command goes on from the last checkpoints.")
+            console.print("Stopped. The same command continues from the last checkpoints.")
             raise typer.Exit(130) from None
         except RuntimeError as error:
             console.print(str(error))

@@ -34,7 +34,7 @@ CHAIN_WORDS = write_words(chain.MODULUS, *(f" {operation}" for operation in chai
 def build_tokenizer(words: Sequence[str] = CHAIN_WORDS) -> PreTrainedTokenizerFast:
     """Build the word-level tokenizer: one token for a number, an operation or a word.
 
-    A space belongs to the token behind it, so that decoding is plain concatenation.
+    A space belongs to the token after it, so that decoding is plain concatenation.
 
     Args:
         words: What it knows besides its control tokens.

@@ -22,7 +22,7 @@ COLORS = {
     "both-best": "#E69F00",
     "random": "#AA4499",
 }
-"""One color per arm, told apart by color-blind eyes too."""
+"""One color per arm, also distinguishable for color-blind readers."""
 
 
 @dataclass(frozen=True)

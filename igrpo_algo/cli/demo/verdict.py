@@ -90,7 +90,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def standing(gap: Mapping[str, float]) -> str:
-    """Say whether an interval of differences lies above zero, below it or, open, on both sides.
+    """Say whether an interval of differences is above zero, below it, or open: on both sides.
 
     Examples:
         >>> standing({"mean": 0.02, "low": -0.01, "high": 0.05})
@@ -138,7 +138,7 @@ def write_verdict(summary: Mapping[str, Any]) -> str:
         )
         lines.append(f"    {_late(arm)}")
     basis = "over seeds" if seeds > 1 else "over problems; other seeds may differ"
-    lines.append(f"Less GRPO's, with the 95 % interval {basis}:")
+    lines.append(f"Difference to GRPO, with the 95 % interval {basis}:")
     for name, gaps in summary["difference_to_grpo"].items():
         told = "; ".join(f"{PLACES[metric]} {_points(gap)}" for metric, gap in gaps.items())
         lines.append(f"  {summary['arms'][name]['label']}: {told}")

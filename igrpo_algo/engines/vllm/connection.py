@@ -34,7 +34,7 @@ class Connection:
 
     Attributes:
         headers: Sent with each request.
-        timeout: Seconds for a whole answer, its last byte included; None waits for ever.
+        timeout: Seconds for a whole answer, its last byte included; None waits forever.
         rest: Seconds for which a server that did not answer is left out.
         max_retries: Times that a request is sent again where all servers are busy.
     """
@@ -63,7 +63,7 @@ class Connection:
 def retry_seconds(header: str | None) -> float | None:
     """Read a `Retry-After` header, a number or a date, as seconds from now.
 
-    At most `MAX_WAIT`; None where it says nothing.
+    At most `MAX_WAIT`; None without a value.
 
     Examples:
         >>> retry_seconds("12"), retry_seconds("Wed, 21 Oct 2015 07:28:00 GMT"), retry_seconds("-")

@@ -27,7 +27,7 @@ class Server:
     Attributes:
         url: Where it is.
         model: Name of its model; None until it was contacted.
-        context: Most tokens of a prompt and its completion.
+        context: Maximum tokens of a prompt and its completion.
         root: Where it has its model from.
         in_flight: Completions that it is drawing.
         outdated: Why its weights may be old; None if they are not.

@@ -28,7 +28,7 @@ class ServerPool:
         connection: How they are reached.
 
     Attributes:
-        context: Most tokens of a prompt and its completion; known after `contact`.
+        context: Maximum tokens of a prompt and its completion; known after `contact`.
         root: Where a server has its model from; known after `contact`.
     """
 

@@ -53,7 +53,7 @@ class VllmServerSampler(EngineSampler):
         chat_template_kwargs: Passed to the chat template, for example {"enable_thinking": False}.
         model: The name under which it is served; None takes the first that a server lists.
         headers: Sent with each request, for example {"Authorization": "Bearer ..."}.
-        timeout: Seconds for the whole answer to a request; None waits for ever.
+        timeout: Seconds for the whole answer to a request; None waits forever.
         rest: Seconds for which a server that did not answer is left out.
         max_retries: Times that a request is sent again where all servers are busy: after the
             seconds that their `Retry-After` says (60 at most), or else after 1, 2, 4 ... seconds.
@@ -110,7 +110,7 @@ class VllmServerSampler(EngineSampler):
         super().__init__(tokenizer, distribution, max_new_tokens, chat_template_kwargs)
         self.gives_logprobs = logprobs and not distribution.is_greedy
         if self.gives_logprobs:
-            usable_modes(distribution)  # says now what no server could give
+            usable_modes(distribution)  # fails now if no server could give these
         self._ignores_eos = stop_token_ids is not None  # or the server adds its config's own
         self.stop_token_ids = stop_ids(
             tokenizer.eos_token_id if stop_token_ids is None else list(stop_token_ids)
@@ -205,7 +205,7 @@ class VllmServerSampler(EngineSampler):
 
         Names and shapes are compared with those of the files that the servers name as their
         model's, which must be readable here. Then each server pauses (it ends what it has begun),
-        reads the folder, empties its cache and goes on. If one cannot pause, none reads. If one
+        reads the folder, empties its cache and resumes. If one cannot pause, none reads. If one
         fails later, the sampler refuses all further requests. A server that does not answer, now or
         after a sync, may come back with old weights: it gets no request until a later sync reaches
         it, and a warning names it.

@@ -27,6 +27,7 @@ BY_SCALE: dict[str, Advantage] = {
     "batch": trl_batch_scaled_advantages,
     "none": trl_unscaled_advantages,
 }
+BY_ORDER = ("sum_then_normalize", "normalize_then_sum")
 
 
 def check_advantage(args: "IGRPOConfig", advantage: Advantage | None) -> None:
@@ -34,10 +35,11 @@ def check_advantage(args: "IGRPOConfig", advantage: Advantage | None) -> None:
     idle = args.changed("scale_rewards", "multi_objective_aggregation")
     if advantage is not None and idle:
         raise ValueError(f"{', '.join(idle)} would have no effect beside an advantage")
-    if args.scale_rewards not in BY_SCALE:
-        raise ValueError(
-            f"scale_rewards must be one of {', '.join(BY_SCALE)}, got {args.scale_rewards!r}"
-        )
+    for name, known in (("scale_rewards", BY_SCALE), ("multi_objective_aggregation", BY_ORDER)):
+        if getattr(args, name) not in known:
+            raise ValueError(
+                f"{name} must be one of {', '.join(known)}, got {getattr(args, name)!r}"
+            )
 
 
 def advantages_of(

@@ -275,6 +275,8 @@ class IGRPOConfig(GRPOConfig):
         check_number("success_reward", self.success_reward)
         if self.reward_max is not None:
             check_number("reward_max", self.reward_max)
+        for index, weight in enumerate(self.reward_weights or []):
+            check_number(f"reward_weights[{index}]", weight)
 
     def _check_combinations(self) -> None:
         self._check_draft_share()
@@ -285,6 +287,14 @@ class IGRPOConfig(GRPOConfig):
             idle += self.changed("all_drafts_failed", "all_drafts_right", "selection_reward")
             if idle:
                 raise ValueError(f"{', '.join(idle)} would have no effect with draft_choice='none'")
+        limits = self.changed("max_draft_length", "max_spliced_prompt_length")
+        if self.changed("draft_keep") and not limits:
+            raise ValueError(
+                "draft_keep would have no effect: it needs max_draft_length or "
+                "max_spliced_prompt_length"
+            )
+        if self.max_tool_calling_iterations is not None:
+            raise ValueError("max_tool_calling_iterations would have no effect: tools are refused")
         if self.draft_choice == "random" and self.draft_ties == "shortest":
             raise ValueError("draft_ties has no effect with draft_choice='random'")
         if self.draft_loss_coef > 0 and self.num_drafts < 2:

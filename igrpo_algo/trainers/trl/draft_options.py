@@ -64,6 +64,7 @@ OF_RULES = (
 OF_DRAFTS = (
     *OF_RULES,
     "refinement_rounds",
+    "success_reward",
     "selection_reward",
     "reward_max",
     "draft_loss_coef",
@@ -96,7 +97,7 @@ def rules_of(
         )
     strip: Callable[[str], str] | None = strip_thinking if args.strip_draft_thinking else None
     if args.draft_choice == "random_tokens":
-        strip = RandomTokens(tokenizer)
+        strip = RandomTokens(tokenizer, strip)
     select = CHOICES["draft_choice"][args.draft_choice]
     if args.draft_choice == "best_wrong" and args.success_reward != 1.0:
         select = partial(select, success_reward=args.success_reward)

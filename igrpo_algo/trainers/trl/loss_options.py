@@ -1,6 +1,7 @@
 """TRL's loss options as values of `igrpo_kernels`, and its normalizers as their denominators."""
 
 from dataclasses import replace
+from itertools import chain
 
 from torch import Tensor
 from trl import GRPOConfig
@@ -22,23 +23,19 @@ from igrpo_kernels.surrogates import Surrogate, Vespo
 
 from .config import IGRPOConfig
 
-SURROGATE_OPTIONS = (
-    "epsilon",
-    "epsilon_high",
-    "delta",
-    "importance_sampling_level",
-    "sapo_temperature_neg",
-    "sapo_temperature_pos",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
-)
+CLIP_OPTIONS = ("epsilon", "epsilon_high", "delta", "importance_sampling_level")
+READ_BY = {
+    "cispo": ("epsilon_high",),
+    "sapo": ("sapo_temperature_neg", "sapo_temperature_pos"),
+    "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+}
+"""The options of a surrogate, by `loss_type`; all other losses read `CLIP_OPTIONS`."""
+SURROGATE_OPTIONS = tuple(dict.fromkeys(chain(CLIP_OPTIONS, *READ_BY.values())))
 
 WAY_OUT = "; use_trl_loss=True trains with it as TRL does"
 
 
-def surrogate_of(args: GRPOConfig) -> Surrogate:
+def surrogate_of(args: IGRPOConfig) -> Surrogate:
     """Turn `loss_type`, the clip bounds and `importance_sampling_level` into a surrogate.
 
     Raises:
@@ -49,11 +46,11 @@ def surrogate_of(args: GRPOConfig) -> Surrogate:
         Clip(low=0.2, high=0.28, dual=None)
     """
     low, high = args.epsilon, args.epsilon if args.epsilon_high is None else args.epsilon_high
-    by_sequence = args.importance_sampling_level == "sequence"
-    if args.loss_type in ("cispo", "sapo", "vespo") and (by_sequence or args.delta is not None):
+    idle = set(args.changed(*SURROGATE_OPTIONS)) - {*READ_BY.get(args.loss_type, CLIP_OPTIONS)}
+    if idle:
         raise ValueError(
-            f"loss_type={args.loss_type!r} takes neither delta nor importance_sampling_level="
-            f"'sequence', got delta={args.delta} and {args.importance_sampling_level!r}{WAY_OUT}"
+            f"{', '.join(sorted(idle))} would have no effect with loss_type={args.loss_type!r}"
+            f"{WAY_OUT}"
         )
     if args.loss_type == "cispo":
         if high < 1:
@@ -68,12 +65,17 @@ def surrogate_of(args: GRPOConfig) -> Surrogate:
         return Vespo(
             args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg
         )
-    if not by_sequence:
+    if args.importance_sampling_level == "token":
         if args.delta is not None and args.delta < 1 + high:
             raise ValueError(
                 f"delta must be at least 1 + epsilon_high = {1 + high}, got {args.delta}{WAY_OUT}"
             )
         return Clip(low, high, args.delta)
+    if args.importance_sampling_level != "sequence":
+        raise ValueError(
+            "importance_sampling_level must be 'token' or 'sequence', "
+            f"got {args.importance_sampling_level!r}"
+        )
     if args.delta is not None:
         raise ValueError(f"delta needs importance_sampling_level='token'{WAY_OUT}")
     return SequenceClip(low, high)
@@ -135,14 +137,11 @@ def check_loss(args: IGRPOConfig, surrogate: Surrogate | None, aggregate: Aggreg
         if surrogate is not None or aggregate is not None:
             raise ValueError("surrogate and aggregate need use_trl_loss=False")
         return
-    defaults = {name: field.default for name, field in args.__dataclass_fields__.items()}
-    if surrogate is not None:
-        changed = [name for name in SURROGATE_OPTIONS if getattr(args, name) != defaults[name]]
-        if changed:
-            raise ValueError(f"{', '.join(changed)} would have no effect beside a surrogate")
-    if (surrogate is None) != (aggregate is None) and args.loss_type != defaults["loss_type"]:
+    if surrogate is not None and (idle := args.changed(*SURROGATE_OPTIONS)):
+        raise ValueError(f"{', '.join(idle)} would have no effect beside a surrogate")
+    if args.changed("loss_type") and (surrogate is None) != (aggregate is None):
         raise ValueError("loss_type and one of surrogate and aggregate: give both values, or none")
-    if None not in (surrogate, aggregate) and args.loss_type != defaults["loss_type"]:
+    if args.changed("loss_type") and None not in (surrogate, aggregate):
         raise ValueError("loss_type would have no effect beside a surrogate and an aggregate")
     folds = (surrogate or surrogate_of(args)).folds_importance_weights
     if folds and (args.top_entropy_quantile < 1.0 or args.off_policy_mask_threshold is not None):

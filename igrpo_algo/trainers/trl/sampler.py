@@ -17,7 +17,21 @@ logger = logging.getLogger(__name__)
 
 OF_GENERATION = (
     "use_vllm",
+    "vllm_mode",
+    "vllm_model_impl",
+    "vllm_enable_sleep_mode",
+    "vllm_structured_outputs_regex",
+    "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+    "vllm_group_port",
+    "vllm_gpu_memory_utilization",
+    "vllm_max_model_length",
+    "vllm_tensor_parallel_size",
     "use_transformers_continuous_batching",
+    "transformers_continuous_batching_config",
+    "ds3_gather_for_generation",
     "top_p",
     "top_k",
     "min_p",
@@ -48,6 +62,9 @@ def check_sampler_options(args: IGRPOConfig, sampler: AnySampler | None) -> None
             )
         return
     check_sampler(sampler)
+    in_step = args.reward_max is None and not hasattr(sampler, "sample_one")
+    if in_step and args.changed("sampler_concurrency"):
+        raise ValueError("sampler_concurrency would have no effect: the sampler has no sample_one")
     if idle := args.changed(*OF_GENERATION):
         raise ValueError(f"{', '.join(idle)} would have no effect beside a sampler: it draws")
     temperature = getattr(getattr(sampler, "distribution", None), "temperature", None)

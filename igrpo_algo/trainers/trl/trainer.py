@@ -3,8 +3,8 @@
 Stage 1 is TRL's own generation and scoring, called on the drafts with its book-keeping set aside;
 Stage 2 is TRL's own batch with the prompts exchanged right before generation, so that old and
 reference log-probs are taken under the spliced prompt and reward functions see the original one.
-Which draft is chosen and what becomes of it is `DraftRules`; what a reward is worth is a function
-of `igrpo_algo.advantages`.
+`DraftRules` decides which draft is chosen and what becomes of it; the advantages come from a
+function of `igrpo_algo.advantages`.
 """
 
 import logging
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from igrpo_kernels.aggregates import Aggregate
 from igrpo_kernels.surrogates import Surrogate
 
+from ...drafts.random_tokens import RandomTokens
 from ...drafts.rules import DraftRules
 from ...early_warning import EarlyWarning
 from ...rollouts.sampling import AnySampler
@@ -123,8 +124,7 @@ class IGRPOTrainer(SampledTrainer):
         for name in REFUSED:
             if kwargs.get(name):
                 raise ValueError(f"{name} can't be combined with the two stages of iGRPO")
-        if rules is not None and (idle := args.changed(*OF_RULES)):
-            raise ValueError(f"{', '.join(idle)} would have no effect beside rules")
+        _check_draft_values(args, rules, selection_func)
         check_advantage(args, advantage)
         check_sampler_options(args, sampler)
         check_images(train_dataset, eval_dataset)
@@ -173,6 +173,8 @@ class IGRPOTrainer(SampledTrainer):
     def _log_stages(self, both: Round) -> None:
         """Log both stages over all ranks, and warn where learning has stopped."""
         strip = getattr(self.rules.splice, "strip", None)
+        if isinstance(strip, RandomTokens):  # drawn for the draft, not for what may repeat it
+            strip = strip.strip
         counts = count_rows(both.refined, self.texts(both.stage), strip, self.accelerator.device)
         metrics = stage_metrics(
             both.drafts.rewards,
@@ -197,6 +199,20 @@ def _check_tokenizer(processing_class: Any) -> None:
             f"processing_class must be a tokenizer, got {type(processing_class).__name__}: drafts "
             "of images are not supported; for text alone pass processing_class=processor.tokenizer"
         )
+
+
+def _check_draft_values(
+    args: IGRPOConfig, rules: DraftRules | None, selection_func: Callable[..., Any] | None
+) -> None:
+    """Refuse values that others would leave without effect."""
+    given = {"rules": rules, "selection_func": selection_func}
+    idle = [name for name, value in given.items() if value is not None]
+    if idle and (args.num_drafts == 0 or args.draft_choice == "none"):
+        raise ValueError(f"{', '.join(idle)} would have no effect without drafts to choose from")
+    if rules is not None and (changed := args.changed(*OF_RULES)):
+        raise ValueError(f"{', '.join(changed)} would have no effect beside rules")
+    if rules is not None and rules.selection_score is not None and selection_func is not None:
+        raise ValueError("selection_func and the rules' selection_score exclude each other")
 
 
 def _check_selection(

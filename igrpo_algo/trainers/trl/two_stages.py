@@ -32,7 +32,7 @@ class Pool(NamedTuple):
     scores: Tensor
 
     def joined(self, later: "Pool") -> "Pool":
-        """Put the completions of a later stage behind those of the earlier ones."""
+        """Put the completions of a later stage after those of the earlier ones."""
         count = self.rewards.shape[1]
         moved = {(prompt, count + index): each for (prompt, index), each in later.here.items()}
         tables = zip(self[1:], later[1:], strict=True)

@@ -395,5 +395,7 @@ def test_further_options_must_make_sense() -> None:
         gdpo(torch.ones(1, 2, 2), weights=[1.0, 1.0, 1.0])
     with pytest.raises(ValueError, match=r"rewards must have shape \[P, G, K\], or \[B, K\]"):
         sum_rewards(torch.ones(3))
+    with pytest.raises(ValueError, match="weights must be finite"):
+        sum_rewards(torch.ones(1, 2), torch.tensor([1.0, NAN]))
     with pytest.raises(ValueError, match=r"weights must have shape of values = \[2\], got \[3\]"):
         whiten(torch.ones(2), torch.ones(3))

@@ -52,7 +52,7 @@ def test_doctor_says_how_fast_the_head_was_on_each_device(monkeypatch: pytest.Mo
     monkeypatch.setattr(command, "_device", lambda index: dict.fromkeys(DEVICE, "?"))
     done = CliRunner().invoke(app, ["doctor"])
     lines = [line.strip() for line in done.stdout.splitlines()]
-    at = lines.index("the trainer's own head beside TRL's (use_trl_loss=True)")
+    at = lines.index("loss and log-probs of IGRPOTrainer over TRL's (use_trl_loss=True)")
     assert lines[at + 1].startswith("cpu                     the loss took 0.")
     assert lines[at + 2] == "cuda:0                  not yet measured on capability (7, 5)"
 

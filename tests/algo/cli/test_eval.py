@@ -129,6 +129,11 @@ def test_best_draft_is_refined_on_request(tiny_model: str, problems: str) -> Non
         assert row["chosen"] == scores.index(max(scores))
 
 
+def test_a_choice_of_draft_needs_drafts() -> None:
+    with pytest.raises(ValueError, match="--draft-choice has no effect without --draft-then"):
+        answers.Protocol(4, 0, 0, answers.RefinedDraft.BEST, 8, 1.0, (1,), 0)
+
+
 def test_a_second_writer_is_refused_and_a_dead_one_is_not_waited_for(
     tiny_model: str, problems: str
 ) -> None:
@@ -177,9 +182,12 @@ def test_the_chat_template_gets_the_keywords(
         (["--reward", "no:thing"], "could not be imported"),
         (["--dataset", "no.jsonl"], "no.jsonl does not exist"),
         (["--model", "./no"], "model ./no is not a folder with a config.json"),
+        (["--model", "someone/none"], "tokenizer of model 'someone/none' could not be loaded"),
         (["--temperature", "-1"], "temperature must be >= 0, got -1.0"),
         (["--temperature", "0", "--top-p", "0.9"], "top_p has no effect at temperature 0, got 0.9"),
         (["--reward", "math,math"], "--reward names 'math' twice"),
+        (["--success-reward", "nan"], "--success-reward must be finite, got nan"),
+        (["--dataset-config", "main"], "config 'main' has no effect"),
     ],
 )
 def test_refusals_are_one_line(

@@ -181,6 +181,7 @@ def test_resume_without_a_checkpoint_starts_afresh_and_adapters_evaluate(
     [
         (["--reward", "maths"], "reward must be one of math, exact, format"),
         (["--reward", "format, format"], "--reward names 'format' twice"),
+        (["--eval-split", "dev"], "--eval-split has no effect without --eval-dataset"),
         (["--learning-rate", "nan"], "learning_rate must be >= 0, got nan"),
         (["--set", "learning_rate=-1"], "learning_rate must be >= 0, got -1"),
         (["--temperature", "0"], "temperature must be > 0, got 0.0"),

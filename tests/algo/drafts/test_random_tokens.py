@@ -27,6 +27,13 @@ def test_the_same_draft_gives_the_same_tokens_and_another_gives_others() -> None
     assert not {replace(draft) for draft in drafts} & set(drafts)
 
 
+def test_the_draft_is_counted_as_it_would_be_shown() -> None:
+    tokenizer = build_tokenizer()
+    thought = "<think>1 2 3</think>4 5"
+    assert RandomTokens(tokenizer)(thought) == RandomTokens(tokenizer)("4 5")
+    assert len(RandomTokens(tokenizer, None)(thought)) > len(RandomTokens(tokenizer)(thought))
+
+
 def test_nothing_stands_for_an_empty_draft() -> None:
     splice = TextSplice(strip=RandomTokens(build_tokenizer()))
     assert splice("7 +5", Completion([], "")).draft == ""

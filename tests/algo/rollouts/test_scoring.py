@@ -76,8 +76,10 @@ def test_nothing_to_score_is_not_asked():
     [
         ([1.0], ValueError, r"1 values for 2 completions of prompt 1 \('b'\)"),
         ([1.0] * 3, ValueError, "3 values for 2 completions"),
-        ([1.0, math.inf], ValueError, r"must be finite.*got inf on prompt 1"),
-        ([-math.inf, 1.0], ValueError, "got -inf"),
+        ([1.0, math.inf], ValueError, r"must be finite.*got float inf on prompt 1"),
+        ([-math.inf, 1.0], ValueError, "got float -inf"),
+        ([1.0, 1e39], ValueError, r"finite in float32.*got float 1e\+39 on prompt 1"),
+        ([1.0, 10**400], ValueError, "finite in float32.*got an int of 1329 bits on prompt 1"),
         ([1.0, "high"], TypeError, r"numbers or None, got str 'high' on prompt 1 \('b'\)"),
         (3.0, TypeError, r"reward must return a list of numbers, got float 3.0 on prompt 1"),
         (None, TypeError, r"reward must return a list of numbers, got None"),
@@ -186,7 +188,7 @@ def too_high(prompts, completions):
     [
         (raises, RewardError, r"reward failed on prompt 2 \('c'\): KeyError\('answer'\)"),
         (too_few, ValueError, r"1 values for 2 completions of prompt 2 \('c'\)"),
-        (too_high, ValueError, r"got inf on prompt 2 \('c'\)"),
+        (too_high, ValueError, r"got float inf on prompt 2 \('c'\)"),
     ],
 )
 def test_the_prompt_at_fault_is_found_among_many(reward, error, match):

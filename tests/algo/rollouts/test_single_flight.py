@@ -4,6 +4,7 @@ import asyncio
 from functools import partial
 
 import pytest
+from manual_engine import settle
 
 from igrpo_algo.rollouts.single_flight import SingleFlight
 
@@ -25,11 +26,6 @@ class Calls:
             self.cancelled += 1
             raise
         return number
-
-
-async def settle():
-    for _ in range(5):
-        await asyncio.sleep(0)
 
 
 def test_siblings_share_one_call():

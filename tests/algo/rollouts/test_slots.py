@@ -4,13 +4,9 @@ import asyncio
 import random
 
 import pytest
+from manual_engine import settle
 
 from igrpo_algo.rollouts.slots import Slots
-
-
-async def settle():
-    for _ in range(5):
-        await asyncio.sleep(0)
 
 
 class Office:

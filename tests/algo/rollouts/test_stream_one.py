@@ -3,15 +3,11 @@
 import asyncio
 
 import pytest
+from manual_engine import settle
 
 from igrpo_algo import Completion, Rollouts, stream_two_stage_rollout, two_stage_rollout
 from igrpo_algo.rollouts.sampling import sample_one
 from igrpo_algo.rollouts.slots import Slots
-
-
-async def settle():
-    for _ in range(20):
-        await asyncio.sleep(0)
 
 
 class Engine:

@@ -114,6 +114,9 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"num_drafts": 0, "draft_dropout": 0.5}, ValueError, "draft_dropout would have no effect"),
     ({"num_drafts": 0, "eval_with_draft": True}, ValueError, "eval_with_draft would have no"),
+    ({"num_drafts": 0, "success_reward": 0.5}, ValueError, "success_reward would have no"),
+    ({"draft_keep": "head"}, ValueError, "draft_keep would have no effect: it needs max_draft_l"),
+    ({"max_tool_calling_iterations": 2}, ValueError, "tools are refused"),
     ({"draft_choice": "random", "draft_ties": "shortest"}, ValueError, "draft_ties has no effect"),
     ({"reward_max": 1.0, "draft_choice": "worst"}, ValueError, "first best draft: leave draft_ch"),
     ({"reward_max": 1.0, "draft_loss_coef": 1.0}, ValueError, "needs reward_max=None"),
@@ -127,6 +130,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"draft_dropout": 1.5}, ValueError, "draft_dropout must be <= 1"),
     ({"draft_loss_coef": -1.0}, ValueError, "draft_loss_coef must be >= 0"),
     ({"success_reward": float("nan")}, ValueError, "success_reward must be finite"),
+    ({"reward_weights": [1, float("nan")]}, ValueError, r"reward_weights\[1\] must be finite"),
     ({"draft_template": "before"}, TypeError, "draft_template must be a dict"),
     ({"draft_template": {"before": "x"}}, TypeError, "after"),
     ({"num_drafts": 1, "draft_loss_coef": 1.0}, ValueError, "needs num_drafts >= 2"),
@@ -254,6 +258,8 @@ def test_options_about_the_splice() -> None:
         tokenizer
     )
     plain = rules_of(make(strip_draft_thinking=False), tokenizer).splice
+    shown = rules_of(make(draft_choice="random_tokens", strip_draft_thinking=False), tokenizer)
+    assert shown.splice.strip == RandomTokens(tokenizer, None)
     assert (plain.strip, plain.budget, plain.template) == (None, None, DEFAULT_TEMPLATE)
     assert {"<s>", "</s>"} <= set(plain.special_tokens)
     options = {"max_draft_length": 7, "max_spliced_prompt_length": 9, "draft_keep": "head"}

@@ -18,6 +18,7 @@ from tiny_qwen import (
 )
 
 from igrpo_algo.advantages.of_groups import center_by_group
+from igrpo_algo.drafts.random_tokens import RandomTokens
 
 pytestmark = third_party
 MakeTrainer = Callable[..., Any]
@@ -43,6 +44,15 @@ def test_metrics_of_both_stages(make_trainer: MakeTrainer) -> None:
         "igrpo/plain_prompts": 0.0,
     }
     assert values == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_repeats_the_random_tokens_is_a_copy_and_their_draft_is_none(
+    make_trainer: MakeTrainer,
+) -> None:
+    trainer = make_trainer(reward_funcs=digit_reward, draft_choice="random_tokens")
+    shown = RandomTokens(make_tokenizer())("b3")
+    run_stages(trainer, ["b3"] * 8, [shown, "b3", "b3", "b3"] * 2)
+    assert trainer._metrics["train"]["igrpo/copied"] == [0.25]
 
 
 def test_metrics_of_trl_are_those_of_stage_two(make_trainer: MakeTrainer) -> None:

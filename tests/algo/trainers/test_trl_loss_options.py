@@ -71,8 +71,10 @@ def test_kl_of_the_options() -> None:
     ("options", "message"),
     [
         ({"loss_type": "cispo"}, "epsilon_high, which must be at least 1"),
-        ({"loss_type": "cispo", "epsilon_high": 5.0, "delta": 6.0}, "neither delta nor"),
-        ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "neither delta nor"),
+        ({"loss_type": "cispo", "epsilon_high": 5.0, "delta": 6.0}, "delta would have no effect"),
+        ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "importance_sampling_le"),
+        ({"loss_type": "vespo", "epsilon": 0.1, "sapo_temperature_neg": 2.0}, "epsilon, sapo_t"),
+        ({"vespo_k_pos": 1.0}, "vespo_k_pos would have no effect with loss_type='grpo'"),
         ({"delta": 2.0, "importance_sampling_level": "sequence"}, "delta needs"),
         ({"delta": 1.1}, r"delta must be at least 1 \+ epsilon_high = 1\.2, got 1\.1"),
     ],
@@ -85,7 +87,9 @@ def test_options_without_a_value_are_refused_with_the_way_out(
     assert check_loss(make(use_trl_loss=True, **options), None, None) is None
 
 
-def test_an_unknown_loss_is_refused() -> None:
+def test_an_unknown_loss_or_level_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be 'token' or 'sequence', got 'Sequence'"):
+        surrogate_of(make(importance_sampling_level="Sequence"))
     with pytest.raises(ValueError, match="loss_type must be one that TRL has, got 'ppo'"):
         aggregate_of(make(loss_type="ppo"))
 

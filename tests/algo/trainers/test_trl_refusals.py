@@ -113,6 +113,19 @@ def test_options_beside_values_that_replace_them_are_refused(make_trainer: MakeT
         make_trainer(advantage=rloo, scale_rewards="none")
     with pytest.raises(ValueError, match="scale_rewards must be one of group, batch, none"):
         make_trainer(scale_rewards="std")
+    with pytest.raises(ValueError, match="multi_objective_aggregation must be one of sum_then"):
+        make_trainer(multi_objective_aggregation="sum")
+
+
+def test_values_about_drafts_without_effect_are_refused(make_trainer: MakeTrainer) -> None:
+    for options in ({"num_drafts": 0}, {"draft_choice": "none"}):
+        with pytest.raises(ValueError, match="selection_func would have no effect without drafts"):
+            make_trainer(selection_func=digit_reward, **options)
+    with pytest.raises(ValueError, match="rules would have no effect without drafts"):
+        make_trainer(rules=DraftRules(), num_drafts=0)
+    ranked = DraftRules(selection_score=digit_reward)
+    with pytest.raises(ValueError, match="the rules' selection_score exclude each other"):
+        make_trainer(rules=ranked, selection_func=digit_reward)
 
 
 def test_without_arguments_the_defaults_are_taken(

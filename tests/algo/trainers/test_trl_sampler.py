@@ -358,6 +358,8 @@ def test_a_sampler_without_log_probs_is_told_what_to_set(make_trainer: MakeTrain
     [
         (None, {"reward_max": 1.0}, "reward_max would have no effect without a sampler"),
         ("engine", {"top_p": 0.9}, "top_p would have no effect beside a sampler"),
+        ("engine", {"vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex would"),
+        ("engine", {"sampler_concurrency": 4}, "the sampler has no sample_one"),
         ("engine", {"max_completion_length": 7}, r"max_new_tokens = 6 and args\.max_comp.* = 7"),
         ("engine", {"temperature": 0.7}, r"temperature = 1\.0 and args\.temperature = 0\.7"),
     ],

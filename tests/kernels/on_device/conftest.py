@@ -7,19 +7,33 @@ that say they are CUDA's, so that everything behind `is_cuda` runs where there i
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from igrpo_kernels import cpu_head_softmax
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REAL_PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class NoReads(TorchDispatchMode):
+    """Raises where an op's result has to reach the host."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = str(function)
+        assert not any(part in name for part in ("_local_scalar", "nonzero", "unique", "equal"))
+        if "aten.index" in name and isinstance(args[1], list):
+            assert all(some is None or some.dtype != torch.bool for some in args[1])
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,21 @@ class Place:
     def new_stream(self) -> AbstractContextManager[Any]:
         """A stream of its own on a GPU."""
         return torch.cuda.stream(torch.cuda.Stream(self.device)) if self.real else nullcontext()
+
+    @contextmanager
+    def without_waiting(self) -> Iterator[None]:
+        """Raise where the host would wait for a GPU."""
+        if self.name == "interpreter":
+            with NoReads():
+                yield
+        elif self.real:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        else:
+            yield
 
     def synchronize(self) -> None:
         """Wait for the device."""

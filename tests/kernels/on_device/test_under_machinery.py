@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels import (
+    Cispo,
     Clip,
+    SequenceClip,
     TokenMean,
     clipped_policy_loss,
     linear_policy_loss,
@@ -250,6 +252,42 @@ def test_a_cuda_graph_of_forward_and_backward(place: Any, name: str) -> None:
             for slot, values in fresh.items():
                 inputs[slot].copy_(values)
         assert_same_bits(replay(), operation.run(fresh))
+
+
+def unmasked_inputs(place: Any, seed: int) -> Inputs:
+    inputs = policy_inputs(place, seed)
+    return {slot: values for slot, values in inputs.items() if slot != "mask"}
+
+
+def score_all(inputs: Inputs) -> Tensor:
+    options = {"return_entropy": True, "skip_zero_rows": False, "softcap": 20.0}
+    return torch.stack(linear_token_logprobs(**inputs, **options))
+
+
+def lose_all(surrogate: Any, inputs: Inputs) -> Tensor:
+    options = {"surrogate": surrogate, "aggregate": TokenMean(), "skip_zero_rows": False}
+    return linear_policy_loss(**inputs, **options).loss
+
+
+WITHOUT_WAITING = {
+    "token_logprobs": OPERATIONS["token_logprobs"],
+    "clipped_policy_loss": OPERATIONS["clipped_policy_loss"],
+    "linear_token_logprobs": Operation(head_inputs, score_all),
+    **{
+        type(surrogate).__name__: Operation(unmasked_inputs, partial(lose_all, surrogate))
+        for surrogate in (Clip(), Cispo(5.0), SequenceClip())
+    },
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_WAITING)
+def test_no_host_waits_where_no_rows_are_looked_for(place: Any, name: str) -> None:
+    operation = WITHOUT_WAITING[name]
+    inputs = operation.inputs(place, 0)
+    wanted = operation.run(inputs)  # which compiles
+    with place.without_waiting():
+        got = operation.run(inputs)
+    assert_same_bits(got, wanted)
 
 
 def test_a_cuda_graph_of_the_log_probs_of_hidden_states(place: Any) -> None:

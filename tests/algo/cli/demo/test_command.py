@@ -109,7 +109,7 @@ def test_an_interrupted_demo_says_how_to_go_on(finished: Path, monkeypatch) -> N
     done = invoke("--output-dir", str(finished), "--seeds", "2")
     assert done.exit_code == 130
     assert "3 of 6 runs to go" in done.stdout
-    assert "goes on from the last checkpoints" in " ".join(done.stdout.split())
+    assert "continues from the last checkpoints" in " ".join(done.stdout.split())
 
 
 def test_a_failed_worker_ends_the_demo_with_its_message(finished: Path, monkeypatch) -> None:

@@ -92,7 +92,7 @@ def test_a_difference_within_noise_is_open() -> None:
     text = write_verdict(summary_of(grpo=noisy[0], igrpo=noisy[1]))
     # Differences +0.5 and -0.5: mean 0, half width 12.706 * 0.7071 / sqrt(2).
     assert "single-shot +0.0 points (-635.3 to +635.3): open" in text
-    assert "Less GRPO's, with the 95 % interval over seeds:" in text
+    assert "Difference to GRPO, with the 95 % interval over seeds:" in text
     assert text.startswith("Here, train with GRPO.")
 
 
