@@ -139,12 +139,11 @@ def test_a_run_that_is_killed_on_two_ranks_goes_on_as_if_it_had_not_been(
 ) -> None:
     if how == "zero3" and find_spec("deepspeed") is None:
         pytest.skip("make test-zero3 installs DeepSpeed")
-    launch("resumed_run.py", str(tmp_path), how, "whole")
     launch("resumed_run.py", str(tmp_path), how, "killed", ends=False)
     left = {path.name for path in (tmp_path / "killed" / "checkpoint-3").iterdir()}
     assert left >= {f"generated_batch_{rank}.safetensors" for rank in (0, 1)}
     assert not (tmp_path / "killed.safetensors").exists()
-    launch("resumed_run.py", str(tmp_path), how, "resumed")
+    launch("resumed_run.py", str(tmp_path), how, "resumed", "whole")
     whole, resumed = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "resumed"))
     assert resumed.keys() == whole.keys()
     for name, value in whole.items():
