@@ -2,9 +2,9 @@
 
 Completions are TRL's own, so what is drawn after a resume hangs on each rank's random state.
 
-    python resumed_run.py FOLDER HOW RUN
+    python resumed_run.py FOLDER HOW RUN...
 
-HOW is plain, fsdp2 or zero3; RUN is whole, killed or resumed.
+HOW is plain, fsdp2 or zero3; a RUN is whole, killed or resumed.
 """
 
 import os
@@ -68,7 +68,9 @@ def train(folder: Path, run: str, **sharded: Any) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    _, folder, how, run = sys.argv
-    train(Path(folder), run, **({} if how == "plain" else shard(how)))
+    _, folder, how, *runs = sys.argv
+    sharded = {} if how == "plain" else shard(how)
+    for run in runs:
+        train(Path(folder), run, **sharded)
     torch.distributed.destroy_process_group()
     os._exit(0)  # a thread of torch's that is still there when Python ends aborts the process

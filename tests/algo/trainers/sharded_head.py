@@ -42,8 +42,7 @@ def forward(model: nn.Module, rank: int) -> dict[str, Any]:
     return out
 
 
-def main(wrapper: str) -> None:
-    dist.init_process_group("gloo")
+def compare(wrapper: str) -> None:
     rank = dist.get_rank()
     plain, wrapped = make_model(), make_model()
     for model in (plain, wrapped):
@@ -72,11 +71,13 @@ def main(wrapper: str) -> None:
         grad = own.grad.full_tensor() if hasattr(own.grad, "full_tensor") else own.grad
         torch.testing.assert_close(grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
     assert float(plain.lm_head.weight.grad.abs().max()) > 1e-3
-    print(f"rank {rank} agrees")
+    print(f"rank {rank} agrees in {wrapper};")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    dist.init_process_group("gloo")
+    for wrapper in sys.argv[1:]:
+        compare(wrapper)
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
