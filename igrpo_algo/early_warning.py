@@ -1,14 +1,16 @@
 """Warnings that learning has stopped because of iGRPO, each with the number and a remedy.
 
-Both were seen in pilots. Training only on refinements of the best draft ends in copying: every
-group of refinements becomes equal, and learning stops. A template that a model does not understand
-makes refinements worse than drafts from the first batch on.
+All were seen in pilots. Training only on refinements of the best draft ends in copying: every
+group of refinements becomes equal, and learning stops. Training only on refinements, a model can
+forget the plain question. A template that it does not understand makes refinements worse than
+drafts from the first batch on.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, stdev
 
 from igrpo_kernels.checks import check_count
 
@@ -17,6 +19,7 @@ COPIES_TAKE_OVER = 0.5
 NEARLY_ALL = 0.9
 NEARLY_NONE = 0.1
 TEMPLATE_BREAKS = 0.5  # of the drafts' reward is lost; a worst draft alone costs up to 0.4
+FORGOTTEN = 1 / 3  # of the drafts' reward in the first batches is lost
 ERRORS = 3
 STAGES = ("refinement", "draft")
 
@@ -66,6 +69,7 @@ class EarlyWarning:
             "copies": self._copies(metrics.get("copied", math.nan)),
             "equal groups": self._equal_groups(),
             "verdicts": self._verdicts(),
+            "forgotten": self._forgotten(),
             "template": self._template(),
         }
         new = {name: text for name, text in found.items() if text and name not in self._said}
@@ -78,10 +82,8 @@ class EarlyWarning:
         return sum(last) / self.window if len(last) == self.window else math.nan
 
     def _error(self, name: str) -> float:
-        """Return the standard error of `_mean`, from how much batches differ (ddof 1)."""
-        mean, last = self._mean(name), self._seen[name][-self.window :]
-        variance = sum((value - mean) ** 2 for value in last) / max(self.window - 1, 1)
-        return math.sqrt(variance / self.window)
+        """Return the standard error of `_mean`."""
+        return standard_error(self._seen[name][-self.window :])
 
     def _copies(self, copied: float) -> str | None:
         if not copied > COPIES_TAKE_OVER:
@@ -114,6 +116,21 @@ class EarlyWarning:
             "draft_dropout and draft_choice."
         )
 
+    def _forgotten(self) -> str | None:
+        seen = self._seen["draft_reward"]
+        if len(seen) < 2 * self.window:
+            return None
+        first, last = seen[: self.window], seen[-self.window :]
+        start, now = fmean(first), fmean(last)
+        error = math.hypot(standard_error(first), standard_error(last))
+        if not start - now > max(FORGOTTEN * abs(start), ERRORS * error):
+            return None
+        return (
+            f"drafts scored {now:.2g} in the last {self.window} batches and {start:.2g} (+- "
+            f"{error:.1g}) in the first: learning to refine, the model forgets the plain question. "
+            "Train the drafts too (draft_loss_coef=1), or see draft_dropout."
+        )
+
     def _template(self) -> str | None:
         if len(self._seen["uplift"]) != self.window:
             return None
@@ -126,3 +143,8 @@ class EarlyWarning:
             f"first {self.window} batches: the model does not understand its prompt. See "
             "draft_template, max_draft_length and strip_draft_thinking."
         )
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of a mean, from how much batches differ (ddof 1)."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0

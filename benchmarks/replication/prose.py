@@ -62,7 +62,8 @@ completions of groups without variance are not trained on, which saves time."""
 
 DIAGNOSTICS = """Means over the first fifth of the steps, and when `EarlyWarning`, which the
 trainer uses too, first spoke of copies or of equal groups. (It speaks of the template where the
-uplift is a loss of half of the drafts' reward.)"""
+uplift is a loss of half of the drafts' reward. Since these runs it also speaks of a third of the
+drafts' reward lost since the start.)"""
 
 MORE = """At the end of training. Rounds refine the answer of the round before: at test time no
 reward chooses. "After a right draft": accuracy of refinements whose draft was right. Entropy in

@@ -62,6 +62,23 @@ def test_a_negative_uplift_counts_at_the_start_alone() -> None:
     assert not any(said(*later))
 
 
+def test_a_forgotten_question_is_said_once_with_its_number_and_the_way_out() -> None:
+    falling = [{"draft_reward": value} for value in (0.3, 0.3, 0.3, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1)]
+    messages = said(*falling)
+    assert [len(each) for each in messages] == [0] * 7 + [1, 0]
+    assert "0.1 in the last 4 batches and 0.3 (+- 0) in the first" in messages[7][0]
+    assert "draft_loss_coef=1" in messages[7][0]
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [(0.3,) * 4 + (0.21,) * 8, (0.1,) * 4 + (0.3,) * 8, (1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)],
+    ids=["a_small_fall", "a_rise", "a_fall_within_its_noise"],
+)
+def test_what_is_not_forgotten(rewards: tuple[float, ...]) -> None:
+    assert not any(said(*[{"draft_reward": value} for value in rewards]))
+
+
 def test_an_uplift_within_its_noise_is_not_warned_of() -> None:
     noisy = [{"uplift": value} for value in (-0.9, 0.3, -0.9, 0.1)]
     assert not any(said(*noisy))
