@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
+from statistics import fmean
 
 from igrpo_kernels.checks import check_count
 
@@ -146,5 +146,7 @@ class EarlyWarning:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of a mean, from how much batches differ (ddof 1)."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    """Return the standard error of a mean (ddof 1); NaN where a value is infinite."""
+    mean = fmean(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return math.sqrt(variance / len(values))

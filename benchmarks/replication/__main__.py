@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workers=options.workers,
             console=console,
         )
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         console.print(str(error))
         return 2
     except BrokenExecutor:
