@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.replication import compare, ladder, prose
+from benchmarks.replication import again, compare, ladder, prose
 from benchmarks.replication.arms import ARMS, SEEDS, baseline_of, planned
 from benchmarks.replication.compare import ByArm, Verdict, difference, split, verdict_on
 from benchmarks.replication.models import PRETRAINED, SHIPPED, SIZES, count_weights
@@ -36,15 +36,17 @@ PLOT, LADDER_PLOT = "replication.png", "replication-ladder.png"
 
 def write_page(folder: Path, page: Path = PAGE, images: Path = IMAGES) -> None:
     """Write the page and its plots from the records of a folder."""
-    maps = compare.read_records(folder)
+    everything = compare.read_records(folder)
+    maps = again.planned_seeds(everything)
     draw(maps, images / PLOT)
     if rungs := ladder.rungs_of(maps):
         draw_ladder(rungs, images / LADDER_PLOT)
-    write_whole(page, build_page(maps).encode())
+    write_whole(page, build_page(everything).encode())
 
 
-def build_page(maps: Maps) -> str:
+def build_page(everything: Maps) -> str:
     """Give the whole page."""
+    maps = again.planned_seeds(everything)
     parts = [
         prose.HEAD.format(weights=weights_of(maps)),
         takeaway(maps),
@@ -56,6 +58,7 @@ def build_page(maps: Maps) -> str:
         prose.MAP,
         *(section(place, arms) for place, arms in ordered(maps)),
         *ladder.section(maps, f"../images/{LADDER_PLOT}"),
+        *again.section(everything),
         "## At equal tokens and equal time",
         prose.COSTS,
         *(f"**{place}**\n\n{table(costs(arms))}" for place, arms in ordered(maps)),
