@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.replication import compare, ladder, prose
+from benchmarks.replication import again, compare, ladder, prose
 from benchmarks.replication.basis import basis, counts, weights_of
 from benchmarks.replication.overview import forms, takeaway
 from benchmarks.replication.plot import draw, draw_ladder
@@ -27,16 +27,18 @@ PLOT, LADDER_PLOT = "replication.png", "replication-ladder.png"
 
 def write_pages(records: Path, folder: Path = FOLDER, images: Path = IMAGES) -> None:
     """Write both pages and their plots from a folder of records."""
-    maps = compare.read_records(records)
+    everything = compare.read_records(records)
+    maps = again.planned_seeds(everything)
     draw(maps, images / PLOT)
     if rungs := ladder.rungs_of(maps):
         draw_ladder(rungs, images / LADDER_PLOT)
-    write_whole(folder / PAGE, build_page(maps).encode())
-    write_whole(folder / TABLES, build_tables(maps).encode())
+    write_whole(folder / PAGE, build_page(everything).encode())
+    write_whole(folder / TABLES, build_tables(everything).encode())
 
 
-def build_page(maps: Maps) -> str:
+def build_page(everything: Maps) -> str:
     """Give the page that a user reads first."""
+    maps = again.planned_seeds(everything)
     return joined(
         prose.HEAD.format(weights=weights_of(maps)),
         takeaway(maps),
@@ -46,13 +48,15 @@ def build_page(maps: Maps) -> str:
         "## What it rests on",
         basis(maps),
         *ladder.section(maps, f"../images/{LADDER_PLOT}"),
+        *again.section(everything),
         prose.REAL_MODEL,
         prose.PAPER,
     )
 
 
-def build_tables(maps: Maps) -> str:
+def build_tables(everything: Maps) -> str:
     """Give the page of all tables, by task and size."""
+    maps = again.planned_seeds(everything)
     places = ordered(maps)
     return joined(
         prose.TABLES,
