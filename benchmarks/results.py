@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,16 @@ from benchmarks.measure import Ceilings, Figure
 RESULTS = Path(__file__).resolve().parent / "results"
 
 Record = dict[str, Any]
+
+
+def about(device: torch.device, *sources: str) -> Record:
+    """Say when and on what a run is made, and from which commit of some sources."""
+    return {
+        "date": date.today().isoformat(),
+        "commit": machine.commit(*sources),
+        "hardware": machine.hardware(device),
+        "versions": machine.versions(device),
+    }
 
 
 def new_record(

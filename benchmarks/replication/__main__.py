@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.counts import positive
+from benchmarks.options import positive
 from benchmarks.replication.arms import ARMS, SEEDS
 from benchmarks.replication.models import PRETRAINED, SHIPPED, SIZES
 from benchmarks.replication.sweep import plan, sweep
