@@ -200,7 +200,7 @@ def make_loss(surrogate: Surrogate | None = None) -> Loss:
             `--eps-clip-high` and `--eps-clip-c`.
 
     Returns:
-        The loss in slime's signature: from args, batch, logits [1, T, V] and the reducer to the
+        The loss in slime's signature, from args, batch, logits [1, T, V] and the reducer to the
         loss and what slime logs.
 
     Examples:
