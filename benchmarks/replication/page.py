@@ -33,7 +33,7 @@ def write_pages(records: Path, folder: Path = FOLDER, images: Path = IMAGES) -> 
     if rungs := ladder.rungs_of(maps):
         draw_ladder(rungs, images / LADDER_PLOT)
     write_whole(folder / PAGE, build_page(everything).encode())
-    write_whole(folder / TABLES, build_tables(everything).encode())
+    write_whole(folder / TABLES, build_tables(maps).encode())
 
 
 def build_page(everything: Maps) -> str:
@@ -45,18 +45,17 @@ def build_page(everything: Maps) -> str:
         prose.ADVICE.format(first=first_warnings(maps), forgotten=forgotten(maps)),
         prose.FORMS,
         table(forms(maps)),
+        *again.section(everything),
         "## What it rests on",
         basis(maps),
         *ladder.section(maps, f"../images/{LADDER_PLOT}"),
-        *again.section(everything),
         prose.REAL_MODEL,
         prose.PAPER,
     )
 
 
-def build_tables(everything: Maps) -> str:
+def build_tables(maps: Maps) -> str:
     """Give the page of all tables, by task and size."""
-    maps = again.planned_seeds(everything)
     places = ordered(maps)
     return joined(
         prose.TABLES,
