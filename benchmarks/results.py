@@ -43,11 +43,11 @@ def new_record(
     }
 
 
-def default_path(record: Record, folder: Path = RESULTS) -> Path:
+def default_path(record: Record) -> Path:
     """A dated name: 2026-11-24-2105-nvidia-h100.json."""
     name = re.sub(r"[^a-z0-9]+", "-", record["hardware"]["name"].lower()).strip("-")
     date = re.sub(r"[^0-9]+", "-", record["date"].replace(":", ""))
-    return folder / f"{date}-{name}.json"
+    return RESULTS / f"{date}-{name}.json"
 
 
 def write(record: Record, path: Path) -> None:

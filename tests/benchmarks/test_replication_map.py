@@ -87,7 +87,7 @@ def test_at_equal_cost_the_dearer_arm_is_read_earlier() -> None:
             point["cpu_seconds"] *= 2
     gap = compare.difference_at_equal_cost(arms, "worst", "grpo", "cpu_seconds")
     assert gap.mean == pytest.approx(0.4 - 0.6)
-    same = compare.difference_at_equal_cost(arms, "worst", "grpo", "completions", "refined")
+    same = compare.difference_at_equal_cost(arms, "worst", "grpo", "completions")
     assert same.mean == pytest.approx(0.0)
 
 
