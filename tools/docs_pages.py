@@ -52,6 +52,7 @@ FIRST = (  # modules that a page begins with
     "igrpo_algo.rollouts.two_stage",
     "igrpo_algo.rollouts.sampling",
     "igrpo_algo.drafts.rules",
+    "igrpo_algo.rewards.matching",
     "igrpo_algo.advantages.of_groups",
     "igrpo_kernels.surrogates.base",
 )
