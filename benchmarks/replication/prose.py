@@ -12,10 +12,11 @@ writes this page and [every table behind it](replication_tables.md) from the rec
 
 FORMS = """## Each form beside GRPO
 
-At as many completions, with the same loss and as many updates, over all models that the form was
-run on: its mean differences in points, from the worst model to the best, and on how many models it
-is behind GRPO or ahead of it. For both, two 95 % intervals over seeds leave zero out: Student's and
-the bootstrap's."""
+At as many completions (4 drafts and 4 refinements, or N : G), with the same loss and as many
+updates, over all models that the form was run on: its mean differences in points, from the worst
+model to the best, and on how many models it is behind GRPO or ahead of it. For both, two 95 %
+intervals over seeds leave zero out: Student's and the bootstrap's. *No draft shown* is GRPO with
+half of the completions."""
 
 ADVICE = """## Advice in five lines
 
