@@ -111,6 +111,8 @@ def test_options_beside_values_that_replace_them_are_refused(make_trainer: MakeT
         make_trainer(rules=DraftRules(), draft_dropout=0.5)
     with pytest.raises(ValueError, match="scale_rewards would have no effect beside an advantage"):
         make_trainer(advantage=rloo, scale_rewards="none")
+    with pytest.raises(ValueError, match="scale_rewards would have no effect with multi_obj"):
+        make_trainer(scale_rewards="none", multi_objective_aggregation="normalize_then_sum")
     with pytest.raises(ValueError, match="scale_rewards must be one of group, batch, none"):
         make_trainer(scale_rewards="std")
     with pytest.raises(ValueError, match="multi_objective_aggregation must be one of sum_then"):
