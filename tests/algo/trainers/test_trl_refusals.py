@@ -11,6 +11,7 @@ from datasets import Dataset
 from tiny_qwen import (
     digit_reward,
     make_dataset,
+    make_tokenizer,
     third_party,
 )
 from transformers import ProcessorMixin
@@ -57,6 +58,18 @@ def test_the_ranking_must_be_one_that_exists(make_trainer: MakeTrainer) -> None:
         make_trainer(
             reward_funcs=digit_reward, selection_reward="digit_reward", selection_func=digit_reward
         )
+
+
+def test_prompts_of_token_ids_are_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match=r"row 0 .* got list \[5, 6\]: TRL takes no token ids"):
+        make_trainer(train_dataset=Dataset.from_dict({"prompt": [[5, 6], [7]]}))
+
+
+def test_a_tokenizer_without_an_end_is_refused(make_trainer: MakeTrainer) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="processing_class must have an eos_token"):
+        IGRPOTrainer("model", digit_reward, make_config(), processing_class=tokenizer)
 
 
 def test_the_configuration_must_be_ours(make_trainer: MakeTrainer) -> None:
