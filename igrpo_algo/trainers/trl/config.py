@@ -79,7 +79,7 @@ class IGRPOConfig(GRPOConfig):
         skip_zero_advantages: Leave completions of zero advantage out of forward and backward, where
             neither KL, entropy nor a mixture of experts needs them. In place of `entropy` and
             `ratio` the trainer then logs `entropy/nonzero_advantage` and `ratio/nonzero_advantage`,
-            the means over the others.
+            the means over the others of each micro-batch, averaged over micro-batches.
 
     Raises:
         ValueError: A value out of range, or options that exclude each other.
