@@ -63,8 +63,8 @@ class Protocol:
         if not all(1 <= k <= self.samples for k in self.ks):
             raise ValueError(f"--k must be from 1 to --samples = {self.samples}, got {self.ks}")
         check_number("--success-reward", self.success_reward)
-        if not self.drafts and self.draft_choice is not RefinedDraft.RANDOM:
-            raise ValueError("--draft-choice has no effect without --draft-then-refine")
+        if self.drafts < 2 and self.draft_choice is not RefinedDraft.RANDOM:
+            raise ValueError("--draft-choice needs --draft-then-refine with at least 2 drafts")
 
 
 def draft_rules(choice: RefinedDraft, sampler: "EngineSampler") -> DraftRules:

@@ -12,6 +12,7 @@ from igrpo_kernels.checks import check_count, check_number
 
 from ..drafts.rules import DraftRules, Ties
 from ..drafts.select import select_best_draft
+from ..files import check_path
 from ..prompts import Prompt
 from .in_step import run_in_step
 from .journal import check_journal
@@ -180,5 +181,5 @@ def stream_two_stage_rollout(  # noqa: D417  # the docstring names where the oth
         if num_drafts == 0:
             raise ValueError("reward_max has no effect with num_drafts = 0")
     if journal is not None:
-        check_journal(journal, setup.header)
+        check_journal(check_path("journal", journal), setup.header)
     return run_stream(setup, slots, reward_max, journal)
