@@ -50,6 +50,24 @@ def default_path(record: Record) -> Path:
     return RESULTS / f"{date}-{name}.json"
 
 
+def resumed(record: Record, path: Path) -> Record:
+    """The record at `path`, to go on with; or the new one, where there is none.
+
+    Raises:
+        ValueError: It was made by other sources, on another machine or with other versions.
+    """
+    if not path.exists():
+        return record
+    old: Record = json.loads(path.read_text())
+    for name in ("commit", "device", "hardware", "versions"):
+        if old.get(name) != record[name]:
+            raise ValueError(
+                f"{path} can't be continued: its {name} is {old.get(name)}, and here it is "
+                f"{record[name]}; give another --output"
+            )
+    return old
+
+
 def write(record: Record, path: Path) -> None:
     """Replace the file in one step: an interrupted run leaves the last whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
