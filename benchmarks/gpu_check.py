@@ -1,13 +1,14 @@
-"""The kernel suite and the static sampler on the GPU, whole steps, every op beside its peers.
+"""The tests on the GPU, every op beside its peers, and whole steps, in one record.
 
-    python -m benchmarks.gpu_check                       # ends within ten minutes
+    python -m benchmarks.gpu_check --output run.json     # ends within ten minutes; again: goes on
     python -m benchmarks.gpu_check --quick               # within two
     python -m benchmarks.gpu_check --device cpu --small  # tries the machinery without a GPU
 
 Writes one dated JSON (hardware, versions, commit, tests, figures) and compares it with the newest
 recorded run, by our share of the fastest peer's time: clocks move, and the share stays. The JSON is
-written after every part and every case, so that an interrupted run loses nothing. Training steps
-and shared prompts get JSONs of their own beside it. Needs torch, triton, trl, liger-kernel, pytest
+written after every part and every case, and the same command with the same --output does what it
+lacks; all of it takes about three runs. Training steps, shared prompts and samplers get JSONs of
+their own beside it. Needs torch, triton, trl, liger-kernel, pytest
 and hypothesis; a peer that is not installed is listed as such, and without matplotlib nothing is
 drawn. Where these are installed already, `make` is not wanted.
 """
@@ -31,8 +32,9 @@ from benchmarks.machine import ROOT
 
 # On a GPU, which is lent for minutes; a CPU may have other work, and a right run is never stopped
 TOTAL_SECONDS = {False: 550.0, True: 110.0}  # quick or not
-TEST_SECONDS = 200.0  # of one suite, at most
-STEP_SECONDS = 90.0  # of one benchmark of whole steps, at most
+TEST_SHARE = 0.6  # of the seconds left, that one suite may take
+STEP_SECONDS = 90.0  # that one benchmark of whole steps may take
+CLOSING_SECONDS = 15.0  # to compare and to draw
 # The project's options without those of plug-ins that may be missing; warnings of another torch
 # do not fail it.
 PYTEST = (
@@ -45,7 +47,7 @@ PYTEST = (
     "filterwarnings=default",
 )
 DEVICE_TESTS = "tests/kernels/on_device"
-SAMPLER_TESTS = "tests/algo/engines/test_static.py"
+OTHER_TESTS = ("tests/algo/engines/test_static.py", "tests/algo/shared_prompt")
 TINY = "--width 64 --layers 1 --vocabulary 64 --tokens 16 --rounds 2"
 TINY_DRAWS = "--width 64 --layers 1 --vocabulary 64 --prompts 2 --new-tokens 4 --rounds 1"
 DRAWS = "--device cuda --dtype bf16 --layers 30 --prompts 32 --rounds 3"
@@ -66,7 +68,7 @@ def suites(options: argparse.Namespace) -> dict[str, list[str]]:
         rest += ["-n", "logical"]
     chosen = {"on the device": device, "without it": rest}
     if importlib.util.find_spec("transformers"):
-        chosen["sampler"] = [SAMPLER_TESTS, "-m", marker]
+        chosen["sampler and shared prompt"] = [*OTHER_TESTS, "-m", marker]
     return chosen
 
 
@@ -124,6 +126,11 @@ def read_report(path: Path) -> dict[str, Any]:
     return {**counts, "failed": failed}
 
 
+def is_done(outcomes: dict[str, Any], name: str) -> bool:
+    """Whether a part has run to its end; one that was stopped runs again."""
+    return isinstance(outcomes.get(name, {}).get("exit_code"), int)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 1 where a test, a step or one of our own outputs was wrong."""
     began = time.monotonic()
@@ -134,28 +141,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("no CUDA device; --device cpu --small tries the machinery without one")
     run = results.new_record(torch.device(options.device), None, options.commit)
     path = options.output or results.default_path(run)
-    run |= {"tests": {}, "steps": {}}
+    run = results.resumed(run | {"tests": {}, "steps": {}}, path)
     on_cuda = options.device == "cuda"
     budget = options.seconds or (TOTAL_SECONDS[options.quick] if on_cuda else math.inf)
 
     def left() -> float:
         return budget - (time.monotonic() - began)
 
-    def at_most(seconds: float, share: float) -> float | None:
-        return round(min(seconds, share * left()), 1) if on_cuda else None
-
     for name, selection in ({} if options.no_tests else suites(options)).items():
-        run["tests"][name] = run_suite(selection, at_most(TEST_SECONDS, 0.6))
-        results.write(run, path)
-    for name, command in () if options.quick else steps(options, path):
-        run["steps"][name] = run_module(command, at_most(STEP_SECONDS, 0.3))
-        results.write(run, path)
-    options.seconds = max(10.0, left() - 15)
+        if not is_done(run["tests"], name):
+            seconds = round(TEST_SHARE * left(), 1) if on_cuda else None
+            run["tests"][name] = run_suite(selection, seconds)
+            results.write(run, path)
+    options.seconds = left() - CLOSING_SECONDS
     record.run_cases(options, record.grid(options), run, path)
+    missing = list(run["left_out"])
+    for name, command in () if options.quick else steps(options, path):
+        if is_done(run["steps"], name):
+            continue
+        if left() < STEP_SECONDS:
+            missing.append(name)
+            continue
+        run["steps"][name] = run_module(command, STEP_SECONDS if on_cuda else None)
+        results.write(run, path)
     code = record.report(options, run, path)
     for name, outcome in (run["tests"] | run["steps"]).items():
         print(f"{name}: {outcome}")
         code |= int(outcome["exit_code"] != 0)
+    if missing:
+        print(f"{len(missing)} parts to go; the same command goes on with --output {path}")
     print(f"{'RED' if code else 'green'} after {time.monotonic() - began:.0f} s: {path}")
     return code
 

@@ -4,15 +4,14 @@
     python -m benchmarks.record --quick              # its most important cases
     python -m benchmarks.record --only 'frozen'      # cases whose line holds this
 
-Writes one dated JSON under benchmarks/results/ after every case, so that an interrupted run loses
-nothing, and a plot beside it.
+Writes one dated JSON under benchmarks/results/ after every case, and a plot beside it. The same
+command with the same --output goes on where it ended: cases that the JSON holds are not run again.
 """
 
 import argparse
 import importlib.util
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 from benchmarks import cases, compare, results
 from benchmarks.cases import Case
-from benchmarks.measure import Figure, measure, measure_ceilings
+from benchmarks.measure import Ceilings, Figure, measure, measure_ceilings
 from benchmarks.ops import OURS
 from benchmarks.results import Record
 
@@ -44,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--threads", type=int, help="of torch on the CPU")
     options.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     options.add_argument("--no-plots", action="store_true")
-    options.add_argument("--output", type=Path, help="the JSON; default: benchmarks/results/")
+    options.add_argument("--output", type=Path, help="the JSON, continued if it is there")
     options.add_argument("--commit", help="of the sources, where there is no clone to ask")
     return options
 
@@ -80,13 +79,19 @@ def run_cases(
     path: Path,
     say: Callable[[str], None] = print_at_once,
 ) -> None:
-    """Measure cases until they or the seconds are spent; the record is written after each."""
+    """Measure the cases that the record lacks, until they or the seconds are spent.
+
+    The record is written after each.
+    """
     device = torch.device(options.device)
-    ceilings = measure_ceilings(device, small=options.small)
-    record["ceilings"] = vars(ceilings)
+    if record["ceilings"] is None:
+        record["ceilings"] = vars(measure_ceilings(device, small=options.small))
+    ceilings = Ceilings(**record["ceilings"])
+    measured = compare.by_case(record)
+    chosen = [case for case in chosen if case not in measured]
+    record["left_out"] = []
     budget = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)[device.type]
     clock = 0.1 if options.small else CLOCK[device.type]
-    without: dict[str, dict[str, str]] = defaultdict(dict)  # by op
     began = time.monotonic()
     longest = 0.0
     for number, case in enumerate(chosen):
@@ -96,12 +101,11 @@ def run_cases(
             say(f"out of time: {len(chosen) - number} cases left out")
             break
         say(f"{start:4.0f} s  {case}")
-        some = unwanted(options) | without[case.op]
+        some = unwanted(options) | far_behind(record, case.op)
         memory = not options.no_memory
         figures = measure(case, device, ceilings, clock, memory=memory, without=some)
         for figure in figures:
             say(show(figure))
-        without[case.op] |= far_behind(figures)
         results.add(record, figures)
         results.write(record, path)
         longest = max(longest, time.monotonic() - began - start)
@@ -117,15 +121,17 @@ def unwanted(options: argparse.Namespace) -> dict[str, str]:
     return named
 
 
-def far_behind(figures: Sequence[Figure]) -> dict[str, str]:
+def far_behind(record: Record, op: str) -> dict[str, str]:
     """Peers that cost more time than their later figures would be worth, and how far they are."""
-    medians = {figure.peer: figure.ms["median"] for figure in figures if figure.ms}
-    fastest = min(medians.values(), default=0.0)
-    return {
-        peer: f"left out: {median / fastest:.0f} times the fastest before"
-        for peer, median in medians.items()
-        if median > max(FAR_BEHIND * fastest, DEAR_MS) and peer != OURS
-    }
+    found = {}
+    for case, figures in compare.by_case(record).items():
+        medians = {peer: some["ms"]["median"] for peer, some in figures.items() if some["ms"]}
+        fastest = min(medians.values(), default=0.0)
+        for peer, median in medians.items():
+            slow = median > max(FAR_BEHIND * fastest, DEAR_MS)
+            if case.op == op and slow and peer != OURS:
+                found[peer] = f"left out: {median / fastest:.0f} times the fastest before"
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     record = results.new_record(torch.device(options.device), None, options.commit)
     path = options.output or results.default_path(record)
+    record = results.resumed(record, path)
     run_cases(options, grid(options), record, path)
     return report(options, record, path)
 

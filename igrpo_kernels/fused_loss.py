@@ -89,7 +89,7 @@ class RowLosses:
                 if entropy is not None and self.objective.entropy_coef != 0:
                     entropy = entropy.detach().requires_grad_()
                     leaves.append(entropy)
-            terms = self.objective(inputs.tokens(logprobs), inputs.ref_logprobs, entropy)
+            terms = self.objective.terms(inputs.tokens(logprobs), inputs.ref_logprobs, entropy)
             losses = terms.losses
             if losses.shape != logprobs.shape:
                 losses = losses.expand_as(logprobs)

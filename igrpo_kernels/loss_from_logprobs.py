@@ -137,7 +137,7 @@ def average(
     inputs = inputs.masked()
     entropy = None if entropy is None else sequences.select(entropy)
     tokens = inputs.tokens(sequences.select(logprobs.to(dtype)))
-    terms = objective(tokens, inputs.ref_logprobs, entropy)
+    terms = objective.terms(tokens, inputs.ref_logprobs, entropy)
     loss = sequences.select(weights * terms.losses).sum()
     with torch.no_grad():
         metrics = named_means(terms.logged, terms.sums(sequences), sequences.mask.sum())

@@ -102,7 +102,7 @@ class TokenObjective:
             raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs, got None")
         return cls(surrogate, kl, kl_coef, entropy_coef)
 
-    def __call__(
+    def terms(
         self, tokens: Tokens, ref_logprobs: Tensor | None, entropy: Tensor | None
     ) -> TokenTerms:
         """Return the terms of each token.
@@ -110,11 +110,12 @@ class TokenObjective:
         The importance weights w act on the surrogate alone, as in TRL; a surrogate that folds them
         into its own weight is not multiplied again.
         """
-        losses, low, high = self.surrogate(tokens)
+        # By name: before torch 2.13 the compiler hashes what is called, before it has its fields
+        losses, low, high = self.surrogate.__call__(tokens)
         weights = tokens.importance_weights
         if weights is not None and not self.surrogate.folds_importance_weights:
             losses = losses * weights
-        kl = None if ref_logprobs is None else self.kl(tokens, ref_logprobs)
+        kl = None if ref_logprobs is None else self.kl.__call__(tokens, ref_logprobs)
         if self.kl_coef != 0 and kl is not None:
             losses = losses + self.kl_coef * kl
         if self.entropy_coef != 0 and entropy is not None:

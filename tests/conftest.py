@@ -46,8 +46,9 @@ def poison(tensor: Tensor) -> Tensor:
 def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def allocate_poisoned(*args: object, **kwargs: object) -> Tensor:
         fresh = allocate(*args, **kwargs)
-        # under the tracer the poison would become a part of the program
-        return fresh if torch.compiler.is_compiling() else poison(fresh)
+        # Under a tracer, whose tensors are of other types, poison would become part of the program
+        is_traced = torch.compiler.is_compiling() or type(fresh) is not Tensor
+        return fresh if is_traced else poison(fresh)
 
     return allocate_poisoned
 

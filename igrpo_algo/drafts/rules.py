@@ -43,8 +43,11 @@ class Ties(Enum):
     """Which of several drafts of equal reward is chosen.
 
     Examples:
-        >>> [rule.name for rule in Ties]
-        ['FIRST', 'SHORTEST', 'RANDOM']
+        >>> for rule in Ties:
+        ...     print(f"{rule.name}: {rule.value}")
+        FIRST: the one of lowest index
+        SHORTEST: the one with the fewest tokens
+        RANDOM: any of them
     """
 
     FIRST = "the one of lowest index"
@@ -56,8 +59,11 @@ class Fallback(Enum):
     """What a prompt's Stage 2 sees where no draft is good enough.
 
     Examples:
-        >>> [rule.name for rule in Fallback]
-        ['CHOSEN_DRAFT', 'PLAIN_PROMPT', 'SKIP']
+        >>> for rule in Fallback:
+        ...     print(f"{rule.name}: {rule.value}")
+        CHOSEN_DRAFT: the chosen draft all the same
+        PLAIN_PROMPT: the plain prompt
+        SKIP: nothing: the prompt is left out of Stage 2
     """
 
     CHOSEN_DRAFT = "the chosen draft all the same"

@@ -140,6 +140,10 @@ class TextSplice:
             See `marker_tokens`.
         budget: Token limits; None cuts nothing.
 
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: One of `special_tokens` is empty.
+
     Examples:
         >>> from igrpo_algo import Completion
         >>> splice = TextSplice(DraftTemplate("\nEarlier: ", "\nBetter:"))
@@ -213,6 +217,10 @@ class TokenSplice:
         max_prompt_tokens: Maximum tokens of the spliced prompt; the draft is cut, never the
             question.
         keep: Which end of a draft that is too long to keep: "tail" or "head".
+
+    Raises:
+        TypeError: Ids are not a collection of int, or a limit is not an int.
+        ValueError: An id is negative, a limit is below 1, or `keep` is neither.
 
     Examples:
         >>> from igrpo_algo import Completion

@@ -174,7 +174,11 @@ class Rollouts:
         return Rollouts(self.rollouts[which]) if isinstance(which, slice) else self.rollouts[which]
 
     def until_round(self, number: int) -> "Rollouts":
-        """Show the rollouts as they stood after refinement round `number`, counted from 1."""
+        """Show the rollouts as they stood after refinement round `number`, counted from 1.
+
+        Raises:
+            ValueError: There is no such round.
+        """
         rounds = len(self.rollouts[0].refinements) if self.rollouts else number
         if not 1 <= number <= rounds:
             raise ValueError(f"number must be a round from 1 to {rounds}, got {number}")

@@ -174,7 +174,10 @@ def stream_two_stage_rollout(  # noqa: D417  # the docstring names where the oth
         check_number("reward_max", reward_max)
         chosen_by = (rules.select, rules.selection_score, rules.ties)
         if chosen_by != (select_best_draft, None, Ties.FIRST):
-            raise ValueError("reward_max needs the best draft by reward: no other select or score")
+            raise ValueError(
+                "reward_max needs rules that take the first best draft by reward: "
+                "select_best_draft, no selection_score, and Ties.FIRST"
+            )
         if num_drafts == 0:
             raise ValueError("reward_max has no effect with num_drafts = 0")
     if journal is not None:

@@ -36,8 +36,8 @@ def test_quick_and_small_choose_fewer_tests() -> None:
     parser = record.parser()
     full = gpu_check.suites(parser.parse_args(["--device", "cuda"]))
     quick = gpu_check.suites(parser.parse_args(["--device", "cuda", "--quick"]))
-    assert list(full) == ["on the device", "without it", "sampler"]
-    assert "gpu" in full["sampler"]
+    assert list(full) == ["on the device", "without it", "sampler and shared prompt"]
+    assert "gpu" in full["sampler and shared prompt"]
     assert list(quick) == ["on the device"]
     assert "gpu" in full["on the device"]
     assert "not gpu" in gpu_check.suites(parser.parse_args(["--device", "cpu"]))["on the device"]
@@ -79,6 +79,44 @@ def test_no_clock_stops_a_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu_check, "run_module", run_module)
     gpu_check.main([*NOTHING_ELSE, "--output", str(tmp_path / "run.json")])
     assert limits == [None] * 3
+
+
+def test_the_same_command_does_what_the_record_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped: dict[str, Any] = {"exit_code": "stopped after 1 s", "seconds": 1.0}
+    outcomes = {"tests/kernels": stopped}
+    ran = []
+
+    def run_module(arguments: Any, seconds: float | None) -> dict[str, Any]:
+        ran.append(arguments)
+        (outcome,) = [o for word, o in outcomes.items() if word in str(arguments)] or [
+            {"exit_code": 0, "seconds": 0.0}
+        ]
+        return outcome
+
+    monkeypatch.setattr(gpu_check, "run_module", run_module)
+    command = [*("--small", "--device", "cpu", "--only", "clipped", "--no-memory", "--no-plots")]
+    command += ["--without", "torch.compile", "--output", str(tmp_path / "run.json")]
+    assert gpu_check.main(command) == 1
+    assert len(ran) == 1 + 3
+    outcomes.clear()
+    ran.clear()
+    assert gpu_check.main(command) == 0
+    assert len(ran) == 1  # the suite that was stopped
+    assert gpu_check.main(command) == 0
+    assert len(ran) == 1
+    assert "to go" not in capsys.readouterr().out
+
+
+def test_what_does_not_fit_the_seconds_is_left_to_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    command = [*NOTHING_ELSE, "--output", str(path), "--seconds", "60"]
+    assert gpu_check.main(command) == 0
+    assert json.loads(path.read_text())["steps"] == {}  # each may take 90
+    assert "3 parts to go; the same command goes on" in capsys.readouterr().out
 
 
 def test_a_gpu_is_demanded_by_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from made_runs import figure, run
+from made_runs import figure, run, run_of
 
 from benchmarks import cases, record, results
 from benchmarks.measure import Ceilings
@@ -28,6 +28,7 @@ def test_a_run_records_case_by_case_and_says_what_was_left_out(tmp_path: Path) -
     by_peer = {figure["peer"]: figure for figure in written["figures"]}
     assert by_peer["igrpo"]["ms"]["median"] > 0
     assert by_peer["torch.compile"]["not_run"] == "left out of this run"
+    path.unlink()
     assert record.main([*arguments, "--seconds", "-1"]) == 0
     assert len(json.loads(path.read_text())["left_out"]) == 1
 
@@ -51,10 +52,35 @@ def test_no_case_is_started_that_would_end_too_late(
 
 
 def test_a_peer_far_behind_is_left_out_of_later_cases_if_it_costs_time() -> None:
-    figures = [figure("igrpo", 40.0), figure("TRL", 190.0), figure("Liger", 570.0)]
-    assert record.far_behind(figures) == {"Liger": "left out: 14 times the fastest before"}
-    assert record.far_behind([figure("TRL", 1.0), figure("torch", 90.0)]) == {}
-    assert record.far_behind([figure("TRL", 1.0), figure("igrpo", 900.0)]) == {}
+    slow = run_of(figure("igrpo", 40.0), figure("TRL", 190.0), figure("Liger", 570.0))
+    op = slow["figures"][0]["op"]
+    assert record.far_behind(slow, op) == {"Liger": "left out: 14 times the fastest before"}
+    assert record.far_behind(slow, "token_logprobs") == {}
+    assert record.far_behind(run_of(figure("TRL", 1.0), figure("torch", 90.0)), op) == {}
+    assert record.far_behind(run_of(figure("TRL", 1.0), figure("igrpo", 900.0)), op) == {}
+
+
+def test_a_run_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, measured = tmp_path / "x.json", []
+
+    def measure(case: cases.Case, *_: Any, **__: Any) -> list[Any]:
+        measured.append(case)
+        return [figure("igrpo", 1.0, case)]
+
+    monkeypatch.setattr(record, "measure", measure)
+    arguments = [*FAST, "--commit", "abc123", "--output", str(path)]
+    record.main([*arguments, "--only", "clipped"])
+    clock = json.loads(path.read_text())["ceilings"]
+    record.main(arguments)
+    assert sorted(map(str, measured)) == sorted(map(str, cases.small_grid()))  # each once
+    written = json.loads(path.read_text())
+    assert len(written["figures"]) == len(measured)
+    assert written["ceilings"] == clock
+    with pytest.raises(ValueError, match="its commit is abc123, and here it is def456; give ano"):
+        record.main([*arguments, "--commit", "def456"])
+    monkeypatch.setattr(results.machine, "versions", lambda device: {"torch": "9.9"})
+    with pytest.raises(ValueError, match="its versions is"):
+        record.main(arguments)
 
 
 def test_the_grid_of_a_gpu_starts_with_what_readme_shows_and_fits_80_gb() -> None:

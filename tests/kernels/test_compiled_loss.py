@@ -19,6 +19,7 @@ from igrpo_kernels import (
     SequenceMean,
     Sum,
     TokenMean,
+    clipped_policy_loss,
     linear_policy_loss,
     row_checks,
     surrogates,
@@ -26,7 +27,7 @@ from igrpo_kernels import (
 from igrpo_kernels import cpu_head_softmax as cpu
 from igrpo_kernels.compiled_loss import PARTS, put_together, take_apart
 from igrpo_kernels.kl import ScoreWeighted
-from igrpo_kernels.loss_from_logprobs import PolicyLoss
+from igrpo_kernels.loss_from_logprobs import PolicyLoss, policy_loss
 from igrpo_kernels.loss_terms import TokenObjective
 from igrpo_kernels.surrogates import Surrogate, TokenLosses, Tokens
 from tests.kernels.linear_policy_cases import (
@@ -230,6 +231,30 @@ def test_compiles_without_a_graph_break_liger_1364(backend: str, surrogate: Surr
     grads = (torch.autograd.grad(value * 2, case.leaves) for value in (got, wanted))
     for grad, exact in zip(*grads, strict=True):
         torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_compiles_where_the_compiler_hashes_what_is_called(monkeypatch: Any) -> None:
+    """As before torch 2.13, on values that are made under it, and have no fields yet."""
+
+    def is_hashed(self: Any) -> bool:
+        return hash(self.value) == 0
+
+    user_defined = torch._dynamo.variables.user_defined.UserDefinedObjectVariable
+    monkeypatch.setattr(user_defined, "is_supported_random", is_hashed)
+    case = make_case(torch.float32)
+
+    def losses(hidden: Tensor) -> tuple[Tensor, ...]:
+        moved = replace(case, hidden=hidden)
+        kl = RatioWeighted(K3())
+        options = {"kl": kl, "kl_coef": 0.1, "ref_logprobs": case.ref_logprobs}
+        parts = {"surrogate": Clip(0.2, 0.3), "aggregate": TokenMean(), **options}
+        given = case.ref_logprobs + 0.1, case.advantages
+        clipped = clipped_policy_loss(*given, old_logprobs=case.ref_logprobs)
+        return moved.fused(**parts).loss, policy_loss(*given, **parts).loss, clipped
+
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(compiled(case.hidden), losses(case.hidden), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_what_compiles_again_liger_1366() -> None:

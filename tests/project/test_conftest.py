@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from hypothesis import settings
+from torch.fx.experimental.proxy_tensor import make_fx
 
 ALLOCATIONS = {
     "empty": lambda dtype: torch.empty(3, dtype=dtype),
@@ -28,6 +29,17 @@ def test_fresh_memory_is_nan(name: str, dtype: torch.dtype) -> None:
 def test_fresh_integers_are_the_largest(name: str) -> None:
     assert ALLOCATIONS[name](torch.int32).tolist() == [2**31 - 1] * 3
     assert ALLOCATIONS[name](torch.bool).tolist() == [True] * 3
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+def test_what_a_tracer_allocates_is_left_as_it_is() -> None:
+    """As in a graph of torch 2.11, which fails on the poison."""
+
+    def allocate(values: torch.Tensor) -> torch.Tensor:
+        return values.new_empty(3) + torch.empty(3)
+
+    graph = make_fx(allocate, tracing_mode="fake")(torch.ones(3)).graph
+    assert not any("fill" in str(node.target) for node in graph.nodes)
 
 
 def test_each_test_starts_from_the_same_seed() -> None:

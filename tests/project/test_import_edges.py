@@ -103,7 +103,7 @@ LIGHT = [path for path in sources(ALGO) if path.relative_to(ALGO).parts[0] not i
 
 @pytest.mark.parametrize("path", LIGHT, ids=identify)
 def test_algo_is_light_below_its_upper_floors(path: Path) -> None:
-    assert third_party(path) <= {"torch", "einops", "igrpo_kernels"}
+    assert third_party(path) <= {"torch", "igrpo_kernels"}
 
 
 def floor(path: Path) -> str:

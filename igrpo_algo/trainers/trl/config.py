@@ -313,9 +313,9 @@ class IGRPOConfig(GRPOConfig):
             raise ValueError("draft_loss_coef > 0 needs use_trl_loss=False: TRL's has one stage")
         if self.draft_loss_coef > 0 and self.reward_max is not None:
             raise ValueError("draft_loss_coef > 0 needs reward_max=None: it cancels drafts")
-        others = self.changed("draft_choice", "draft_ties", "selection_reward")
+        others = ", ".join(self.changed("draft_choice", "draft_ties", "selection_reward"))
         if self.reward_max is not None and others:
-            raise ValueError(f"reward_max takes the first best draft: leave {', '.join(others)}")
+            raise ValueError(f"reward_max takes the first best draft: leave out {others}")
         if not self.use_trl_loss and self.use_adaptive_entropy:
             raise ValueError("use_adaptive_entropy=True needs use_trl_loss=True")
         self._check_eval()

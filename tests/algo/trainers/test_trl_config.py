@@ -118,7 +118,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"draft_keep": "head"}, ValueError, "draft_keep would have no effect: it needs max_draft_l"),
     ({"max_tool_calling_iterations": 2}, ValueError, "tools are refused"),
     ({"draft_choice": "random", "draft_ties": "shortest"}, ValueError, "draft_ties has no effect"),
-    ({"reward_max": 1.0, "draft_choice": "worst"}, ValueError, "first best draft: leave draft_ch"),
+    ({"reward_max": 1.0, "draft_choice": "worst"}, ValueError, "first best draft: leave out draft"),
     ({"reward_max": 1.0, "draft_loss_coef": 1.0}, ValueError, "needs reward_max=None"),
     ({"sampler_concurrency": 0}, ValueError, "sampler_concurrency must be >= 1"),
     ({"draft_choice": "first"}, ValueError, "draft_choice must be one of best, random, worst"),
