@@ -146,6 +146,7 @@ REFUSED = [
     ("path must be a path, got int 3", lambda: Rollouts.load(3)),
     ("title must be a str", lambda: plot_rollout_timeline(rollout(), title=3)),
     ("seed must be an int or a list", lambda: sample_group(["q"], sampler, 1, seed=b"x")),
+    ("each of seed must be >= 0, got -1", lambda: sample_group(["q"], sampler, 1, seed=[-1])),
     ("completions must be a list, got str", lambda: math_reward("1", answer=["1"])),
     ("reward must be a string, got NoneType", lambda: load_reward(None)),
     ("seconds must be > 0, got 0", lambda: MathJudge(seconds=0)),
