@@ -13,7 +13,7 @@ from .answers import Protocol, RefinedDraft, answer_all, draft_rules
 from .errors import run_errors, usage_errors
 from .eval_report import print_report, report
 from .metrics_file import MetricsFile, write_json
-from .run_folder import SETTINGS, check_settings, save_settings
+from .run_folder import SETTINGS, check_settings, digest, save_settings, weights_of
 from .samplers import load_sampler
 
 PAPER_TOP_P = 0.95
@@ -101,6 +101,8 @@ def evaluate(
                 dataset, tokenizer, list(rewards.values()), default_split="test",
                 chat_template_kwargs=sampling["chat_template_kwargs"], **reading,
             )  # fmt: skip
+            # A path may hold another model or other rows than when the run was stopped.
+            settings |= {"weights": weights_of(model), "rows": digest(rows)}
             held.enter_context(sole_writer(output_dir))
             if (output_dir / SETTINGS).exists():
                 check_settings(output_dir, settings)

@@ -8,6 +8,7 @@ function of `igrpo_algo.advantages`.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -175,8 +176,13 @@ class IGRPOTrainer(SampledTrainer):
         """Watches the run; after a resume it has seen what was logged before, and said it."""
         watch = EarlyWarning()
         for row in self.state.log_history:
-            ours = {name: value for name, value in row.items() if name.startswith("igrpo/")}
-            watch.see({name.removeprefix("igrpo/"): value for name, value in ours.items()})
+            watch.see(
+                {
+                    name.removeprefix("igrpo/"): math.nan if value is None else value  # as saved
+                    for name, value in row.items()
+                    if name.startswith("igrpo/")
+                }
+            )
         return watch
 
     def _log_stages(self, both: Round) -> None:
