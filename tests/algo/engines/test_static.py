@@ -106,14 +106,14 @@ def test_rows_that_have_ended_are_dropped(model, tokenizer):
         lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**TINY, layer_types=["linear_attention"] * 2)),
     ],
 )
-def test_cuda_graph_is_a_flag(model, tokenizer):
-    with pytest.raises(TypeError, match="cuda_graph must be True or False, got str 'no'"):
-        StaticSampler(model, tokenizer, max_new_tokens=4, cuda_graph="no")
-
-
 def test_models_that_hold_something_else_than_keys_and_values_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match=r"attention only, got (a state|linear_attention) in"):
         StaticSampler(model(), tokenizer, max_new_tokens=4)
+
+
+def test_cuda_graph_is_a_flag(model, tokenizer):
+    with pytest.raises(TypeError, match="cuda_graph must be True or False, got str 'no'"):
+        StaticSampler(model, tokenizer, max_new_tokens=4, cuda_graph="no")
 
 
 @given(
