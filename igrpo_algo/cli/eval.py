@@ -60,7 +60,8 @@ def evaluate(
 
     The first reward decides what is right; the others are averaged beside it. Temperature and top-p
     are those of the paper's evaluation. Answers are saved batch by batch, and the same command
-    resumes a stopped run. A draft is shown as in training: without its thinking and special tokens,
+    resumes a stopped run; other weights or rows under the same names need another --output-dir. A
+    draft is shown as in training: without its thinking and special tokens,
     and cut at its head where the prompt would not fit the model's context.
     """
     with ExitStack() as held:
