@@ -22,8 +22,8 @@ _NAMES: dict[Any, str] = {
 }
 
 
-def check_fields(record: Any) -> None:
-    """Raise TypeError unless each field of a dataclass has the type that it declares.
+def check_fields(record: Any, names: Collection[str] | None = None) -> None:
+    """Raise TypeError unless the fields of a dataclass, or some of them, have the declared types.
 
     A field `list[int]` must be a list, of whatever: the entries are not looked at. A bool is not a
     number and text is not a collection; an int is a number, and NaN is one too. `Any` and literals
@@ -41,6 +41,8 @@ def check_fields(record: Any) -> None:
         TypeError: x must be a number or None, got bool True
     """
     for name, kinds in _declared(record.__class__).items():
+        if names is not None and name not in names:
+            continue
         value = getattr(record, name)
         taken_for_another = any(isinstance(value, k) and k not in kinds for k in (bool, str, bytes))
         if taken_for_another or not isinstance(value, kinds):

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 
-from igrpo_kernels.checks import describe
+from igrpo_kernels.checks import check_count, describe
 
 
 def derive_seed(seed: int, *path: int | str) -> int:
@@ -31,4 +31,4 @@ def prompt_seeds(seed: int | Sequence[int] | None, count: int) -> list[int] | No
         raise TypeError(f"seed must be an int or a list of them, got {describe(seed)}")
     if len(seed) != count:
         raise ValueError(f"seed must hold one int per prompt: {len(seed)} for {count} prompts")
-    return list(seed)
+    return [check_count("each of seed", each, at_least=0) for each in seed]

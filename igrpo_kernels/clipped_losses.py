@@ -31,7 +31,8 @@ def clipped_policy_loss(
 
     Args:
         logprobs: Log-probs of the sampled tokens under the policy. Shape [B, T], or [L] packed.
-        advantages: One per sequence, [B] or [B, 1], or one per token. Treated as constants.
+        advantages: One per sequence, [B] or [B, 1], or one per token; packed, where L = B, one per
+            sequence. Treated as constants.
         mask: 1 (or True) where a token counts. Shape of `logprobs`.
         old_logprobs: Log-probs under the policy frozen for the ratio; None: ratio 1, gradient
             intact. Shape of `logprobs`.

@@ -72,7 +72,8 @@ def linear_policy_loss(
         weight: The head's weight; where it needs no gradient, none is computed. With `shard`, this
             rank's rows of it. Shape [V, H].
         targets: Index of each sampled token. Shape [B, T], or [L] packed.
-        advantages: One per sequence, [B] or [B, 1], or one per token. Treated as constants.
+        advantages: One per sequence, [B] or [B, 1], or one per token; packed, where L = B, one per
+            sequence. Treated as constants.
         mask: 1 (or True) where a token counts; None counts every token. Shape of `targets`.
         surrogate: The loss of a token, such as `Clip(0.2, 0.28)`.
         aggregate: How tokens are averaged, such as `SequenceMean()`.
@@ -83,7 +84,7 @@ def linear_policy_loss(
         kl_coef: Weight of the KL term, beta in the papers.
         kl: The estimator and its weighting, such as `RatioWeighted(K3())`.
         entropy_coef: Weight of the entropy bonus; below zero, of a penalty on entropy.
-        importance_weights: Correction for the sampler, one per token or per sequence. Constants.
+        importance_weights: Correction for the sampler, read as `advantages` are. Constants.
         temperature: Divides the logits: a number, or one per token. Treated as a constant.
         bias: The head's bias; with `shard`, this rank's part of it. Shape [V].
         softcap: Bound on the logits before the temperature (Gemma 2).

@@ -62,7 +62,8 @@ def policy_loss(
 
     Args:
         logprobs: Log-probs of the sampled tokens under the policy. Shape [B, T], or [L] packed.
-        advantages: One per sequence, [B] or [B, 1], or one per token. Treated as constants.
+        advantages: One per sequence, [B] or [B, 1], or one per token; packed, where L = B, one per
+            sequence. Treated as constants.
         mask: 1 (or True) where a token counts; None counts every token. Shape of `logprobs`.
         surrogate: The loss of a token, such as `Clip(0.2, 0.28)`.
         aggregate: How tokens are averaged, such as `SequenceMean()`.
@@ -73,7 +74,7 @@ def policy_loss(
         kl_coef: Weight of the KL term, beta in the papers.
         kl: The estimator and its weighting, such as `RatioWeighted(K3())`.
         importance_weights: Correction for the sampler, and any mask on the surrogate that leaves
-            the denominators alone. One per token or per sequence. Treated as constants.
+            the denominators alone. Read as `advantages` are. Treated as constants.
         entropy: Entropy of each token's distribution, in nats. Shape of `logprobs`. Given with
             `entropy_coef=0` it enters the metrics only.
         entropy_coef: Weight of the entropy bonus; below zero, of a penalty on entropy.

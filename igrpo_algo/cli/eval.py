@@ -13,7 +13,7 @@ from .answers import Protocol, RefinedDraft, answer_all, draft_rules
 from .errors import run_errors, usage_errors
 from .eval_report import print_report, report
 from .metrics_file import MetricsFile, write_json
-from .run_folder import SETTINGS, check_settings, save_settings
+from .run_folder import SETTINGS, check_settings, digest, save_settings, weights_of
 from .samplers import load_sampler
 
 PAPER_TOP_P = 0.95
@@ -60,7 +60,8 @@ def evaluate(
 
     The first reward decides what is right; the others are averaged beside it. Temperature and top-p
     are those of the paper's evaluation. Answers are saved batch by batch, and the same command
-    resumes a stopped run. A draft is shown as in training: without its thinking and special tokens,
+    resumes a stopped run; other weights or rows under the same names need another --output-dir. A
+    draft is shown as in training: without its thinking and special tokens,
     and cut at its head where the prompt would not fit the model's context.
     """
     with ExitStack() as held:
@@ -101,6 +102,8 @@ def evaluate(
                 dataset, tokenizer, list(rewards.values()), default_split="test",
                 chat_template_kwargs=sampling["chat_template_kwargs"], **reading,
             )  # fmt: skip
+            # A path may hold another model or other rows than when the run was stopped.
+            settings |= {"weights": weights_of(model), "rows": digest(rows)}
             held.enter_context(sole_writer(output_dir))
             if (output_dir / SETTINGS).exists():
                 check_settings(output_dir, settings)

@@ -3,6 +3,7 @@
 Commands hold the folder they write into with `igrpo_algo.files.sole_writer`.
 """
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -51,6 +52,19 @@ def check_settings(
         for known in (load_settings(output_dir), json.loads(json.dumps(settings)))
     )
     check_same_run(str(output_dir), earlier, now)
+
+
+def digest(value: Any) -> str:
+    """Hash a value, so that a run can be compared with an earlier one of the same settings."""
+    text = json.dumps(value, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def weights_of(model: str) -> str | None:
+    """Hash names, sizes and times of a model folder's weights; None for a name on the hub."""
+    files = [path for path in Path(model).glob("*") if path.suffix in (".safetensors", ".bin")]
+    known = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return digest(sorted(known)) if known else None
 
 
 def last_checkpoint(output_dir: Path) -> Checkpoint | None:

@@ -17,7 +17,7 @@ from .data import Row
 from .errors import usage_errors
 from .metrics_file import MetricsFile, Record, write_json
 from .run_config import Settings, build_config, parse_assignments, read_config_file
-from .run_folder import Checkpoint, check_settings, last_checkpoint, save_settings
+from .run_folder import Checkpoint, check_settings, digest, last_checkpoint, save_settings
 from .samplers import CHOICES, check_sampler_name, make_sampler
 
 if TYPE_CHECKING:
@@ -168,6 +168,7 @@ def train(
                 default_split="test",
                 **reading,
             )
+        record |= {"rows": digest(rows), "eval_rows": eval_rows and digest(eval_rows)}
         _check_batch(arguments, rows)
     job = Job(model, tokenizer, rewards, rows, eval_rows, arguments, peft, record, resume, sampler)
     run(job, output_dir)

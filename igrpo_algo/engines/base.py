@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from igrpo_kernels.checks import check_count
+from igrpo_kernels.checks import check_count, describe
 
 from ..drafts.markers import marker_tokens
 from ..prompts import Prompt, check_chat_template_kwargs, check_prompts, encode_prompt
@@ -73,6 +73,12 @@ class EngineSampler:
                 f"max_new_tokens = {self.max_new_tokens} leaves no room for a prompt in the "
                 f"model's context of {context} tokens"
             )
+
+
+def check_part(name: str, value: Any, part: str) -> None:
+    """Raise TypeError unless a model or a tokenizer has the part of transformers' that is read."""
+    if not hasattr(value, part):
+        raise TypeError(f"{name} must be one of transformers, got {describe(value)}")
 
 
 def seed_or_fresh(seed: int | None) -> int:

@@ -20,10 +20,10 @@ from transformers import (
 
 from igrpo_kernels.checks import check_count
 
-from ..prompts import Prompt
+from ..prompts import Prompt, check_ids
 from ..rollouts.completions import Completion, CompletionGroups
 from ..seeds import derive_seed
-from .base import EngineSampler, seeds_or_fresh, stop_ids
+from .base import EngineSampler, check_part, seeds_or_fresh, stop_ids
 from .distribution import Distribution
 from .weights import WantedWeights, Weights, open_weights
 
@@ -53,6 +53,8 @@ class ModelSampler(EngineSampler):
         stop_token_ids: Sequence[int] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        check_part("model", model, "generation_config")
+        check_part("tokenizer", tokenizer, "eos_token_id")
         distribution = Distribution(temperature, top_p, top_k, min_p)
         super().__init__(tokenizer, distribution, max_new_tokens, chat_template_kwargs)
         self.model = model
@@ -60,7 +62,7 @@ class ModelSampler(EngineSampler):
         self.stop_token_ids = (
             stop_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id)
             if stop_token_ids is None
-            else list(stop_token_ids)
+            else list(check_ids("stop_token_ids", stop_token_ids))
         )
         config = model.config.get_text_config()
         self.take_context(getattr(config, "max_position_embeddings", sys.maxsize))

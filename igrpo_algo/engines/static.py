@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from igrpo_kernels.checks import check_flag
+
 from ..rollouts.completions import Completion
 from .decoding import Decoding, Prompts, can_capture, capture, draw, noise_of
 from .model_sampler import ModelSampler, check_numbers, cuts_of, logprobs_at, pad_left
@@ -71,6 +73,7 @@ class StaticSampler(ModelSampler):
         cuda_graph: bool = True,
         **options: Any,
     ) -> None:
+        check_flag("cuda_graph", cuda_graph)
         super().__init__(
             model, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, **options
         )

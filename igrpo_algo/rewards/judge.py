@@ -18,6 +18,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from igrpo_kernels.checks import check_number
+
 from .answers import MAX_CHARACTERS
 
 CPU_SECONDS = 1.0
@@ -60,7 +62,7 @@ class MathJudge:
             raise ModuleNotFoundError(
                 "math-verify is not installed: pip install 'igrpo[train]'", name="math_verify"
             )
-        self.seconds = seconds
+        self.seconds = check_number("seconds", seconds, above=0)
         self._lock = threading.Lock()
         self._child: subprocess.Popen[str] | None = None
         self._owner = os.getpid()

@@ -28,6 +28,7 @@ from igrpo_algo.layouts import pack_sequences, pad_sequences
 from igrpo_algo.losses import high_entropy_mask
 from igrpo_algo.prompts import check_prompts, decode_completion, encode_prompt
 from igrpo_algo.rewards import format_reward, load_reward, math_reward
+from igrpo_algo.rewards.judge import MathJudge
 from igrpo_algo.rollouts import RolloutProgress, plot_rollout_timeline
 from igrpo_algo.rollouts.completions import pad_completions
 from igrpo_kernels import SequenceMean, VocabularyShard, clipped_policy_loss, token_logprobs
@@ -145,8 +146,10 @@ REFUSED = [
     ("path must be a path, got int 3", lambda: Rollouts.load(3)),
     ("title must be a str", lambda: plot_rollout_timeline(rollout(), title=3)),
     ("seed must be an int or a list", lambda: sample_group(["q"], sampler, 1, seed=b"x")),
+    ("each of seed must be >= 0, got -1", lambda: sample_group(["q"], sampler, 1, seed=[-1])),
     ("completions must be a list, got str", lambda: math_reward("1", answer=["1"])),
     ("reward must be a string, got NoneType", lambda: load_reward(None)),
+    ("seconds must be > 0, got 0", lambda: MathJudge(seconds=0)),
 ]
 
 

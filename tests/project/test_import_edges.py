@@ -30,7 +30,7 @@ FLOORS: dict[str, set[str]] = {
     "engines": {"prompts", "seeds", "drafts", "rollouts"},
     "trainers": {
         *("files", "prompts", "seeds", "advantages", "losses", "metrics", "drafts", "rollouts"),
-        *("thinking", "rewards", "shared_prompt", "batch", "early_warning", "engines"),
+        *("thinking", "rewards", "shared_prompt", "batch", "early_warning", "engines", "fields"),
     },
     "cli": {
         *("files", "prompts", "seeds", "metrics", "drafts", "rollouts", "rewards", "engines"),

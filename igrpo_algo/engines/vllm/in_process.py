@@ -7,7 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...prompts import Prompt
+from igrpo_kernels.checks import check_flag
+
+from ...prompts import Prompt, check_ids
 from ...rollouts.completions import Completion, CompletionGroups
 from ..base import EngineSampler, request_seed, seed_or_fresh, seeds_or_fresh, stop_ids
 from ..distribution import Distribution
@@ -96,6 +98,7 @@ class VllmSampler(EngineSampler):
         tokenizer: Any = None,
         engine_options: Mapping[str, Any] | None = None,
     ) -> None:
+        check_flag("logprobs", logprobs)
         distribution = Distribution(temperature, top_p, top_k, min_p)
         super().__init__(tokenizer, distribution, max_new_tokens, chat_template_kwargs)
         self.gives_logprobs = logprobs and not distribution.is_greedy
@@ -111,7 +114,7 @@ class VllmSampler(EngineSampler):
         if stop_token_ids is None:
             own = config.model_config.try_get_generation_config().get("eos_token_id")
             stop_token_ids = stop_ids(own, self.tokenizer.eos_token_id)
-        self.stop_token_ids = list(stop_token_ids)
+        self.stop_token_ids = list(check_ids("stop_token_ids", stop_token_ids))
         self.prompt_tokens = self.cached_tokens = 0
         self._loop = loop_of(self.llm)
 

@@ -7,12 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from igrpo_kernels.checks import check_count
+from igrpo_kernels.checks import check_count, check_flag
 
-from ...prompts import Prompt
+from ...prompts import Prompt, check_ids
 from ...rollouts.completions import Completion, CompletionGroups
 from ...rollouts.sampling import run_blocking
-from ..base import EngineSampler, request_seed, seed_or_fresh, seeds_or_fresh, stop_ids
+from ..base import (
+    EngineSampler,
+    check_part,
+    request_seed,
+    seed_or_fresh,
+    seeds_or_fresh,
+    stop_ids,
+)
 from ..distribution import Distribution
 from ..weights import FolderWeights, WantedWeights, Weights, as_folder, memory_folder, open_weights
 from .connection import Connection, check_urls
@@ -106,6 +113,8 @@ class VllmServerSampler(EngineSampler):
         max_requests: int = 256,
         sync_folder: str | Path | None = None,
     ) -> None:
+        check_part("tokenizer", tokenizer, "eos_token_id")
+        check_flag("logprobs", logprobs)
         distribution = Distribution(temperature, top_p, top_k, min_p)
         super().__init__(tokenizer, distribution, max_new_tokens, chat_template_kwargs)
         self.gives_logprobs = logprobs and not distribution.is_greedy
@@ -113,7 +122,9 @@ class VllmServerSampler(EngineSampler):
             usable_modes(distribution)  # fails now if no server could give these
         self._ignores_eos = stop_token_ids is not None  # or the server adds its config's own
         self.stop_token_ids = stop_ids(
-            tokenizer.eos_token_id if stop_token_ids is None else list(stop_token_ids)
+            tokenizer.eos_token_id
+            if stop_token_ids is None
+            else list(check_ids("stop_token_ids", stop_token_ids))
         )
         self.max_requests = check_count("max_requests", max_requests)
         self.sync_folder = memory_folder() if sync_folder is None else Path(sync_folder)

@@ -9,6 +9,7 @@ from trl import GRPOConfig
 from igrpo_kernels.checks import check_count, check_number
 
 from ...drafts.text import PAPER_TEMPLATE, DraftTemplate
+from ...fields import check_fields
 from .draft_options import CHOICES, OF_DRAFTS, OF_SPLICE, template_of
 
 GROUP = ("num_refinements", "num_generations")
@@ -229,6 +230,7 @@ class IGRPOConfig(GRPOConfig):
         if getattr(self, "activation_checkpointing", False) is None:
             # TRL's default stands under the old name, of which transformers warns.
             self.activation_checkpointing = self.gradient_checkpointing
+        check_fields(self, IGRPOConfig.__annotations__)  # TRL's own do not hold what they declare
         check_count("num_drafts", self.num_drafts, at_least=0)
         derived = self._work_out_sizes(super().__post_init__)
         for name in derived:

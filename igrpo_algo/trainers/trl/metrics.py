@@ -79,7 +79,7 @@ def stage_metrics(
     after_right, after_wrong = accuracy_after_draft(
         refinement_rewards, of_shown, threshold=threshold
     )
-    best = draft_rewards.nan_to_num(-torch.inf).amax(-1)
+    best = draft_rewards.masked_fill(draft_rewards.isnan(), -torch.inf).amax(-1)
     metrics = {
         "draft_reward": draft_rewards.nanmean(),
         "best_draft_reward": best.where(~best.isinf(), torch.nan).nanmean(),

@@ -8,7 +8,9 @@ function of `igrpo_algo.advantages`.
 """
 
 import logging
+import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -150,7 +152,6 @@ class IGRPOTrainer(SampledTrainer):
         _check_selection(args.selection_reward, self.selection_func, self.reward_func_names)
         if rules is None and args.num_drafts and args.draft_choice != "none":
             check_prompts(self._tokenizer, self.chat_template_kwargs, train_dataset, eval_dataset)
-        self._watch = EarlyWarning()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         training, drafted = self.model.training, self.args.num_drafts > 0
@@ -169,6 +170,20 @@ class IGRPOTrainer(SampledTrainer):
             batches.append(batch)
             drafts = each.drafts.batch
         return join_stages(batches, drafts, pad_token_id=self._tokenizer.pad_token_id)
+
+    @cached_property
+    def _watch(self) -> EarlyWarning:
+        """Watches the run; after a resume it has seen what was logged before, and said it."""
+        watch = EarlyWarning()
+        for row in self.state.log_history:
+            watch.see(
+                {
+                    name.removeprefix("igrpo/"): math.nan if value is None else value  # as saved
+                    for name, value in row.items()
+                    if name.startswith("igrpo/")
+                }
+            )
+        return watch
 
     def _log_stages(self, both: Round) -> None:
         """Log both stages over all ranks, and warn where learning has stopped."""

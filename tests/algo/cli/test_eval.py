@@ -1,6 +1,7 @@
 """`igrpo eval` end to end on a tiny model, and a stopped run that goes on."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,21 @@ def test_a_choice_of_draft_needs_drafts() -> None:
     for drafts in (0, 1):
         with pytest.raises(ValueError, match=r"--draft-choice needs .* at least 2 drafts"):
             answers.Protocol(4, drafts, 4, answers.RefinedDraft.BEST, 8, 1.0, (1,), 0)
+
+
+def test_another_model_or_other_rows_under_the_same_path_are_refused(
+    tiny_model: str, problems: str, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "trained")
+    assert igrpo_eval(str(model), problems, "--limit", "2").exit_code == 0
+    rows = Path(problems).read_text()
+    Path(problems).write_text(rows.replace("shells", "pearls"))
+    other_rows = igrpo_eval(str(model), problems, "--limit", "2")
+    assert (other_rows.exit_code, "(rows was" in other_rows.stderr) == (2, True)
+    Path(problems).write_text(rows)
+    os.utime(model / "model.safetensors", (0, 0))  # trained again
+    again = igrpo_eval(str(model), problems, "--limit", "2")
+    assert (again.exit_code, "(weights was" in again.stderr) == (2, True)
 
 
 def test_a_second_writer_is_refused_and_a_dead_one_is_not_waited_for(

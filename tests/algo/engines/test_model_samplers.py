@@ -277,11 +277,14 @@ def test_prompts_that_do_not_fit(kind, model, tokenizer, prompts, match):
         ({"top_p": 1.1}, ValueError, "top_p must be <= 1, got 1.1"),
         ({"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
         ({"temperature": 0, "top_p": 0.9}, ValueError, "top_p has no effect at temperature 0"),
+        ({"model": "gpt2"}, TypeError, "model must be one of transformers, got str 'gpt2'"),
+        ({"tokenizer": None}, TypeError, "tokenizer must be one of transformers, got NoneType"),
+        ({"stop_token_ids": ["x"]}, TypeError, r"stop_token_ids\[0\] must be an int, got str 'x'"),
     ],
 )
 def test_wrong_options(kind, model, tokenizer, options, error, match):
     with pytest.raises(error, match=match):
-        kind(model, tokenizer, **{"max_new_tokens": 4, **options})
+        kind(**{"model": model, "tokenizer": tokenizer, "max_new_tokens": 4, **options})
 
 
 def test_n_is_at_least_one(kind, model, tokenizer):

@@ -111,6 +111,11 @@ def test_models_that_hold_something_else_than_keys_and_values_are_refused(model,
         StaticSampler(model(), tokenizer, max_new_tokens=4)
 
 
+def test_cuda_graph_is_a_flag(model, tokenizer):
+    with pytest.raises(TypeError, match="cuda_graph must be True or False, got str 'no'"):
+        StaticSampler(model, tokenizer, max_new_tokens=4, cuda_graph="no")
+
+
 @given(
     weights=st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any),
     u=st.floats(0, 1, exclude_max=True),

@@ -75,9 +75,8 @@ def test_prompts_without_a_right_draft(
 
 @pytest.mark.parametrize(("choice", "draft"), [("best", "[b3]"), ("worst", "[d0]"), ("none", "")])
 def test_control_drafts(make_trainer: MakeTrainer, choice: str, draft: str) -> None:
-    trainer = make_trainer(
-        reward_funcs=digit_reward, draft_template=SHORT_TEMPLATE, draft_choice=choice
-    )
+    shown = {"draft_template": SHORT_TEMPLATE} if draft else {}
+    trainer = make_trainer(reward_funcs=digit_reward, draft_choice=choice, **shown)
     _, sampler = run_stages(trainer, DRAFTS, REFINED)
     assert sampler.prompts[1][:4] == [chat("0+0?" + draft)] * 4
 

@@ -44,10 +44,10 @@ def test_a_vllm_server_is_asked_for_the_prompts_that_are_trained_on(
         per_device_train_batch_size=16,
         draft_dropout=0.5,
         draft_loss_coef=0.5,
-        vllm_importance_sampling_mode=mode,
         max_steps=1,
     )
     trainer.use_vllm, trainer._last_loaded_step, server = True, -1, FakeServer()
+    trainer.vllm_importance_sampling_mode = mode
     trainer.vllm_generation, compute, seen = server, trainer._compute_loss, []
 
     def listen(model: Any, inputs: dict[str, Any]) -> Any:

@@ -96,6 +96,15 @@ def test_copies_are_warned_of_once(
     assert [message[:4] for message in messages()] == ["62% "]
 
 
+def test_a_resumed_run_remembers_what_was_logged_before(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    before = {"eval_loss": "none", "igrpo/draft_reward": 0.9, "igrpo/uplift": -0.8}
+    before["igrpo/right_after_wrong_draft"] = None  # NaN, in a checkpoint
+    trainer.state.log_history = [before] * 10  # said then: the template breaks the model
+    said = [trainer._watch.see({"draft_reward": 0.1, "uplift": -0.8}) for _ in range(10)]
+    assert ["forgets the plain question" in text for texts in said for text in texts] == [True]
+
+
 def test_the_table_of_completions_has_a_column_of_drafts(make_trainer: MakeTrainer) -> None:
     def noted(completions: list[Any], log_extra: Any, **columns: Any) -> list[float | None]:
         log_extra("text", [text_of(c) for c in completions])

@@ -57,6 +57,12 @@ def test_plain_prompts_are_left_out_of_what_is_said_about_drafts() -> None:
     )
 
 
+def test_the_best_of_infinitely_bad_drafts_is_no_number() -> None:
+    rewards = torch.tensor([[-math.inf, math.nan], [1.0, -math.inf]])
+    metrics = stage_metrics(rewards, rewards, CHOICES, [4, 0, 0, 0, 0], threshold=3.0)
+    assert metrics["best_draft_reward"] == 1.0
+
+
 def test_without_a_draft_there_is_nothing_to_copy() -> None:
     counts = count_rows([Refined("p")] * 2, ["1", "2"], None, CPU).tolist()
     metrics = stage_metrics(torch.zeros(2, 2), torch.zeros(2, 2), CHOICES, counts, threshold=1.0)
