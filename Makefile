@@ -164,7 +164,7 @@ $(VENV_HOST)skyrl/.ready: PYTHON = python3.12
 $(VENV_HOST)%/.ready: tests/hosts/%/requirements.txt pyproject.toml
 	$(call make-venv,$(@D))
 	@echo "[2/3] installing torch and what the project imports"
-	@$(@D)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt torch filelock einops
+	@$(@D)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt torch filelock
 	@echo "[3/3] installing $* and what its tests import"
 	@$(@D)/bin/python -m pip install --quiet --no-compile --requirement $<
 	@sed -n 's/^# --no-deps //p' $< | xargs --no-run-if-empty \

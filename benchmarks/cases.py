@@ -61,9 +61,9 @@ def loss(tokens: int) -> Case:
     return Case("policy_loss", BOTH, "fp32", tokens, 0)
 
 
-def cpu_grid(tokens: int = 2048, width: int = 768, vocabulary: int = 32768) -> list[Case]:
+def cpu_grid(tokens: int = 2048) -> list[Case]:
     """What a machine without a GPU measures: the bars first, at one size, then a sweep of T."""
-    size = Case("", "", "", tokens, vocabulary, width)
+    size = Case("", "", "", tokens, vocabulary=32768, width=768)
     return [
         *(policy(BOTH, dtype, size, active) for active in (1.0, 0.3) for dtype in DTYPES),
         *(logits(passes, dtype, size) for dtype in DTYPES for passes in (FORWARD, BOTH)),

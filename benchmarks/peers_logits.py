@@ -16,14 +16,7 @@ def igrpo_scores(batch: Batch) -> Scores:
 
 
 def igrpo_loss(batch: Batch) -> Tensor:
-    return policy_loss(
-        token_logprobs(batch.logits, batch.targets),
-        batch.advantages,
-        batch.mask,
-        surrogate=Clip(CLIP, CLIP),
-        aggregate=TokenMean(),
-        old_logprobs=batch.old_logprobs,
-    ).loss
+    return igrpo_token_mean(token_logprobs(batch.logits, batch.targets), batch)
 
 
 def torch_scores(batch: Batch) -> Scores:
@@ -119,8 +112,12 @@ def igrpo_clipped(batch: Batch) -> Tensor:
 
 
 def igrpo_policy_loss(batch: Batch) -> Tensor:
+    return igrpo_token_mean(batch.logprobs, batch)
+
+
+def igrpo_token_mean(logprobs: Tensor, batch: Batch) -> Tensor:
     return policy_loss(
-        batch.logprobs,
+        logprobs,
         batch.advantages,
         batch.mask,
         surrogate=Clip(CLIP, CLIP),

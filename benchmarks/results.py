@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,16 @@ from benchmarks.measure import Ceilings, Figure
 RESULTS = Path(__file__).resolve().parent / "results"
 
 Record = dict[str, Any]
+
+
+def about(device: torch.device, *sources: str) -> Record:
+    """Say when and on what a run is made, and from which commit of some sources."""
+    return {
+        "date": date.today().isoformat(),
+        "commit": machine.commit(*sources),
+        "hardware": machine.hardware(device),
+        "versions": machine.versions(device),
+    }
 
 
 def new_record(
@@ -33,11 +43,11 @@ def new_record(
     }
 
 
-def default_path(record: Record, folder: Path = RESULTS) -> Path:
+def default_path(record: Record) -> Path:
     """A dated name: 2026-11-24-2105-nvidia-h100.json."""
     name = re.sub(r"[^a-z0-9]+", "-", record["hardware"]["name"].lower()).strip("-")
     date = re.sub(r"[^0-9]+", "-", record["date"].replace(":", ""))
-    return folder / f"{date}-{name}.json"
+    return RESULTS / f"{date}-{name}.json"
 
 
 def resumed(record: Record, path: Path) -> Record:

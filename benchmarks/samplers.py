@@ -10,17 +10,16 @@ are drawn to their limit.
 import argparse
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import machine, results
+from benchmarks import results
 from benchmarks.cases import DTYPES
-from benchmarks.counts import positive
 from benchmarks.models import random_qwen3
+from benchmarks.options import add_device, add_dtype, parser_of
 from benchmarks.shared_prompt import quartiles
 from igrpo_algo.engines.static import StaticSampler
 from igrpo_algo.engines.transformers import TransformersSampler
@@ -82,17 +81,14 @@ def measure(model: Any, options: argparse.Namespace, stop_share: float) -> dict[
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure with and without completions that end early; print and record."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for name, value in {
-        **{"prompts": 8, "completions": 8, "prompt_tokens": 256, "new_tokens": 64, "rounds": 5},
-        **{"width": 512, "layers": 12, "vocabulary": 32768, "threads": 1},
-    }.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=value)
+    parser = parser_of(
+        __doc__, prompts=8, completions=8, prompt_tokens=256, new_tokens=64, rounds=5, width=512,
+        layers=12, vocabulary=32768, threads=1,
+    )  # fmt: skip
+    add_device(parser)
+    add_dtype(parser)
     parser.add_argument("--stop-share", type=float, nargs="+", default=[0.0, 0.03])
     parser.add_argument("--weights", type=Path, help="the folder of a model to take instead")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--output", type=Path, help="the JSON; default: under results/")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -108,17 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             device=options.device,
             dtype=DTYPES[options.dtype],
         )
-    today = date.today().isoformat()
-    output = options.output or results.RESULTS / f"{today}-samplers-{options.device}.json"
     given = vars(options) | {"weights": options.weights and options.weights.name}
-    record: results.Record = {
-        "date": today,
-        "commit": machine.commit("igrpo_algo"),
-        "hardware": machine.hardware(device),
-        "versions": machine.versions(device),
-        "options": {name: value for name, value in given.items() if name != "output"},
-        "rows": [],
-    }
+    record = results.about(device, "igrpo_algo")
+    record["options"] = {name: value for name, value in given.items() if name != "output"}
+    record["rows"] = []
+    name = f"{record['date']}-samplers-{options.device}.json"
+    output = options.output or results.RESULTS / name
     for share in options.stop_share:
         row = measure(model, options, share)
         record["rows"].append(row)

@@ -17,21 +17,18 @@ process. All completions are equally long, so that the padded form has no paddin
 them.
 """
 
-import argparse
 import os
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import date
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import machine, results
-from benchmarks.cases import DTYPES
+from benchmarks import results
+from benchmarks.options import add_device, add_dtype, parser_of, positive
 from benchmarks.resident import in_fresh_process, peak_during
 from benchmarks.shared_prompt_forms import FORMS, Case, Problem, make_problem
 
@@ -136,18 +133,16 @@ def bars(record: results.Record) -> "Iterator[Bar]":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--refinements", type=int, nargs="+", default=[4, 8, 16])
+    sizes = {name: getattr(Case, name) for name in ("prompts", "tokens", "width", "layers")}
+    parser = parser_of(
+        __doc__, rounds=5, threads=os.cpu_count(), vocabulary=Case.vocabulary, **sizes
+    )
+    add_device(parser)
+    add_dtype(parser)
+    parser.add_argument("--refinements", type=positive, nargs="+", default=[4, 8, 16])
     parser.add_argument("--drafts", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0])
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one small case, three rounds")
-    parser.add_argument("--output", type=Path, help="the JSON; default: under results/")
-    for name in ("prompts", "tokens", "width", "layers", "vocabulary"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Case, name))
     parser.add_argument("--spread", type=float, default=Case.spread)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     options = parser.parse_args()
     sizes, drafts, rounds = options.refinements, options.drafts, options.rounds
     case = Case(
@@ -157,15 +152,8 @@ def main() -> None:
     if options.quick:
         sizes, drafts, rounds, case = [8], [1.0], 3, replace(case, tokens=64, layers=2)
     torch.set_num_threads(case.threads)
-    device = torch.device(case.device)
-    record: results.Record = {
-        "date": date.today().isoformat(),
-        "commit": machine.commit("igrpo_algo", "igrpo_kernels"),
-        "hardware": machine.hardware(device),
-        "versions": machine.versions(device),
-        "rounds": rounds,
-        "rows": [],
-    }
+    record = results.about(torch.device(case.device), "igrpo_algo", "igrpo_kernels")
+    record |= {"rounds": rounds, "rows": []}
     name = f"{record['date']}-shared-prompt-{case.device}.json"
     output = options.output or results.RESULTS / name
     for size in sizes:

@@ -40,14 +40,13 @@ def readme_part(record: Record, path: str) -> str:
             peer = row.peers[best.peer]
             figures = [cost(row.ours), f"{best.peer}: {cost(peer)}", f"{best.value:.2f}"]
         lines.append([f"`{case.op}`, {case.passes}", speed_page.size(case), *figures])
-    return f"""{where(record)}, measured at commit {record["commit"]}; later changes are not in it
-([every figure]({path})):
+    return f"""{where(record)}.
+Measured at commit {record["commit"]} ([every figure]({path})); later changes are not in it.
 
 {table(lines)}
-Median times and peak memory above the inputs; at a ratio below 1 igrpo is faster. 30 % active: the
-other tokens are masked or have advantage zero. [How it was measured, other sizes, peers and
-CPUs](docs/speed.md).
-"""
+Median times, and peak memory above the inputs; below a ratio of 1 igrpo is faster. 30 % active: the other tokens are
+masked or have advantage zero. [How it was measured, other sizes, peers and CPUs](docs/speed.md).
+"""  # noqa: E501
 
 
 def cost(figure: Record) -> str:

@@ -10,12 +10,10 @@ weights and the optimizer's state included, and `--longest` seeks the longest co
 still fits.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from benchmarks.batches import ABSENT, Batch, Draw, advantages_and_mask
 from benchmarks.cases import DTYPES
 from benchmarks.measure import reason, release, seconds_of, spread, synchronize
 from benchmarks.models import random_qwen3
+from benchmarks.options import add_device, add_dtype, parser_of
 from igrpo_kernels import linear_token_logprobs
 
 FORMS: dict[str, Callable[[Batch], Tensor]] = {
@@ -189,16 +188,13 @@ def longest(case: Case, form: str, most: int = 2**16) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    sizes = ("sequences", "prompt", "tokens", "layers", "width", "vocabulary")
+    parser = parser_of(__doc__, rounds=5, **dict.fromkeys(sizes))
+    add_device(parser, "cuda")
+    add_dtype(parser, None)
     parser.add_argument("--small", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--longest", action="store_true", help="seek the longest completions")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="the JSON; default: under results/")
-    for name in ("sequences", "prompt", "tokens", "layers", "width", "vocabulary"):
-        parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--active", type=float, choices=[1.0, 0.6, 0.3])
-    parser.add_argument("--dtype", choices=DTYPES)
     options = parser.parse_args()
     case = SMALL if options.small else Case(device=options.device)
     given = {name: value for name, value in vars(options).items() if value is not None}
@@ -208,8 +204,8 @@ def main() -> None:
     if options.longest and case.device != "cuda":
         parser.error("--longest needs --device cuda: a CPU's memory has no such end")
     record: dict[str, Any] = results.new_record(torch.device(case.device), None)
-    path = options.output or results.default_path(record).with_suffix("")
-    path = options.output or path.with_name(f"train-step-{path.name}.json")
+    path = results.default_path(record)
+    path = options.output or path.with_name(f"train-step-{path.name}")
     record |= {"case": asdict(case), "rounds": options.rounds, "figures": {}}
     found = errors(case)
     release()

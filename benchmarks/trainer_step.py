@@ -9,13 +9,11 @@ trainers take turns. Where half of the groups have equal rewards, ours leaves th
 the processor's, since other work on the machine changes those by the clock.
 """
 
-import argparse
 import json
 import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +24,9 @@ from transformers import PreTrainedTokenizerFast
 from trl import GRPOTrainer
 
 from benchmarks import results
-from benchmarks.counts import positive
 from benchmarks.measure import spread
 from benchmarks.models import random_qwen3
+from benchmarks.options import parser_of
 from igrpo_algo.trainers.trl import IGRPOConfig, IGRPOTrainer
 
 TRAINERS = {"igrpo": IGRPOTrainer, "TRL": GRPOTrainer}
@@ -156,14 +154,9 @@ def compare(case: Case, rounds: int, folder: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument("--output", type=Path, help="the JSON; default: under results/")
-    for name in asdict(Case()):
-        parser.add_argument(f"--{name}", type=positive)
-    options = parser.parse_args()
-    given = {name: value for name in asdict(Case()) if (value := getattr(options, name))}
-    case = Case(**given)
+    sizes = asdict(Case())
+    options = parser_of(__doc__, rounds=5, **sizes).parse_args()
+    case = Case(**{name: getattr(options, name) for name in sizes})
     warnings.simplefilter("ignore")
     record = results.new_record(torch.device("cpu"), None)
     path = results.default_path(record)

@@ -2,7 +2,7 @@
 
 Draw drafts, keep the best one, splice it into the prompt, train on the refinements. Each step is a
 function here. Samplers live in `igrpo_algo.engines`, trainers in `igrpo_algo.trainers`, rewards in
-`igrpo_algo.rewards`, and each is imported by name; this import loads nothing but torch and einops.
+`igrpo_algo.rewards`, and each is imported by name; this import loads nothing but torch.
 """
 
 from igrpo_kernels.loss_from_logprobs import policy_loss

@@ -16,6 +16,7 @@ from torch import Tensor
 from igrpo_kernels.checks import check_callable, check_count, check_shape, check_tensor, describe
 
 from .advantages.of_groups import standardize_by_group
+from .fields import check_fields
 from .layouts import PackedRow, PaddedRows, pack_sequences, pad_sequences
 from .prompts import Prompt, check_ids
 from .rollouts.completions import Completion
@@ -49,6 +50,9 @@ class MicroBatch:
     index: Tensor
     step_sequences: int
     step_tokens: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """Move all tensors."""
@@ -97,6 +101,15 @@ class TrainingBatch:
     index: Tensor
     step_sequences: int
     step_tokens: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if len(self.prompt_ids) != len(self):
+            raise ValueError(
+                f"prompt_ids must hold B = {len(self)} lists, got {len(self.prompt_ids)}"
+            )
+        for name in ("advantages", "groups", "index"):
+            check_shape(name, check_tensor(name, getattr(self, name)), [len(self)], "[B]")
 
     def __len__(self) -> int:
         return len(self.completions)

@@ -11,8 +11,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import NamedTuple
 
-from igrpo_kernels.checks import check_count
+from igrpo_kernels.checks import check_count, describe
 
 WINDOW = 10
 COPIES_TAKE_OVER = 0.5
@@ -48,7 +49,7 @@ class EarlyWarning:
         check_count("window", self.window)
 
     def see(self, metrics: Mapping[str, float]) -> list[str]:
-        """Take the metrics of a batch; NaN and missing names are left out.
+        """Take the metrics of a batch; what is missing or not finite is left out.
 
         Args:
             metrics: Of `copied`, `refinement_zero_std`, `draft_zero_std`, `draft_reward`, `uplift`,
@@ -58,12 +59,14 @@ class EarlyWarning:
         Returns:
             The warnings that were not given before.
         """
+        if not isinstance(metrics, Mapping):
+            raise TypeError(f"metrics must be a mapping, got {describe(metrics)}")
         equal, of_drafts = (metrics.get(f"{of}_zero_std", math.nan) for of in STAGES)
         known = {**metrics, "equal_gap": equal - of_drafts}
         if math.isnan(metrics.get("copied", 0.0)):
             known.pop("uplift", None)
         for name, value in known.items():
-            if not math.isnan(value):
+            if math.isfinite(value):
                 self._seen[name].append(value)
         found = {
             "copies": self._copies(metrics.get("copied", math.nan)),
@@ -78,12 +81,11 @@ class EarlyWarning:
 
     def _mean(self, name: str) -> float:
         """Average the last batches; NaN before there are enough."""
-        last = self._seen[name][-self.window :]
-        return sum(last) / self.window if len(last) == self.window else math.nan
+        return self._last(name).value
 
-    def _error(self, name: str) -> float:
-        """Return the standard error of `_mean`."""
-        return standard_error(self._seen[name][-self.window :])
+    def _last(self, name: str) -> "Mean":
+        last = self._seen[name][-self.window :]
+        return mean(last) if len(last) == self.window else Mean(math.nan, math.nan)
 
     def _copies(self, copied: float) -> str | None:
         if not copied > COPIES_TAKE_OVER:
@@ -94,8 +96,8 @@ class EarlyWarning:
         )
 
     def _equal_groups(self) -> str | None:
-        equal, gap = self._mean("refinement_zero_std"), self._mean("equal_gap")
-        if not (equal >= NEARLY_ALL and gap > max(NEARLY_NONE, ERRORS * self._error("equal_gap"))):
+        equal, gap = self._mean("refinement_zero_std"), self._last("equal_gap")
+        if not (equal >= NEARLY_ALL and gap.value > max(NEARLY_NONE, ERRORS * gap.error)):
             return None
         of_drafts = self._mean("draft_zero_std")
         return (
@@ -120,9 +122,11 @@ class EarlyWarning:
         seen = self._seen["draft_reward"]
         if len(seen) < 2 * self.window:
             return None
-        first, last = seen[: self.window], seen[-self.window :]
-        start, now = fmean(first), fmean(last)
-        error = math.hypot(standard_error(first), standard_error(last))
+        (start, start_error), (now, now_error) = (
+            mean(seen[: self.window]),
+            self._last("draft_reward"),
+        )
+        error = math.hypot(start_error, now_error)
         if not start - now > max(FORGOTTEN * abs(start), ERRORS * error):
             return None
         return (
@@ -134,8 +138,8 @@ class EarlyWarning:
     def _template(self) -> str | None:
         if len(self._seen["uplift"]) != self.window:
             return None
-        loss, error = -self._mean("uplift"), self._error("uplift")
-        level = self._mean("draft_reward")
+        uplift, error = self._last("uplift")
+        loss, level = -uplift, self._mean("draft_reward")
         if not loss > max(TEMPLATE_BREAKS * abs(level), ERRORS * error):
             return None
         return (
@@ -145,8 +149,15 @@ class EarlyWarning:
         )
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of a mean (ddof 1); NaN where a value is infinite."""
-    mean = fmean(values)
-    variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
-    return math.sqrt(variance / len(values))
+class Mean(NamedTuple):
+    """A mean over some batches, and its standard error (ddof 1)."""
+
+    value: float
+    error: float
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """Average finite values; the error of a single one is taken as 0."""
+    center = fmean(values)
+    variance = sum((value - center) ** 2 for value in values) / max(len(values) - 1, 1)
+    return Mean(center, math.sqrt(variance / len(values)))

@@ -7,6 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from igrpo_kernels.checks import describe
+
+
+def check_path(name: str, value: Any) -> Path:
+    """Return `value` as a path if it is one, or a string; raise TypeError otherwise."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a path, got {describe(value)}")
+    return Path(value)
+
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a whole file or nothing. Its folder is made if it is missing.

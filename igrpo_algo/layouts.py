@@ -17,6 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from igrpo_kernels.checks import check_count, check_list, check_tensor
 
+from .fields import check_fields
+from .prompts import check_ids
+
 Layout = TypeVar("Layout", bound="PaddedRows | PackedRow")
 
 
@@ -43,6 +46,9 @@ class PaddedRows:
     attention_mask: Tensor
     mask: Tensor
     index: Tensor
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def to(self, device: torch.device | str) -> "PaddedRows":
         """Move the tensors."""
@@ -99,6 +105,9 @@ class PackedRow:
     targets: Tensor
     predictors: Tensor
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def to(self: Layout, device: torch.device | str) -> Layout:
         """Move the tensors."""
         return move(self, device)
@@ -139,10 +148,12 @@ def _sizes(prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> li
         raise ValueError(
             f"completions must hold one per prompt = {len(prompts)}, got {len(completions)}"
         )
-    for index, prompt in enumerate(prompts):
-        if not prompt:  # nothing would predict the first token of the completion
+    sizes = []
+    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if not check_ids(f"prompts[{index}]", prompt):  # would predict the first of the completion
             raise ValueError(f"prompts[{index}] must have at least one token, got none")
-    return [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+        sizes.append(len(prompt) + len(check_ids(f"completions[{index}]", completion)))
+    return sizes
 
 
 def pad_sequences(

@@ -50,6 +50,7 @@ def encode_prompt(
         >>> encode_prompt("hi", Bytes()), encode_prompt([104, 105], Bytes())
         ([104, 105], [104, 105])
     """
+    kwargs = check_chat_template_kwargs(chat_template_kwargs)
     if isinstance(prompt, str):
         return _encode_text(prompt, check_callable("tokenizer", tokenizer))
     if not isinstance(prompt, list) or not prompt:
@@ -63,7 +64,7 @@ def encode_prompt(
         continue_final_message=is_open,
         tokenize=True,
         return_dict=False,
-        **(chat_template_kwargs or {}),
+        **kwargs,
     )
     return list(ids)
 

@@ -24,7 +24,7 @@ def prompt_seeds(seed: int | Sequence[int] | None, count: int) -> list[int] | No
     if isinstance(seed, int) and not isinstance(seed, bool):
         return [derive_seed(seed, index) for index in range(count)]
     if (
-        isinstance(seed, str)
+        isinstance(seed, str | bytes)
         or not isinstance(seed, Sequence)
         or not all(type(each) is int for each in seed)
     ):

@@ -89,10 +89,11 @@ def text_after_thinking(text: str) -> str | None:
     return text
 
 
-def check_text(name: str, value: object) -> None:
-    """Raise TypeError if `value` is not a string."""
+def check_text(name: str, value: object) -> str:
+    """Return `value` if it is a string; raise TypeError otherwise."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str, got {type(value).__name__} {shown(value)}")
+    return value
 
 
 def _strip(text: str, open: str, close: str) -> str:

@@ -48,6 +48,14 @@ REFERENCE = {  # page: title, where its names are defined
     "kernels/aggregates.md": ("Aggregates", ("igrpo_kernels.aggregates",)),
     "kernels/kl.md": ("KL", ("igrpo_kernels.kl",)),
 }
+FIRST = (  # modules that a page begins with
+    "igrpo_algo.rollouts.two_stage",
+    "igrpo_algo.rollouts.sampling",
+    "igrpo_algo.drafts.rules",
+    "igrpo_algo.rewards.matching",
+    "igrpo_algo.advantages.of_groups",
+    "igrpo_kernels.surrogates.base",
+)
 SHOWN_WHOLE = (  # modules whose every name is public, though no package above them lists it
     "igrpo_algo.advantages.presets",
     "igrpo_algo.rollouts.once_per_group",
@@ -56,6 +64,13 @@ SHOWN_WHOLE = (  # modules whose every name is public, though no package above t
     "igrpo_kernels.sequences",
     "igrpo_kernels.surrogates",
 )
+MODULE = """::: {}
+    options:
+      members: [{}]
+      show_root_heading: false
+      show_root_toc_entry: false
+
+"""
 OUT_OF_DOCS = re.compile(r"\[([^\]]*)\]\(\.\./\.\./[^)]*\)")
 TO_DOCS = re.compile(r"(\]\(|src=\"|srcset=\"|href=\")(?:\./)?docs/")
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#:\s]+)(?:#[^)]*)?\)")
@@ -94,18 +109,23 @@ def all_public_names() -> dict[str, str]:
 
 
 def reference_pages() -> dict[str, str]:
-    """Write a page of directives for each row of the table; every public name must have one."""
+    """Write a page of directives for each row of the table; every public name must have one.
+
+    Each module comes with what its docstring says of all its names, and then with the names.
+    """
     homeless = set(all_public_names().values())
     pages = {}
     for page, (title, parts) in REFERENCE.items():
-        paths = [
-            path
-            for part in parts
-            for path in all_public_names().values()
-            if path.startswith(f"{part}.")
-        ]
-        homeless -= set(paths)
-        pages[page] = f"# {title}\n\n" + "".join(f"::: {path}\n\n" for path in paths)
+        modules: dict[str, list[str]] = {}
+        for part in parts:
+            for path in all_public_names().values():
+                if path.startswith(f"{part}."):
+                    module, _, name = path.rpartition(".")
+                    modules.setdefault(module, []).append(name)
+                    homeless.discard(path)
+        order = sorted(modules, key=lambda module: module not in FIRST)
+        shown = (MODULE.format(module, ", ".join(modules[module])) for module in order)
+        pages[page] = f"# {title}\n\n" + "".join(shown)
     if homeless:
         raise PluginError(f"public names without a page in docs_pages.py: {sorted(homeless)}")
     return pages

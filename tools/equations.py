@@ -5,7 +5,9 @@ from typing import Any
 
 import griffe
 
-EQUATION = re.compile(r"[A-Za-z][\w\[\]^(),.|' ]{0,40} +:?= ")
+EQUATION = re.compile(
+    r"[A-Za-z](?:[\w^.|']|, ?|\[[^\]]*\]|\((?:[^()]|\([^()]*\))*\))* +:?= "
+)  # no blank outside of brackets, so that a sentence with an = in it is none
 
 
 def keep_equations(docstring: str) -> str:

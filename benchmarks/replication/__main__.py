@@ -1,4 +1,4 @@
-"""The command: do the runs, or make the page of what is recorded."""
+"""The command: do the runs, or make the pages of what is recorded."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.counts import positive
+from benchmarks.options import positive
 from benchmarks.replication.arms import ARMS, SEEDS
 from benchmarks.replication.models import PRETRAINED, SHIPPED, SIZES
 from benchmarks.replication.sweep import plan, sweep
@@ -29,7 +29,7 @@ REAL = Settings(steps=100, prompts=32, learning_rate=1e-5)
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="python -m benchmarks.replication",
-        description="Measure arms x seeds x tasks, or make the page of what is recorded.",
+        description="Measure arms x seeds x tasks, or make the pages of what is recorded.",
     )
     options.add_argument("what", nargs="?", choices=["run", "map"], default="run")
     options.add_argument("--smoke", action="store_true", help="every arm, tiny: ten minutes")
@@ -48,28 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     folder = options.folder or (ROOT / "runs/replication-smoke" if options.smoke else RECORDS)
     if options.what == "map":
-        from benchmarks.replication.page import write_page
+        from benchmarks.replication.page import write_pages
 
-        write_page(folder)
+        write_pages(folder)
         return 0
     pretrained = options.size == PRETRAINED
     settings = SMOKE if options.smoke else REAL if pretrained else Settings()
-    runs = plan(
-        options.arm or (),
-        options.task or (["words"] if pretrained else TASKS),
-        options.seeds or (1 if options.smoke else SEEDS),
-        options.size,
-    )
     console = Console(highlight=False, soft_wrap=True)
     try:
-        failures = sweep(
-            runs,
-            settings,
-            folder,
-            WEIGHTS,
-            workers=options.workers,
-            console=console,
+        runs = plan(
+            options.arm or (),
+            options.task or (["words"] if pretrained else [*TASKS]),
+            options.seeds or (1 if options.smoke else SEEDS),
+            options.size,
         )
+        failures = sweep(runs, settings, folder, WEIGHTS, workers=options.workers, console=console)
     except (FileNotFoundError, ValueError) as error:
         console.print(str(error))
         return 2

@@ -17,10 +17,9 @@ import torch
 
 from benchmarks import results
 from benchmarks.cases import DTYPES
-from benchmarks.counts import positive
 from benchmarks.replication import smollm
 from benchmarks.replication.tasks.words import LEVELS, ask, draw, make_task
-from benchmarks.replication.templates import add_options, new_record, rights
+from benchmarks.replication.templates import new_record, pretrained_parser, rights
 from igrpo_algo.cli.intervals import bounded_mean_interval
 from igrpo_algo.engines.static import StaticSampler
 
@@ -46,10 +45,7 @@ def measure(model: Any, tokenizer: Any, level: int, options: argparse.Namespace)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the levels that are not recorded yet; print, record."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add_options(parser)
-    parser.add_argument("--problems", type=positive, default=12, help="of each level")
-    parser.add_argument("--samples", type=positive, default=4, help="of each problem")
+    parser = pretrained_parser(__doc__, problems=12, samples=4)
     parser.add_argument("--levels", type=int, nargs="+", choices=LEVELS, default=LEVELS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -129,9 +129,9 @@ def is_compared(arms: ByArm, arm: str, baseline: str) -> bool:
     return len(pairs(finished(arms, arm), finished(arms, baseline))) >= SEEDS_NEEDED
 
 
-def gain(arms: ByArm, arm: str = "grpo") -> float:
-    """Give what training added to single-shot accuracy, in the mean; NaN without runs."""
-    runs = finished(arms, arm).values()
+def gain(arms: ByArm) -> float:
+    """Give what GRPO added to single-shot accuracy, in the mean; NaN without runs."""
+    runs = finished(arms, "grpo").values()
     gains = [single_shot(record) - record["curve"][0]["sampled"] for record in runs]
     return sum(gains) / len(gains) if gains else math.nan
 
@@ -158,17 +158,13 @@ def judge(*gaps: Interval) -> Verdict:
     return Verdict.LEVEL if level else Verdict.OPEN
 
 
-def curve(record: Record, axis: str, value: str) -> list[tuple[float, float]]:
-    """Give a run's held-out points (cost, value), the end among them."""
+def curve(record: Record, *names: str) -> list[tuple[float, ...]]:
+    """Give some values of a run's held-out points, the end among them."""
     points = [*record["curve"], record["final"]]
-    return [(point[axis], _first(point[value])) for point in points]
+    return [tuple(point[name] for name in names) for point in points]
 
 
-def _first(value: float | Sequence[float]) -> float:
-    return value[0] if isinstance(value, list) else value
-
-
-def interpolate(points: Sequence[tuple[float, float]], at: float) -> float:
+def interpolate(points: Sequence[tuple[float, ...]], at: float) -> float:
     """Read a curve between its points; NaN outside of them.
 
     Examples:
@@ -181,32 +177,29 @@ def interpolate(points: Sequence[tuple[float, float]], at: float) -> float:
     return math.nan
 
 
-def difference_at_equal_cost(
-    arms: ByArm, ours: str, theirs: str, axis: str, value: str = "sampled"
-) -> Interval:
-    """Compare two arms at the cost that both have reached, seed by seed.
+def difference_at_equal_cost(arms: ByArm, ours: str, theirs: str, cost: str) -> Interval:
+    """Compare single-shot accuracy at the cost that both arms have reached, seed by seed.
 
     Args:
         arms: The records of a task.
         ours: An arm.
         theirs: What it is compared with.
-        axis: "completions", "sampled_tokens", "trained_tokens", "seconds" or "cpu_seconds".
-        value: "sampled" or "refined".
+        cost: "completions", "sampled_tokens", "trained_tokens", "seconds" or "cpu_seconds".
     """
     mine, other = finished(arms, ours), finished(arms, theirs)
     gaps: list[float] = []
     for seed in pairs(mine, other):
-        cost = min(run[seed]["final"][axis] for run in (mine, other))
-        ends = [interpolate(curve(run[seed], axis, value), cost) for run in (mine, other)]
+        common = min(run[seed]["final"][cost] for run in (mine, other))
+        ends = [interpolate(curve(run[seed], cost, "sampled"), common) for run in (mine, other)]
         gaps.append(ends[0] - ends[1])
     return mean_interval(gaps)
 
 
 def entropy_at(record: Record, accuracy: float) -> float:
     """Read the entropy of a run where its single-shot accuracy first passes a value."""
-    points = [(_first(p["sampled"]), p["entropy"]) for p in [*record["curve"], record["final"]]]
-    rising = [points[0]]
-    for point in points[1:]:
+    first, *later = curve(record, "sampled", "entropy")
+    rising = [first]
+    for point in later:
         if point[0] > rising[-1][0]:
             rising.append(point)
     return interpolate(rising, accuracy)

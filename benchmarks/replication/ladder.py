@@ -1,11 +1,11 @@
 """Up a ladder of sizes: arms beside GRPO on models of several sizes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from benchmarks.replication import compare, prose
 from benchmarks.replication.arms import ARMS, LADDER, baseline_of
-from benchmarks.replication.compare import ByArm, Verdict, split
+from benchmarks.replication.compare import ByArm, split
 from benchmarks.replication.tables import (
     MEASURES,
     Maps,
@@ -15,11 +15,10 @@ from benchmarks.replication.tables import (
     percent,
     points,
 )
-from benchmarks.replication.tasks import ALL_TASKS
 from benchmarks.speed_page import table
 
 FOLLOWED = ("best", "both-best", "both-worst", "both-worst-6-2")
-"""Arms that are drawn, and told of in words."""
+"""Arms that are drawn, and whose changes are told."""
 
 Rungs = Mapping[str, Mapping[str, ByArm]]
 
@@ -34,82 +33,45 @@ def rungs_of(maps: Maps) -> dict[str, dict[str, ByArm]]:
 
 
 def section(maps: Maps, plot: str) -> list[str]:
-    """Put the sizes of each task side by side, where several are recorded."""
+    """Say what changes with the size of the model, where several sizes are recorded."""
     rungs = rungs_of(maps)
     if not rungs:
         return []
     return [
         "## Up a ladder of sizes",
-        standing(rungs),
-        changes(rungs),
         f"![The difference to GRPO against the size of the model]({plot})",
         prose.LADDER,
-        *(f"**{task}**\n\n{table(rows(sizes))}" for task, sizes in rungs.items()),
+        changes(rungs),
     ]
 
 
-def standing(rungs: Rungs) -> str:
-    """Say, for each measure, on how many models the followed arms are behind GRPO, and ahead."""
-    models = sum(map(len, rungs.values()))
-    return f"Against GRPO of the same size, on {models} models. " + " ".join(
-        f"**{name.capitalize()}**: {'; '.join(told)}."
-        for name, value in MEASURES.items()
-        if (told := [
-            f"*{ARMS[arm].label}* {tally(found)}"
-            for arm in FOLLOWED
-            if (found := verdicts(rungs, arm, value))
-        ])
-    )  # fmt: skip
-
-
-def verdicts(rungs: Rungs, arm: str, value: compare.Value) -> list[Verdict]:
-    """Give an arm's verdicts on all sizes of all tasks on which it can be compared."""
-    return [
-        compare.verdict_on(arms, arm, baseline_of(arm), value)
-        for sizes in rungs.values()
-        for arms in sizes.values()
-        if compare.is_compared(arms, arm, baseline_of(arm))
-    ]
-
-
-def tally(found: Sequence[Verdict]) -> str:
-    """Say on how many models an arm is behind, and ahead.
-
-    Examples:
-        >>> tally([Verdict.BEHIND] * 4), tally([Verdict.OPEN, Verdict.LEVEL])
-        ('behind on all 4', 'neither behind nor ahead on any of 2')
-        >>> tally([Verdict.BEHIND, Verdict.OPEN, Verdict.AHEAD])
-        'behind on 1 and ahead on 1 of 3'
-    """
-    counts = {verdict: found.count(verdict) for verdict in (Verdict.BEHIND, Verdict.AHEAD)}
-    for verdict, count in counts.items():
-        if count == len(found):
-            return f"{verdict} on all {count}"
-    told = [f"{verdict} on {count}" for verdict, count in counts.items() if count]
-    return f"{' and '.join(told) or 'neither behind nor ahead on any'} of {len(found)}"
+def tables(maps: Maps) -> list[str]:
+    """Put the sizes of each task side by side, where several are recorded."""
+    rungs = rungs_of(maps)
+    if not rungs:
+        return []
+    shown = (f"**{task}**\n\n{table(rows(sizes))}" for task, sizes in rungs.items())
+    return ["## Up a ladder of sizes", prose.RUNGS, *shown]
 
 
 def changes(rungs: Rungs) -> str:
-    """Say which differences to GRPO change from the smallest size to the largest.
-
-    Weights that were there already had a warm-up of their own: a change from them is marked.
-    """
-    shown, looked_at = [], 0
+    """Tabulate which differences to GRPO change from the smallest size to the largest."""
+    shown, looked_at = [["form", "task and sizes", "measure", "change, points"]], 0
     for arm in FOLLOWED:
         for task, sizes in rungs.items():
             (low, small), *_, (high, large) = sizes.items()
-            for name, value in MEASURES.items():
+            for measure, value in MEASURES.items():
                 change = compare.change(small, large, arm, baseline_of(arm), value)
                 looked_at += not math.isnan(change.low)
                 if change.excludes_zero:
-                    own = ", with another warm-up" if ALL_TASKS[task].weights else ""
-                    what = f"*{ARMS[arm].label}* on {task} from {low} to {high}{own}, {name}"
-                    shown.append(f"{what} {points(change)}")
-    return (
-        f"From the smallest size to the largest, {len(shown) or 'none'} of these {looked_at} "
-        f"differences changed, by an interval that leaves zero out{': ' if shown else ''}"
-        f"{'; '.join(shown)}."
+                    place = f"{task}, {low} to {high}"
+                    shown.append([ARMS[arm].label, place, measure, points(change)])
+    count = len(shown) - 1
+    text = (
+        f"From the smallest size to the largest, {count or 'none'} of {looked_at} differences "
+        "changed by an interval that leaves zero out"
     )
+    return f"{text}:\n\n{table(shown)}" if count else f"{text}."
 
 
 def rows(sizes: Mapping[str, ByArm]) -> list[list[str]]:

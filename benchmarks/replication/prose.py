@@ -1,28 +1,36 @@
-"""The words of `docs/method/replication.md`; every number in them was published elsewhere."""
+"""The words of the pages; every number in them was published elsewhere."""
 
 TEMPLATE = "refinements scored"  # how the warning of a template begins
 
 HEAD = """# Replication: where iGRPO is ahead, level and behind
 
-Written by `python -m benchmarks.replication map` from the records in
+Models of {weights}, trained from scratch on a CPU: they show mechanisms, and say
+nothing about how well a large pretrained model revises. `python -m benchmarks.replication map`
+writes this page and [every table behind it](replication_tables.md) from the records in
 `benchmarks/results/replication/`; `make replication` does the runs that are missing.
-Models of {weights}, trained from scratch, on a CPU: they show mechanisms,
-and say nothing about how well a large pretrained model revises.
 """
+
+FORMS = """## Each form beside GRPO
+
+At as many completions (4 drafts and 4 refinements, or N : G), with the same loss and as many
+updates, over all models that the form was run on: its mean differences in points, from the worst
+model to the best, and on how many models it is behind GRPO or ahead of it. For both, two 95 %
+intervals over seeds leave zero out: Student's and the bootstrap's. *No draft shown* is GRPO with
+half of the completions."""
 
 ADVICE = """## Advice in five lines
 
-1. Measure three numbers on your own model first, in some 40 steps of the paper's form:
+1. Watch three numbers on your own model first, in some 40 steps of the paper's form:
    `igrpo/copied`, `igrpo/refinement_zero_std` beside `igrpo/draft_zero_std`, and `igrpo/uplift`.
    {first}
 2. Copies above one half, or Stage 2 without variance far more often than Stage 1: don't train on
    refinements of the best draft alone.
-3. Train the drafts too (`draft_loss_coef`): they cost no further sampling, and without them half
-   of the completions get no gradient, and the plain question may be forgotten: see whether
+3. Train the drafts too (`draft_loss_coef`): they cost no further sampling. Without them half of the
+   completions get no gradient, and the model may forget the plain question; then
    `igrpo/draft_reward` falls. {forgotten}
 4. Keep GRPO at the same number of completions beside it, with at least three seeds, and believe
    no difference without an interval.
-5. Judge by what you deploy: single-shot, or draft-then-refine. They do not rank the forms alike.
+5. Judge by what you deploy, single-shot or draft-then-refine: the two rank the forms differently.
 """
 
 BASIS = """{total} finished runs of {planned} planned: {seeds} seeds of each arm. On the smallest
@@ -30,17 +38,29 @@ models each task gets all arms; one that thinks before it answers gets the main 
 show a draft's thinking. Larger models get the arms of most interest.{larger}
 
 All seeds of a task and size start from the same warmed weights; a seed draws its problems and its
-samples. Accuracy is that of sampled answers to 500 held-out problems that no training saw. What is
-missing has not been measured yet. Training is short, 80 steps of 16 problems: what is compared is
-how fast they learn. Every size counts for the verdict at the top, if GRPO gains five points there:
-a form to recommend must not be behind on a larger model either."""
+samples. Accuracy is that of sampled answers to 500 held-out problems that no training saw. Training
+is short, 80 steps of 16 problems: what is compared is how fast they learn. A model counts for the
+verdict, whatever its size, if GRPO gains five points on it: a form to recommend must not be behind
+on a larger model either."""
 
-LADDER = """Width and layers of the model, 64x2 to 256x4. The warm-up is alike but for chain's: its
-weights of 64x2 are the demo's, half of whose drafts were the answer with some values replaced. At
-other sizes a draft is another answer of the same teacher's, who does not look at it. Rows of GRPO
-are its accuracy; the others are the difference to GRPO of the same size, with Student's interval
-and the verdict. A change with the size is the difference of two differences, paired by seed; of
-twenty that do not change, one is expected to look as if it did."""
+TABLES = """# Replication: every table
+
+What [replication](replication.md) sums up, by task and size of model (width x layers);
+`python -m benchmarks.replication map` writes both pages."""
+
+LADDER = """Width and layers of the model, 64x2 to 256x4. A change is the difference of two
+differences, paired by seed; of twenty that do not change, one is expected to look as if it did.
+On chain it may come from the warm-up, which differs there: the weights of 64x2 are the demo's, half
+of whose drafts were the answer with some values replaced. Elsewhere a draft is another answer of
+the same teacher's, who does not look at it."""
+
+RUNGS = """Rows of GRPO are its accuracy; the others are the difference to GRPO of the same size,
+with Student's interval and the verdict."""
+
+AGAIN = """The best of many forms is flattered by chance. So what looked best on the larger models
+was run once more, beside its GRPO, on seeds that had no part in the choice (`--seeds 15` with those
+arms): the same weights to begin with, other problems and samples. These runs are in no other table
+and in no verdict above. Clear is what is ahead or behind."""
 
 MAP = """Differences are to GRPO of eight completions with the same loss and as many updates, at
 equal completions ("half the completions" excepted), paired by seed, with 95 % intervals over seeds

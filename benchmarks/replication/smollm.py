@@ -31,7 +31,7 @@ def gguf_folder() -> Path | None:
     return folders[0] if folders else None
 
 
-def convert(source: Path, target: Path, *, weights: str = WEIGHTS) -> None:
+def convert(source: Path, target: Path) -> None:
     """Write the model and its tokenizer as a folder of transformers, in float32.
 
     Nothing happens if the folder is there. It appears whole or not at all.
@@ -39,19 +39,18 @@ def convert(source: Path, target: Path, *, weights: str = WEIGHTS) -> None:
     Args:
         source: The folder with the GGUF file.
         target: The folder to write.
-        weights: The file's name.
     """
     if target.exists():
         return
     unfinished = target.with_name(f"{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    read: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=weights, dtype=torch.float32)
+    read: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=WEIGHTS, dtype=torch.float32)
     config = deepcopy(read.config)
     del config.quantization_config  # the weights are plain now
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(source, gguf_file=weights).save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS).save_pretrained(unfinished)
     unfinished.rename(target)
 
 

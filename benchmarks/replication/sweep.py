@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -12,17 +12,32 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.replication import runs
-from benchmarks.replication.arms import MAIN, planned
+from benchmarks.replication.arms import MAIN, STRIPPED, planned
+from benchmarks.replication.models import PRETRAINED
 from benchmarks.replication.runs import Run
+from benchmarks.replication.tasks import ALL_TASKS, WORD_TASKS
 from benchmarks.replication.training import Settings
 
 
-def plan(arms: Sequence[str], tasks: Iterable[str], seeds: int, size: str) -> list[Run]:
+def plan(arms: Sequence[str], tasks: Sequence[str], seeds: int, size: str) -> list[Run]:
     """Order the runs: the main arms first; within them task by task, and seed by seed.
 
     So a sweep that is stopped has the same seeds for all arms of a task. Without `arms`, each task
     gets those planned.
+
+    Raises:
+        ValueError: A task does not go with the size of the model, or an arm with a task.
     """
+    for task in tasks:
+        if (size == PRETRAINED) is not (task in WORD_TASKS):
+            raise ValueError(
+                f"--task {task} does not go with --size {size}: word problems are for "
+                f"{PRETRAINED}, all other tasks for models that are trained from scratch"
+            )
+        for arm in () if ALL_TASKS[task].thinks else STRIPPED.keys() & {*arms}:
+            raise ValueError(
+                f"--arm {arm} is {STRIPPED[arm]} once more on --task {task}, which does not think"
+            )
     wanted = {task: arms or list(planned(task, size)) for task in tasks}
     return [
         Run(task, size, arm, seed)

@@ -12,16 +12,15 @@ import argparse
 import json
 import random
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from benchmarks import machine, results
+from benchmarks import results
 from benchmarks.cases import DTYPES
-from benchmarks.counts import positive
+from benchmarks.options import add_dtype, parser_of
 from benchmarks.replication import smollm
 from benchmarks.replication.tasks.words import WordProblem, ask, draw, make_task, score
 from igrpo_algo.cli.intervals import bounded_mean_interval, mean_interval
@@ -128,36 +127,27 @@ def measure(
             results.write(found, output)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what every measurement of a pretrained model asks for."""
+def pretrained_parser(doc: str | None, **counts: int) -> argparse.ArgumentParser:
+    """Begin the command of a measurement of a pretrained model."""
+    parser = parser_of(doc, threads=1, **counts)
+    add_dtype(parser, "bf16")
     parser.add_argument("weights", type=Path, help="the model's folder; made if it is missing")
     parser.add_argument("--seed", type=int, default=7, help="of the problems")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--threads", type=positive, default=1)
-    parser.add_argument("--output", type=Path, help="the JSON; default: under results/")
+    return parser
 
 
 def new_record(options: argparse.Namespace, model: Any, name: str) -> tuple[results.Record, Path]:
     """Begin a record of a model, and say where it goes."""
-    today, device = date.today().isoformat(), torch.device("cpu")
     given: Mapping[str, Any] = {**vars(options), "weights": options.weights.name}
-    record: results.Record = {
-        "date": today,
-        "commit": machine.commit("igrpo_algo", "benchmarks/replication"),
-        "hardware": machine.hardware(device),
-        "versions": machine.versions(device),
-        "options": {name: value for name, value in given.items() if name not in WHAT_AND_WHERE},
-        "model": Path(model.config.name_or_path).name or type(model).__name__,
-    }
-    return record, options.output or results.RESULTS / f"{today}-{name}.json"
+    record = results.about(torch.device("cpu"), "igrpo_algo", "benchmarks/replication")
+    record["options"] = {key: value for key, value in given.items() if key not in WHAT_AND_WHERE}
+    record["model"] = Path(model.config.name_or_path).name or type(model).__name__
+    return record, options.output or results.RESULTS / f"{record['date']}-{name}.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, record."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add_options(parser)
-    parser.add_argument("--problems", type=positive, default=48)
-    parser.add_argument("--drafts", type=positive, default=2, help="of each problem")
+    parser = pretrained_parser(__doc__, problems=48, drafts=2)
     parser.add_argument("--level", type=int, default=2, help="operations of a problem")
     parser.add_argument("--shown", nargs="+", choices=SHOWN, default=SHOWN, help="in the examples")
     options = parser.parse_args(arguments)

@@ -65,7 +65,8 @@ class Step:
 
 def configure(arm: Arm, settings: Settings, task: Task) -> IGRPOConfig:
     """Give an arm's configuration: the one that would train it with `IGRPOTrainer`."""
-    splice: dict[str, Any] = {"draft_template": task.template} if arm.num_drafts else {}
+    shows_drafts = arm.num_drafts and arm.options.get("draft_choice") != "none"
+    splice: dict[str, Any] = {"draft_template": task.template} if shows_drafts else {}
     return IGRPOConfig(
         "runs/replication",
         per_device_train_batch_size=settings.prompts * arm.num_refinements,

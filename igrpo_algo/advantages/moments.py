@@ -9,7 +9,6 @@ groups there are, so nothing waits for it.
 from dataclasses import dataclass, field
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from igrpo_kernels.checks import (
@@ -91,7 +90,7 @@ class GroupedRewards:
             size = check_count("groups", groups)
             if scores.numel() % size:
                 raise ValueError(f"groups = {size} must divide B = {scores.numel()}")
-            rows = rearrange(scores, "(p g) -> p g", g=size)
+            rows = scores.reshape(-1, size)
         return cls(rows, ~rows.isnan(), scores.shape, owner)
 
     def sum(self, values: Tensor) -> Tensor:

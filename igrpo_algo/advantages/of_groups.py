@@ -25,6 +25,7 @@ from igrpo_kernels.checks import (
     check_rank,
     check_shape,
     check_tensor,
+    describe,
     require,
 )
 
@@ -250,7 +251,7 @@ def gdpo(
         >>> gdpo(both, weights=[1.0, 0.5], ddof=0, eps=0)
         tensor([[ 1.5000, -1.5000]])
     """
-    scores, weight = _check_several(rewards, weights)
+    scores, weight = check_several(rewards, weights)
     parts = [standardize_by_group(r, groups, ddof=ddof, eps=eps) for r in scores.unbind(-1)]
     return (torch.stack(parts, -1) * weight).sum(-1)
 
@@ -277,16 +278,19 @@ def sum_rewards(rewards: Tensor, weights: Sequence[float] | Tensor | None = None
         >>> sum_rewards(torch.tensor([[1.0, 0.5], [1.0, float("nan")]]), weights=[1.0, 2.0])
         tensor([2., 1.])
     """
-    scores, weight = _check_several(rewards, weights)
+    scores, weight = check_several(rewards, weights)
     return (scores * weight).nansum(-1).masked_fill(scores.isnan().all(-1), torch.nan)
 
 
-def _check_several(
+def check_several(
     rewards: Tensor, weights: Sequence[float] | Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Return K rewards of each sample, and their weights [K]."""
     scores = to_scores("rewards", rewards)
     check_rank("rewards", scores, (2, 3), "[P, G, K], or [B, K] with groups")
     kinds = scores.shape[-1]
+    if kinds == 0:
+        raise ValueError(f"rewards must hold K >= 1 per sample, got {describe(scores)}")
     if weights is None:
         return scores, scores.new_ones(kinds)
     if isinstance(weights, Tensor):

@@ -34,6 +34,7 @@ from .moments import GroupedRewards, to_scores, weighted_moments
 from .of_groups import (
     center_by_group,
     center_by_group_scale_by_batch,
+    check_several,
     gdpo,
     standardize_by_group,
     std_by_group,
@@ -115,7 +116,7 @@ def verl_rloo_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
 
 def verl_opo_advantages(rewards: Tensor, lengths: Tensor, groups: GroupIds = None) -> Tensor:
     """Verl's "opo": the baseline is weighted by length. A group of one gets its reward."""
-    return _lone_kept(opo(rewards, lengths, groups), rewards, groups)
+    return _lone_kept(opo(rewards, _token_weights(lengths, rewards), groups), rewards, groups)
 
 
 def verl_grpo_passk_advantages(rewards: Tensor, groups: GroupIds = None) -> Tensor:
@@ -148,7 +149,7 @@ def verl_gdpo_advantages(
     By group: ddof 1, eps 1e-6, a group of one keeps its reward. Over tokens: ddof 1, 1e-8 added to
     the variance.
     """
-    scores = to_scores("rewards", rewards)
+    scores, _ = check_several(rewards, weights)
     parts = [verl_grpo_advantages(r, groups) for r in scores.unbind(-1)]
     total = sum_rewards(torch.stack(parts, -1), weights)
     return _verl_whiten(total, lengths, sum_rewards(scores))
@@ -218,7 +219,7 @@ def nemo_rl_gdpo_advantages(
 
     Over samples: ddof 1, eps 0.
     """
-    scores = to_scores("rewards", rewards)
+    scores, _ = check_several(rewards, weights)
     parts = [nemo_rl_grpo_advantages(r, groups) for r in scores.unbind(-1)]
     total = sum_rewards(torch.stack(parts, -1), weights)
     return whiten(total, ~sum_rewards(scores).isnan(), ddof=1, eps=0.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from igrpo_kernels.checks import check_number
+from igrpo_kernels.checks import check_count, check_number
 
 from ..drafts.rules import DraftRules, Ties
 from ..drafts.select import select_random_draft
@@ -59,13 +59,12 @@ class Protocol:
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be >= 1")
+            check_count(f"--{name.replace('_', '-')}", getattr(self, name))
         if not all(1 <= k <= self.samples for k in self.ks):
             raise ValueError(f"--k must be from 1 to --samples = {self.samples}, got {self.ks}")
         check_number("--success-reward", self.success_reward)
-        if not self.drafts and self.draft_choice is not RefinedDraft.RANDOM:
-            raise ValueError("--draft-choice has no effect without --draft-then-refine")
+        if self.drafts < 2 and self.draft_choice is not RefinedDraft.RANDOM:
+            raise ValueError("--draft-choice needs --draft-then-refine with at least 2 drafts")
 
 
 def draft_rules(choice: RefinedDraft, sampler: "EngineSampler") -> DraftRules:

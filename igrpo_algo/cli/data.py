@@ -36,7 +36,8 @@ PAPER_SYSTEM_PROMPT = (
 def load_prompts(
     source: str | Path,
     *,
-    split: str = "train",
+    split: str | None = None,
+    default_split: str = "train",
     config: str | None = None,
     question_column: str | None = None,
     answer_column: str | None = None,
@@ -60,7 +61,9 @@ def load_prompts(
 
     Args:
         source: A path, or a name on the hub.
-        split: Which split of a hub set, or of a saved folder that has several.
+        split: Which split of a hub set, or of a saved folder that has several; None takes
+            `default_split`.
+        default_split: See `split`.
         config: Which configuration of a hub set ("main" of openai/gsm8k).
         question_column: Name of the column that holds the question, a string or chat messages.
         answer_column: Name of the column that holds the reference answer; no other is read then.
@@ -92,7 +95,7 @@ def load_prompts(
     if limit is not None:
         check_count("limit", limit)
     check_flag("chat", chat)
-    rows = list(itertools.islice(_read(source, split, config), limit))
+    rows = list(itertools.islice(_read(source, split, default_split, config), limit))
     if not rows:
         raise ValueError(f"{source} holds no rows")
     columns = dict.fromkeys(name for _, row in rows for name in row)
@@ -236,7 +239,9 @@ def _locate_errors(place: str, column: str) -> Iterator[None]:
         raise type(error)(f"{place}, column {column!r}: {error}") from error
 
 
-def _read(source: str | Path, split: str, config: str | None) -> Iterator[tuple[str, Row]]:
+def _read(
+    source: str | Path, split: str | None, default_split: str, config: str | None
+) -> Iterator[tuple[str, Row]]:
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if path.exists() and config is not None:
@@ -245,12 +250,18 @@ def _read(source: str | Path, split: str, config: str | None) -> Iterator[tuple[
     if path.is_file():
         if suffix not in readers:
             raise ValueError(f"{path}: unknown kind of file, wanted {', '.join(readers)}")
+        _check_no_split(path, split)
         return readers[suffix](path)
     if path.is_dir():
-        return _read_saved(path, split)
+        return _read_saved(path, split, default_split)
     if suffix in readers or str(source).startswith((".", "/", "~")):
         raise FileNotFoundError(f"{source} does not exist")
-    return _read_hub(str(source), split, config)
+    return _read_hub(str(source), split or default_split, config)
+
+
+def _check_no_split(path: Path, split: str | None) -> None:
+    if split is not None:
+        raise ValueError(f"split {split!r} has no effect: {path} has no splits")
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
@@ -297,16 +308,19 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         yield f"{path}, row {number}", row
 
 
-def _read_saved(path: Path, split: str) -> Iterator[tuple[str, Row]]:
+def _read_saved(path: Path, split: str | None, default: str) -> Iterator[tuple[str, Row]]:
     import datasets
 
     if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         raise ValueError(f"{path}: not a folder saved by datasets; name a file inside it instead")
     saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise ValueError(f"{path}: no split {split!r} among {sorted(saved)}")
-        saved = saved[split]
+        name = split or default
+        if name not in saved:
+            raise ValueError(f"{path}: no split {name!r} among {sorted(saved)}")
+        saved = saved[name]
+    else:
+        _check_no_split(path, split)
     return _numbered(str(path), saved)
 
 

@@ -47,7 +47,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    split: options.Split = "test",
+    split: options.Split = None,
     dataset_config: options.DatasetConfig = None,
     question_column: options.QuestionColumn = None,
     answer_column: options.AnswerColumn = None,
@@ -79,6 +79,11 @@ def evaluate(
                 "system_prompt": system_prompt,
                 "limit": limit,
             }
+            if temperature == 0 and max(samples, drafts, refinements) > 1:
+                raise ValueError(
+                    "--temperature 0 gives the same answer each time: use --samples 1, and "
+                    "--draft-then-refine 1:1"
+                )
             if top_p is None:
                 top_p = PAPER_TOP_P if temperature > 0 else 1.0
             sampling: dict[str, Any] = {
@@ -92,7 +97,10 @@ def evaluate(
                 **reading, **sampling,
             }  # fmt: skip
             tokenizer = options.load_tokenizer(model, trust_remote_code=trust_remote_code)
-            rows = options.load_rows(dataset, tokenizer, list(rewards.values()), **reading)
+            rows = options.load_rows(
+                dataset, tokenizer, list(rewards.values()), default_split="test",
+                chat_template_kwargs=sampling["chat_template_kwargs"], **reading,
+            )  # fmt: skip
             held.enter_context(sole_writer(output_dir))
             if (output_dir / SETTINGS).exists():
                 check_settings(output_dir, settings)

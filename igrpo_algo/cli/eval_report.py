@@ -39,7 +39,7 @@ def report(
         success_reward: Score from which an answer is right.
 
     Returns:
-        Results for JSON: per stage `pass@k` with mean, low and high, mean rewards, tokens, the rate
+        Results for JSON, per stage `pass@k` with mean, low and high, mean rewards, tokens, the rate
         of answers cut by their token limit, and the number of unscored answers.
     """
     results: dict[str, Any] = {"prompts": len(records), "confidence": CONFIDENCE}

@@ -1,7 +1,7 @@
 """Options that `train` and `eval` share, and what is loaded by them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ Rewards = Annotated[
         help="math, exact, format, format-opened or module:function; several separated by commas.",
     ),
 ]
-Split = Annotated[str, typer.Option(help="Split of a hub set.")]
+Split = Annotated[str | None, typer.Option(help="Split of a hub set (train; eval: test).")]
 DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub set.")]
 QuestionColumn = Annotated[str | None, typer.Option(help="Column with the question.")]
 AnswerColumn = Annotated[str | None, typer.Option(help="Column with the reference answer.")]
@@ -76,12 +76,15 @@ def load_rows(
     rewards: Sequence[Reward],
     *,
     system_prompt: str | None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> list[Row]:
     """Load prompts in the form that the model takes, with the answers that the rewards need."""
     if system_prompt == "paper":
         system_prompt = PAPER_SYSTEM_PROMPT
     chat = tokenizer.chat_template is not None
+    if chat_template_kwargs and not chat:
+        raise ValueError("--chat-template-kwargs has no effect: the model has no chat template")
     rows = load_prompts(source, system_prompt=system_prompt, chat=chat, **options)
     if taken := sorted(TAKEN & rows[0].keys()):
         raise ValueError(

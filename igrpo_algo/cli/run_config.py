@@ -30,6 +30,12 @@ RANGES: dict[str, dict[str, float]] = {
     "beta": {"at_least": 0},
 }
 
+GIVEN_ELSEWHERE = {
+    "output_dir": "is given by --output-dir",
+    "resume_from_checkpoint": "is given by --resume",
+    **dict.fromkeys(("do_train", "do_predict"), "is decided by the command"),
+}
+
 # With these a run can be resumed and watched; the user's own settings win.
 DEFAULTS: Settings = {"save_steps": 100, "save_total_limit": 2, "logging_steps": 1}
 EVALUATING: Settings = {"eval_strategy": "steps", "eval_steps": 100}
@@ -93,14 +99,14 @@ def build_config(
     for name in RANGES.keys() & settings.keys():
         check_number(name, settings[name], **RANGES[name])
     check_chat_template_kwargs(settings.get("chat_template_kwargs"))
-    if "output_dir" in settings:
-        raise ValueError("output_dir is given by --output-dir, not by --config or --set")
+    for name in GIVEN_ELSEWHERE.keys() & settings.keys():
+        raise ValueError(f"{name} {GIVEN_ELSEWHERE[name]}, not by --config or --set")
+    of_evaluation = sorted(name for name in settings if "eval" in name.split("_"))
+    if of_evaluation and not evaluates:
+        raise ValueError(f"{', '.join(of_evaluation)} needs --eval-dataset")
     machine = {} if torch.accelerator.is_available() else WITHOUT_ACCELERATOR
     known = DEFAULTS | (EVALUATING if evaluates else {}) | machine | dict(settings)
-    config = (IGRPOConfig.paper if paper else IGRPOConfig)(str(output_dir), **known)
-    if not evaluates and str(config.eval_strategy.value) != "no":
-        raise ValueError("eval_strategy needs --eval-dataset")
-    return config
+    return (IGRPOConfig.paper if paper else IGRPOConfig)(str(output_dir), **known)
 
 
 def _check_type(name: str, value: object, default: object) -> None:

@@ -93,8 +93,10 @@ def train(
     eval_dataset: Annotated[
         str | None, typer.Option(help="Prompts to evaluate on during training.")
     ] = None,
-    eval_split: Annotated[str, typer.Option(help="Split of the evaluation set.")] = "test",
-    split: options.Split = "train",
+    eval_split: Annotated[
+        str | None, typer.Option(help="Split of the evaluation set (test).")
+    ] = None,
+    split: options.Split = None,
     dataset_config: options.DatasetConfig = None,
     question_column: options.QuestionColumn = None,
     answer_column: options.AnswerColumn = None,
@@ -134,7 +136,7 @@ def train(
     }
     with usage_errors("train"):
         check_sampler_name(sampler)
-        if eval_dataset is None and eval_split != "test":
+        if eval_dataset is None and eval_split is not None:
             raise ValueError("--eval-split has no effect without --eval-dataset")
         settings = read_config_file(config) if config else {}
         flags["chat_template_kwargs"] = options.parse_kwargs(chat_template_kwargs)
@@ -147,18 +149,24 @@ def train(
         )
         record = {
             "model": model, "dataset": dataset, "split": split, "eval_dataset": eval_dataset,
-            "eval_split": eval_dataset and eval_split, "reward": reward, "paper": paper,
+            "eval_split": eval_split, "reward": reward, "paper": paper,
             "peft_r": peft_r, "sampler": sampler,
             **reading, **settings,
         }  # fmt: skip
         peft = _lora(peft_r)
         tokenizer = options.load_tokenizer(model, trust_remote_code=arguments.trust_remote_code)
         functions = list(rewards.values())
+        reading["chat_template_kwargs"] = arguments.chat_template_kwargs
         rows = options.load_rows(dataset, tokenizer, functions, split=split, **reading)
         eval_rows = None
         if eval_dataset is not None:
             eval_rows = options.load_rows(
-                eval_dataset, tokenizer, functions, split=eval_split, **reading
+                eval_dataset,
+                tokenizer,
+                functions,
+                split=eval_split,
+                default_split="test",
+                **reading,
             )
         _check_batch(arguments, rows)
     job = Job(model, tokenizer, rewards, rows, eval_rows, arguments, peft, record, resume, sampler)
@@ -242,6 +250,8 @@ def _reward_weights(text: str | None, names: Sequence[str]) -> Settings:
         raise ValueError(
             f"--reward-weights must have one number per reward: {len(weights)} for {len(names)}"
         )
+    if not any(weights):
+        raise ValueError(f"--reward-weights must not all be 0, got {text!r}")
     return {"reward_weights": weights}
 
 

@@ -38,7 +38,7 @@ def truncate_draft(draft_ids: TokenIds, max_tokens: int, *, keep: Keep = "tail")
         keep: Which end to keep.
 
     Returns:
-        A new list, or a view of the tensor: the type of `draft_ids`.
+        What is left, of the type of `draft_ids`; a view if that is a tensor.
 
     Raises:
         TypeError: `draft_ids` is neither list nor integer tensor, or `max_tokens` not an int.

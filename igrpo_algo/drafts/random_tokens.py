@@ -5,7 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..thinking import strip_thinking
+from igrpo_kernels.checks import check_callable
+
+from ..fields import check_fields
+from ..thinking import check_text, strip_thinking
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,13 @@ class RandomTokens:
     tokenizer: Any
     strip: Callable[[str], str] | None = strip_thinking
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_callable("tokenizer", self.tokenizer)
+
     def __call__(self, draft: str) -> str:
         """Return the text of the random tokens; empty where nothing is kept of the draft."""
+        check_text("draft", draft)
         draft = draft if self.strip is None else self.strip(draft)
         special = set(self.tokenizer.all_special_ids)
         ids = sorted(set(self.tokenizer.get_vocab().values()) - special)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels.checks import (
-    check_callable,
+    check_count,
     check_floating,
     check_integral,
     check_list,
@@ -23,9 +23,9 @@ from igrpo_kernels.checks import (
     check_rank,
     check_shape,
     check_tensor,
-    describe,
 )
 
+from ..fields import check_fields
 from ..prompts import Prompt
 from .select import SelectedDrafts, random_ties, select_best_draft, shortest_first
 from .splice import DEFAULT_SPLICE, Draft, Splice, Spliced
@@ -43,8 +43,11 @@ class Ties(Enum):
     """Which of several drafts of equal reward is chosen.
 
     Examples:
-        >>> [rule.name for rule in Ties]
-        ['FIRST', 'SHORTEST', 'RANDOM']
+        >>> for rule in Ties:
+        ...     print(f"{rule.name}: {rule.value}")
+        FIRST: the one of lowest index
+        SHORTEST: the one with the fewest tokens
+        RANDOM: any of them
     """
 
     FIRST = "the one of lowest index"
@@ -56,8 +59,11 @@ class Fallback(Enum):
     """What a prompt's Stage 2 sees where no draft is good enough.
 
     Examples:
-        >>> [rule.name for rule in Fallback]
-        ['CHOSEN_DRAFT', 'PLAIN_PROMPT', 'SKIP']
+        >>> for rule in Fallback:
+        ...     print(f"{rule.name}: {rule.value}")
+        CHOSEN_DRAFT: the chosen draft all the same
+        PLAIN_PROMPT: the plain prompt
+        SKIP: nothing: the prompt is left out of Stage 2
     """
 
     CHOSEN_DRAFT = "the chosen draft all the same"
@@ -114,6 +120,11 @@ class DraftChoice:
     dropped: bool = False
     skipped: bool = False
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_count("index", self.index, at_least=-1)
+        check_count("tokens_cut", self.tokens_cut, at_least=0)
+
 
 @dataclass(frozen=True)
 class DraftRules:
@@ -161,16 +172,7 @@ class DraftRules:
     splice: Splice = DEFAULT_SPLICE
 
     def __post_init__(self) -> None:
-        for name in ("select", "splice"):
-            check_callable(name, getattr(self, name))
-        if self.selection_score is not None:
-            check_callable("selection_score", self.selection_score)
-        fallbacks = ("when_failed", "when_solved", "when_unscored")
-        for name, kind in (("ties", Ties), *((name, Fallback) for name in fallbacks)):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(
-                    f"{name} must be a {kind.__name__}, got {describe(getattr(self, name))}"
-                )
+        check_fields(self)
         if self.failed_below is not None:
             check_number("failed_below", self.failed_below)
         else:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from igrpo_kernels.checks import check_callable, check_count, describe
 
+from ..fields import check_fields
 from ..prompts import Prompt, check_chat_template_kwargs, check_ids, encode_prompt
 from ..thinking import strip_thinking
 from .budget import Keep, check_keep, fit_draft, truncate_draft
@@ -139,6 +140,10 @@ class TextSplice:
             See `marker_tokens`.
         budget: Token limits; None cuts nothing.
 
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: One of `special_tokens` is empty.
+
     Examples:
         >>> from igrpo_algo import Completion
         >>> splice = TextSplice(DraftTemplate("\nEarlier: ", "\nBetter:"))
@@ -152,13 +157,8 @@ class TextSplice:
     budget: TokenBudget | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.template, DraftTemplate):
-            raise TypeError(f"template must be a DraftTemplate, got {describe(self.template)}")
-        if self.strip is not None:
-            check_callable("strip", self.strip)
+        check_fields(self)
         check_markers("special_tokens", self.special_tokens)
-        if not isinstance(self.budget, TokenBudget | None):
-            raise TypeError(f"budget must be a TokenBudget or None, got {describe(self.budget)}")
 
     def __call__(self, prompt: Prompt, draft: Draft) -> Spliced:
         """Return the spliced prompt.
@@ -218,6 +218,10 @@ class TokenSplice:
             question.
         keep: Which end of a draft that is too long to keep: "tail" or "head".
 
+    Raises:
+        TypeError: Ids are not a collection of int, or a limit is not an int.
+        ValueError: An id is negative, a limit is below 1, or `keep` is neither.
+
     Examples:
         >>> from igrpo_algo import Completion
         >>> TokenSplice((5,), (6,), special_ids=(0,))([1, 2], Completion([7, 8, 0], "seven")).prompt
@@ -232,13 +236,10 @@ class TokenSplice:
     keep: Keep = "tail"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_limits(self)
         check_ids("before_ids", self.before_ids)
         check_ids("after_ids", self.after_ids)
-        if isinstance(self.special_ids, str) or not isinstance(self.special_ids, Collection):
-            raise TypeError(
-                f"special_ids must be a collection of int, got {describe(self.special_ids)}"
-            )
         check_ids("special_ids", list(self.special_ids))
 
     def __call__(self, prompt: Prompt, draft: Draft) -> Spliced:

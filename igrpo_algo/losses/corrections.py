@@ -16,7 +16,7 @@ the losses.
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import check_floating, check_number, check_shape, check_tensor
+from igrpo_kernels.checks import check_floating, check_number, check_rank, check_shape
 from igrpo_kernels.sequences import Sequences
 from igrpo_kernels.surrogates.base import exp_ratio
 
@@ -308,7 +308,7 @@ def high_entropy_mask(entropy: Tensor, threshold: Tensor | float) -> Tensor:
     """
     entropy = _in_float32(check_floating("entropy", entropy))
     if isinstance(threshold, Tensor):
-        check_tensor("threshold", threshold)
+        check_rank("threshold", check_floating("threshold", threshold), 0, "[]")
     else:
         threshold = check_number("threshold", threshold)
     return (entropy >= threshold).to(entropy.dtype)

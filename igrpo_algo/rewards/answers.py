@@ -6,7 +6,7 @@ evaluation and a data loader agree on what "the answer" is.
 
 import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any
 
@@ -59,6 +59,12 @@ def completion_text(completion: CompletionLike) -> str:
         raise TypeError(
             f"completion must be a string or a list of messages, got {describe(completion)}"
         ) from None
+
+
+def check_column(name: str, column: Any) -> None:
+    """Raise TypeError unless a column is a list, or another collection with an order."""
+    if isinstance(column, str | bytes | Set | Mapping) or not isinstance(column, Collection):
+        raise TypeError(f"{name} must be a list, got {describe(column)}")
 
 
 def extract_answer(text: str) -> str | None:

@@ -1,10 +1,10 @@
 """Rewards for the form of a completion: thinking first, then the answer, each between its tags."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from igrpo_kernels.checks import check_flag, describe
+from igrpo_kernels.checks import check_flag
 
-from .answers import CompletionLike, completion_text
+from .answers import CompletionLike, check_column, completion_text
 
 
 def format_reward(
@@ -34,8 +34,7 @@ def format_reward(
         [1.0, 0.0]
     """
     prefix = "<think>" if check_flag("think_opened", think_opened) else ""
-    if isinstance(completions, str | bytes) or not isinstance(completions, Collection):
-        raise TypeError(f"completions must be a list, got {describe(completions)}")
+    check_column("completions", completions)
     texts = map(completion_text, completions)
     return [float(_is_formatted(prefix + text)) for text in texts]
 

@@ -2,11 +2,16 @@ r"""Rewards that compare a completion's final answer with a reference."""
 
 import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from igrpo_kernels.checks import describe
-
-from .answers import CompletionLike, completion_text, extract_answer, extract_gold, normalize_answer
+from .answers import (
+    CompletionLike,
+    check_column,
+    completion_text,
+    extract_answer,
+    extract_gold,
+    normalize_answer,
+)
 from .judge import NoVerdictError, shared_judge
 from .remarks import VALUE_WORDS
 from .units import split_words
@@ -279,8 +284,7 @@ def _references(
             f"{reward} needs a column 'answer' or 'solution', got {sorted(columns) or 'no columns'}"
         )
     for name, column in (("completions", completions), *given.items()):
-        if isinstance(column, str | bytes) or not isinstance(column, Collection):
-            raise TypeError(f"{name} must be a list, got {describe(column)}")
+        check_column(name, column)
     golds: list[str | None] = [None] * len(completions)
     for name, column in given.items():
         if len(column) != len(completions):

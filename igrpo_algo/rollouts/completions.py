@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import LARGEST_FLOAT32, check_count, check_list, describe
+from igrpo_kernels.checks import LARGEST_FLOAT32, check_count, describe
 
 from ..prompts import check_entries, check_ids, decode_completion
 
@@ -148,10 +148,7 @@ def pack_completions(completions: Sequence[Completion]) -> Packed:
         >>> pack_completions([Completion([7, 8], "a"), Completion([9], "b")]).cu_seqlens
         tensor([0, 2, 3], dtype=torch.int32)
     """
-    for index, completion in enumerate(check_list("completions", completions)):
-        if not isinstance(completion, Completion):
-            got = describe(completion)
-            raise TypeError(f"completions[{index}] must be a Completion, got {got}")
+    check_entries("completions", completions, (Completion,), "a Completion")
     ids = [token for completion in completions for token in completion.token_ids]
     ends = accumulate((len(completion.token_ids) for completion in completions), initial=0)
     cu_seqlens = torch.tensor(list(ends), dtype=torch.int32)

@@ -18,6 +18,7 @@ from igrpo_kernels.checks import check_count, describe
 from ..drafts.markers import marker_tokens
 from ..drafts.rules import DraftRules, Fallback
 from ..drafts.splice import TextSplice, TokenBudget
+from ..fields import check_fields
 from ..prompts import Prompt
 from ..seeds import derive_seed
 from .completions import Completion
@@ -52,6 +53,9 @@ class StageTwoPrompt:
     prompt: Prompt
     draft: str
     draft_rewards: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def mean_draft_reward(self) -> float:

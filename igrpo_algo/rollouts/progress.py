@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from igrpo_kernels.checks import check_count, describe
+from igrpo_kernels.checks import check_callable, check_count, describe
 
+from ..fields import check_fields
+from ..thinking import check_text
 from .records import Stage
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ class StageStarted:
     number: int
     time: float
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True)
 class StageFinished:
@@ -48,6 +53,9 @@ class StageFinished:
     number: int
     stage: Stage
     last: bool
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class RolloutProgress:
@@ -94,11 +102,11 @@ class RolloutProgress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total = check_count("total", total, at_least=0)
-        self.label = label
+        self.label = check_text("label", label)
         self.done = self.tokens = 0
         self.draft_rewards = self.refinement_rewards = (0.0, 0)
         self._sampler = sampler
-        self._clock = clock
+        self._clock = check_callable("clock", clock)
         self._began = self._latest = math.nan
         self._stages: dict[int, str] = {}
         self._cache_before = self._cache_counts()

@@ -12,10 +12,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import check_list, describe
-
 from ..drafts.rules import DraftChoice
-from ..prompts import Prompt
+from ..fields import check_fields
+from ..prompts import Prompt, check_entries
 from .completions import Completion
 from .sampling import Samples
 
@@ -51,8 +50,10 @@ class Stage:
     ended: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
-        check_list("completions", self.completions)
-        if len(check_list("rewards", self.rewards)) != len(self.completions):
+        check_fields(self)
+        check_entries("completions", self.completions, (Completion,), "a Completion")
+        check_entries("rewards", self.rewards, (int, float), "a number")
+        if len(self.rewards) != len(self.completions):
             raise ValueError(
                 f"rewards must hold one number per completion: {len(self.rewards)} rewards for "
                 f"{len(self.completions)} completions"
@@ -91,6 +92,9 @@ class Rollout:
     refinements: list[Stage]
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_entries("choices", self.choices, (DraftChoice,), "a DraftChoice")
+        check_entries("refinements", self.refinements, (Stage,), "a Stage")
         if len(self.choices) != len(self.refinements):
             raise ValueError(
                 f"choices must hold one per round of refinement: {len(self.choices)} choices for "
@@ -133,9 +137,7 @@ class Rollouts:
     rollouts: list[Rollout]
 
     def __post_init__(self) -> None:
-        for index, rollout in enumerate(check_list("rollouts", self.rollouts)):
-            if not isinstance(rollout, Rollout):
-                raise TypeError(f"rollouts[{index}] must be a Rollout, got {describe(rollout)}")
+        check_entries("rollouts", self.rollouts, (Rollout,), "a Rollout")
         for what, sizes in {
             "drafts": {len(rollout.drafts.completions) for rollout in self.rollouts},
             "rounds": {len(rollout.refinements) for rollout in self.rollouts},
@@ -172,7 +174,11 @@ class Rollouts:
         return Rollouts(self.rollouts[which]) if isinstance(which, slice) else self.rollouts[which]
 
     def until_round(self, number: int) -> "Rollouts":
-        """Show the rollouts as they stood after refinement round `number`, counted from 1."""
+        """Show the rollouts as they stood after refinement round `number`, counted from 1.
+
+        Raises:
+            ValueError: There is no such round.
+        """
         rounds = len(self.rollouts[0].refinements) if self.rollouts else number
         if not 1 <= number <= rounds:
             raise ValueError(f"number must be a round from 1 to {rounds}, got {number}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from igrpo_kernels.checks import describe
 
-from ..files import write_whole
+from ..files import check_path, write_whole
 from .completions import Completion
 from .from_json import from_json, parse, to_json
 from .records import Rollout, Rollouts, Stage
@@ -37,6 +37,7 @@ def save_rollouts(rollouts: Sequence[Rollout], path: str | os.PathLike[str]) -> 
     """
     from safetensors.torch import save
 
+    path = check_path("path", path)
     numbers: dict[str, list[Any]] = {"prompt_ids": [], "token_ids": [], "logprobs": []}
     records = [to_json(rollout) for rollout in rollouts]
     for stage in (stage for r in records for stage in (r["drafts"], *r["refinements"])):
@@ -60,6 +61,7 @@ def load_rollouts(path: str | os.PathLike[str]) -> Rollouts:
         FileNotFoundError: There is no such file.
         ValueError: The file holds something else.
     """
+    path = check_path("path", path)
     try:
         tensors = _read_tensors(path)
         numbers = _Numbers(tensors)

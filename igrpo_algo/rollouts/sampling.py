@@ -33,6 +33,7 @@ from torch import Tensor
 
 from igrpo_kernels.checks import check_count, describe
 
+from ..fields import check_fields
 from ..prompts import Prompt, check_ids, check_prompts
 from ..seeds import prompt_seeds
 from .completions import (
@@ -94,6 +95,12 @@ class Samples:
     prompts: list[Prompt]
     completions: CompletionGroups
     prompt_ids: list[list[int] | None]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        sizes = len(self.prompts), len(self.completions), len(self.prompt_ids)
+        if len(set(sizes)) > 1:
+            raise ValueError(f"prompts, completions and prompt_ids must be as many, got {sizes}")
 
     @property
     def texts(self) -> list[list[str]]:

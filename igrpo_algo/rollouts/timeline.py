@@ -3,12 +3,12 @@
 import os
 from collections.abc import Iterator
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from igrpo_kernels.checks import describe
 
-from ..files import write_whole
+from ..files import check_path, write_whole
+from ..thinking import check_text
 from .records import Rollout, Rollouts
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def plot_rollout_timeline(
 
     if not isinstance(rollouts, Rollouts):
         raise TypeError(f"rollouts must be Rollouts, got {describe(rollouts)}")
+    target = None if path is None else check_path("path", path)
+    check_text("title", title)
     rows = [spans for rollout in rollouts if (spans := list(stage_spans(rollout)))]
     if not rows:
         raise ValueError("rollouts must hold a stage with completions, got none")
@@ -83,10 +85,10 @@ def plot_rollout_timeline(
     for kind, color in colors.items():
         _draw(axes, rows, kind, color)
     _dress(axes, len(rows), title)
-    if path is not None:
+    if target is not None:
         picture = BytesIO()
-        figure.savefig(picture, format=Path(path).suffix.removeprefix(".") or "png")
-        write_whole(path, picture.getvalue())
+        figure.savefig(picture, format=target.suffix.removeprefix(".") or "png")
+        write_whole(target, picture.getvalue())
     return figure
 
 

@@ -12,6 +12,7 @@ from igrpo_kernels.checks import check_count, check_number
 
 from ..drafts.rules import DraftRules, Ties
 from ..drafts.select import select_best_draft
+from ..files import check_path
 from ..prompts import Prompt
 from .in_step import run_in_step
 from .journal import check_journal
@@ -173,9 +174,12 @@ def stream_two_stage_rollout(  # noqa: D417  # the docstring names where the oth
         check_number("reward_max", reward_max)
         chosen_by = (rules.select, rules.selection_score, rules.ties)
         if chosen_by != (select_best_draft, None, Ties.FIRST):
-            raise ValueError("reward_max needs the best draft by reward: no other select or score")
+            raise ValueError(
+                "reward_max needs rules that take the first best draft by reward: "
+                "select_best_draft, no selection_score, and Ties.FIRST"
+            )
         if num_drafts == 0:
             raise ValueError("reward_max has no effect with num_drafts = 0")
     if journal is not None:
-        check_journal(journal, setup.header)
+        check_journal(check_path("journal", journal), setup.header)
     return run_stream(setup, slots, reward_max, journal)

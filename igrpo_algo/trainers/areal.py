@@ -31,7 +31,7 @@ from .. import policy_loss
 from ..drafts.rules import DraftRules
 from ..prompts import Prompt
 from ..rollouts.once_per_group import HostDraft, OncePerGroup, fit_to_tokenizer
-from .refusals import refuse_templated
+from .refusals import refuse_media, refuse_templated
 from .versions import requires
 
 with requires("areal", "1.0", "1.0"):
@@ -91,8 +91,7 @@ class IGRPOWorkflow(RLVRWorkflow):
         if workflow_context.get().is_eval:
             return await super().arun_episode(engine, data)
         prompt = self.data_extract_prompt_fn(data)
-        if any(data.get(name) for name in ("images", "videos")):
-            raise ValueError("images and videos can't be combined with drafts")
+        refuse_media(any(data.get(name) for name in ("images", "videos")))
         refuse_templated(prompt, self.tokenizer, "leave data_extract_prompt_fn as it is")
         question = self.tokenizer.decode(self._encode(prompt))
 

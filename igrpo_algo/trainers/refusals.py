@@ -44,6 +44,19 @@ def refuse_long(tokens: int, room: int | None, advice: str) -> None:
         )
 
 
+def refuse_media(given: object) -> None:
+    """Refuse a prompt that is more than text.
+
+    Args:
+        given: True, or anything but empty, where it has images, videos or audios.
+
+    Raises:
+        ValueError: It has some.
+    """
+    if given:
+        raise ValueError("images, videos and audios can't be combined with drafts")
+
+
 def refuse_templated(prompt: Prompt, tokenizer: Any, advice: str) -> None:
     """Refuse a string to which a chat template was applied.
 

@@ -17,7 +17,6 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from igrpo_kernels import K1, K2, K3, Clip, RatioWeighted
 from igrpo_kernels.kl import KlEstimator
-from igrpo_kernels.sequences import Sequences
 from igrpo_kernels.surrogates import Surrogate
 
 from .. import policy_loss
@@ -34,7 +32,8 @@ from ..drafts.rules import DraftRules
 from ..losses.corrections import token_importance_weights, truncate_weights
 from ..prompts import encode_prompt
 from ..rollouts.once_per_group import HostDraft, OncePerGroup, fit_to_tokenizer
-from .refusals import refuse_long, refuse_on, refuse_templated
+from .given_weights import GivenWeights
+from .refusals import refuse_long, refuse_media, refuse_on, refuse_templated
 from .versions import requires
 
 with requires("slime", "0.3", "0.3", install="clone github.com/THUDM/slime, pip install -e ."):
@@ -156,8 +155,8 @@ class _Host:
         sample = self.sample
         if sample.group_index is None:
             raise ValueError("group_index must be set: the samples of a group share a draft by it")
-        if any(value is not None for value in (sample.multimodal_inputs or {}).values()):
-            raise ValueError("images, videos and audios can't be combined with drafts")
+        media = (sample.multimodal_inputs or {}).values()
+        refuse_media(any(value is not None for value in media))
         advice = "leave --apply-chat-template off"
         refuse_templated(sample.prompt, self.tokenizer, advice)
         length = len(self.encode(sample.prompt))
@@ -180,14 +179,6 @@ async def _score(args: Any, drafts: list[Sample]) -> list[float]:
     ]
 
 
-@dataclass(frozen=True)
-class _GivenWeights:
-    values: Tensor
-
-    def weights(self, sequences: Sequences, dtype: torch.dtype) -> Tensor:
-        return self.values.to(dtype)
-
-
 def make_loss(surrogate: Surrogate | None = None) -> Loss:
     """Make a loss for `--loss-type custom_loss --custom-loss-function-path igrpo_slime.loss`.
 
@@ -200,7 +191,7 @@ def make_loss(surrogate: Surrogate | None = None) -> Loss:
             `--eps-clip-high` and `--eps-clip-c`.
 
     Returns:
-        The loss in slime's signature: from args, batch, logits [1, T, V] and the reducer to the
+        The loss in slime's signature, from args, batch, logits [1, T, V] and the reducer to the
         loss and what slime logs.
 
     Examples:
@@ -249,7 +240,7 @@ def make_loss(surrogate: Surrogate | None = None) -> Loss:
             torch.cat(batch["advantages"]),
             weights != 0,
             surrogate=surrogate or Clip(args.eps_clip, args.eps_clip_high, args.eps_clip_c),
-            aggregate=_GivenWeights(weights),
+            aggregate=GivenWeights(weights),
             old_logprobs=old_logprobs,
             ref_logprobs=torch.cat(batch["ref_log_probs"]) if args.use_kl_loss else None,
             kl_coef=args.kl_loss_coef if args.use_kl_loss else 0.0,

@@ -20,7 +20,7 @@ from ..rollouts.completions import Completion
 from ..rollouts.once_per_group import check_rules, fit_to_tokenizer
 from .draft_layout import DraftLayout
 from .gathered import log_stages, share_drafts
-from .refusals import refuse_on
+from .refusals import refuse_media, refuse_on
 from .rendering import AsTokenizer
 from .versions import requires
 
@@ -70,8 +70,7 @@ class _IGRPOTrainer(GRPOTrainer):
     def _generate_completions(self, samples: list[Any]) -> list[Any]:
         if not self.model.training:
             return super()._generate_completions(samples)
-        if any(sample.images or sample.videos or sample.audios for sample in samples):
-            raise ValueError("images, videos and audios can't be combined with drafts")
+        refuse_media(any(sample.images or sample.videos or sample.audios for sample in samples))
         rank = self.accelerator.process_index
         layout = DraftLayout(len(samples), rank, self.num_drafts, self.num_generations)
         drawn = super()._generate_completions([deepcopy(samples[row]) for row in layout.draft_rows])

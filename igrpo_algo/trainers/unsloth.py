@@ -26,7 +26,7 @@ from ..rollouts.completions import Completion
 from ..rollouts.once_per_group import check_rules, fit_to_tokenizer
 from .draft_layout import DraftLayout
 from .gathered import log_stages, share_drafts
-from .refusals import refuse_on, refuse_templated
+from .refusals import refuse_media, refuse_on, refuse_templated
 from .versions import requires
 
 with requires("unsloth", "2026.10", "2026.10"):
@@ -101,8 +101,7 @@ class _TwoStages(_Trainer):
             return super()._generate(prompts, *args)
         for row in rows:
             refuse_templated(row["prompt"], self._tokens, "don't apply it to the data set")
-            if any(row.get(name) is not None for name in ("image", "images")):
-                raise ValueError("images can't be combined with drafts")
+            refuse_media(any(row.get(name) is not None for name in ("image", "images")))
         return super()._generate(self._spliced(rows, *args), *args)
 
     @property

@@ -32,7 +32,7 @@ from igrpo_kernels.aggregates import Aggregate
 from .. import policy_loss
 from ..drafts.rules import DraftRules
 from ..rollouts.once_per_group import HostDraft, OncePerGroup, StageTwoPrompt, fit_to_tokenizer
-from .refusals import refuse_long, refuse_on
+from .refusals import refuse_long, refuse_media, refuse_on
 from .versions import requires
 
 with requires("verl", "0.9", "0.9"):
@@ -162,8 +162,7 @@ class IGRPOAgentLoop(SingleTurnAgentLoop):
         messages = [dict(message) for message in fields["raw_prompt"]]
         if _validating.get():
             return await super().run(sampling_params, priority, **fields)
-        if await self.process_multi_modal_info(messages):
-            raise ValueError("images, videos and audios can't be combined with drafts")
+        refuse_media(await self.process_multi_modal_info(messages))
         length = len(self.continuous_token_builder.build_initial_tokens(messages))
         advice = "raise rollout.prompt_length, or set data.filter_overlong_prompts"
         refuse_long(length, self.prompt_length, advice)

@@ -76,7 +76,7 @@ def test_a_forgotten_question_is_said_once_with_its_number_and_the_way_out() -> 
         (0.3,) * 4 + (0.21,) * 8,
         (0.1,) * 4 + (0.3,) * 8,
         (1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0),
-        (math.inf,) * 4 + (0.3,) * 8,
+        (math.inf, -math.inf) * 2 + (0.3,) * 8,
     ],
     ids=["a_small_fall", "a_rise", "a_fall_within_its_noise", "infinite"],
 )

@@ -8,17 +8,27 @@ import torch
 from igrpo_algo import (
     Completion,
     DraftRules,
+    Rollouts,
     TextSplice,
     TokenSplice,
     igrpo_loss,
+    sample_group,
+    stream_two_stage_rollout,
     two_stage_rollout,
 )
 from igrpo_algo.advantages import sum_rewards
-from igrpo_algo.drafts import TokenBudget, truncate_draft
-from igrpo_algo.layouts import pad_sequences
+from igrpo_algo.advantages.presets import (
+    nemo_rl_gdpo_advantages,
+    verl_gdpo_advantages,
+    verl_opo_advantages,
+)
+from igrpo_algo.drafts import RandomTokens, TokenBudget, truncate_draft
+from igrpo_algo.early_warning import EarlyWarning
+from igrpo_algo.layouts import pack_sequences, pad_sequences
 from igrpo_algo.losses import high_entropy_mask
 from igrpo_algo.prompts import check_prompts, decode_completion, encode_prompt
 from igrpo_algo.rewards import format_reward, load_reward, math_reward
+from igrpo_algo.rollouts import RolloutProgress, plot_rollout_timeline
 from igrpo_algo.rollouts.completions import pad_completions
 from igrpo_kernels import SequenceMean, VocabularyShard, clipped_policy_loss, token_logprobs
 from igrpo_kernels.checks import describe
@@ -40,11 +50,20 @@ def nested() -> list:
     return value
 
 
-def rollout(**options):
-    def sampler(prompts, n, seed=None):
-        return [[Completion([1], "1")] * n for _ in prompts]
+def sampler(prompts, n, seed=None):
+    return [[Completion([1], "1")] * n for _ in prompts]
 
-    return two_stage_rollout(["q"], sampler, lambda completions, **_: [1.0], **options)
+
+def score(completions, **_):
+    return [1.0] * len(completions)
+
+
+def rollout(**options):
+    return two_stage_rollout(["q"], sampler, score, **options)
+
+
+def stream(**options):
+    return stream_two_stage_rollout(["q"], sampler, score, **options)
 
 
 def scores(**options):
@@ -65,6 +84,11 @@ REFUSED = [
     ("temperature must hold values", lambda: scores(temperature=META)),
     ("temperature must hold numbers", lambda: scores(temperature=torch.ones(2).bool())),
     ("threshold must hold values", lambda: high_entropy_mask(LOGITS, META)),
+    (r"threshold must have shape \[\]", lambda: high_entropy_mask(LOGITS, LOGITS)),
+    ("threshold must be a floating-point", lambda: high_entropy_mask(LOGITS, TARGETS[0])),
+    ("rewards must hold K >= 1", lambda: nemo_rl_gdpo_advantages(torch.zeros(2, 3, 0))),
+    ("rewards must have shape", lambda: verl_gdpo_advantages(torch.tensor(1.0), TARGETS)),
+    ("lengths must have shape", lambda: verl_opo_advantages(LOGITS, TARGETS)),
     ("weights must hold values", lambda: sum_rewards(LOGITS[None], META)),
     # Numbers.
     (r"weights\[0\] must fit 64 bits", lambda: sum_rewards(LOGITS[None], [10**400, 1, 1])),
@@ -99,6 +123,11 @@ REFUSED = [
     # Functions, columns and records.
     ("tokenizer must be callable, got str", lambda: TokenBudget("gpt2", 5)),
     ("strip must be callable", lambda: TextSplice(strip="<think>")),
+    ("tokenizer must be callable, got str", lambda: RandomTokens("gpt2")),
+    ("draft must be a str, got None", lambda: RandomTokens(len)(None)),
+    ("clock must be callable", lambda: RolloutProgress(1, clock=3)),
+    ("label must be a str", lambda: RolloutProgress(1, label=3)),
+    ("metrics must be a mapping, got list", lambda: EarlyWarning().see([])),
     ("template must be a DraftTemplate", lambda: TextSplice(template="{draft}")),
     ("budget must be a TokenBudget or None", lambda: TextSplice(budget=512)),
     ("draft must have a text and token_ids", lambda: TextSplice()("q", "a draft")),
@@ -106,6 +135,16 @@ REFUSED = [
     ("seeds must be a list", lambda: DraftRules().choose(torch.zeros(1, 2), seeds=3)),
     (r"completions\[0\] must be a Completion, got str", lambda: pad_completions(["a"])),
     ("answer must be a list, got float", lambda: math_reward(["1"], answer=1.0)),
+    ("answer must be a list, got set", lambda: math_reward(["1"], answer={"1"})),
+    ("completions must be a list, got dict", lambda: format_reward({"a": 1})),
+    ("chat_template_kwargs must be a mapping", lambda: encode_prompt("q", len, ["think"])),
+    (r"prompts\[0\]\[0\] must be an int", lambda: pack_sequences([["1"]], [[2]])),
+    (r"completions\[0\] must be a list", lambda: pack_sequences([[1]], [2])),
+    ("journal must be a path, got int 3", lambda: stream(journal=3)),
+    ("path must be a path, got bytes", lambda: rollout().save(b"x")),
+    ("path must be a path, got int 3", lambda: Rollouts.load(3)),
+    ("title must be a str", lambda: plot_rollout_timeline(rollout(), title=3)),
+    ("seed must be an int or a list", lambda: sample_group(["q"], sampler, 1, seed=b"x")),
     ("completions must be a list, got str", lambda: math_reward("1", answer=["1"])),
     ("reward must be a string, got NoneType", lambda: load_reward(None)),
 ]

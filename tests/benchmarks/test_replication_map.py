@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from made_records import by_arm, record
 
-from benchmarks.replication import compare, ladder, page, prose, tables
+from benchmarks.replication import again, basis, compare, ladder, overview, page, prose, tables
 from benchmarks.replication.arms import LADDER, MAIN, MORE, SEEDS, THINKING
 from benchmarks.replication.compare import Verdict, judge, refined, single_shot
 from igrpo_algo.cli.intervals import Interval
@@ -87,7 +87,7 @@ def test_at_equal_cost_the_dearer_arm_is_read_earlier() -> None:
             point["cpu_seconds"] *= 2
     gap = compare.difference_at_equal_cost(arms, "worst", "grpo", "cpu_seconds")
     assert gap.mean == pytest.approx(0.4 - 0.6)
-    same = compare.difference_at_equal_cost(arms, "worst", "grpo", "completions", "refined")
+    same = compare.difference_at_equal_cost(arms, "worst", "grpo", "completions")
     assert same.mean == pytest.approx(0.0)
 
 
@@ -128,33 +128,51 @@ def write(folder: Path, place: str, arms) -> None:
             path.write_text(json.dumps({"arm": arm, "seed": seed, **each}))
 
 
-def test_the_page_from_records(tmp_path: Path) -> None:
+def test_the_pages_from_records(tmp_path: Path) -> None:
     arms = by_arm(grpo=GRPO, grpo_half=GRPO, worst=AHEAD, best=[(0.3, 0.3)] * 4)
     arms["best"][3] |= {"status": "diverged", "error": "a reason", "curve": []}
     arms["worst"][0]["warnings"] = [{"step": 4, "text": "..."}]
     write(tmp_path, "chain-64x2", arms)
-    out = tmp_path / "page.md"
-    page.write_page(tmp_path, out, tmp_path)
-    text = out.read_text()
+    page.write_pages(tmp_path, tmp_path, tmp_path)
     assert (tmp_path / page.PLOT).read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / page.LADDER_PLOT).exists()
-    assert "Never behind GRPO on these tasks (1, with 1 models), and ahead somewhere: *w" in text
+
+    first = (tmp_path / page.PAGE).read_text()
+    assert "Models of 91,008 weights, trained from scratch" in first
+    assert "Never behind GRPO on these tasks (1, with 1 models), and ahead somewhere: *w" in first
+    forms = [line for line in first.splitlines() if line.startswith(("| worst", "| best draft (t"))]
+    assert forms == [
+        "| worst draft | 1 | +0.3 | 0 | 0 | +10.3 | 0 | 1 |",
+        "| best draft (the paper) | 1 | -32.0 | 1 | 0 | -22.0 | 1 | 0 |",
+    ]
     per_task = [MAIN | MORE, MAIN | MORE, MAIN | MORE, MAIN | THINKING]
-    assert f"12 finished runs of {SEEDS * sum(map(len, per_task))} planned" in text
-    assert "- chain-64x2, best, seed 3: diverged (a reason)" in text
-    assert "Made on: x86_64 (1 thread), torch 2.13, Made: 13 runs." in text
-    arms = len(per_task[0])
-    assert f"| chain-64x2 | 20.0 % | {arms} | 12 | 1 | 0 | {SEEDS * arms - 13} |" in text
-    assert f"| signs-64x2 |  | {arms} | 0 | 0 | 0 | {SEEDS * arms} |" in text
+    assert f"12 finished runs of {SEEDS * sum(map(len, per_task))} planned" in first
+    assert "- chain-64x2, best, seed 3: diverged (a reason)" in first
+    assert "Made on: x86_64 (1 thread), torch 2.13, Made: 13 runs." in first
+    assert "Here that form was never warned of." in first
+    everything = "chain, signs, packing, thinking"
+    assert f"Not measured: 128x3 on {everything}; 256x4 on {everything}." in first
+
+    text = (tmp_path / page.TABLES).read_text()
+    count = len(per_task[0])
+    assert f"| chain-64x2 | 20.0 % | {count} | 12 | 1 | 0 | {SEEDS * count - 13} |" in text
+    assert f"| signs-64x2 |  | {count} | 0 | 0 | 0 | {SEEDS * count} |" in text
     row = next(line for line in text.splitlines() if line.startswith("| worst draft | 3 | 62.3 %"))
     assert row.endswith("| 62.3 % | +10.3 [+8.9, +11.8] | [+10.0, +11.0] | **ahead** |")
     assert "| step 4, 1 of 3 runs |" in text
-    assert "Here that form was never warned of." in text
-    everything = "chain, signs, packing, thinking"
-    assert f"Not measured: 128x3 on {everything}; 256x4 on {everything}." in text
-    assert "Up a ladder" not in text
-    assert "Models of 91,008 weights, trained from scratch" in text
     assert "| **behind** |" in next(x for x in text.splitlines() if x.startswith("| best draft"))
+    assert "Up a ladder" not in first + text
+
+
+def test_forms_stand_in_the_order_of_models_and_then_of_their_worst_difference() -> None:
+    behind = [(one - 0.05, two) for one, two in GRPO]
+    small = by_arm(grpo=GRPO, worst=behind, best=AHEAD, random=[(0.1, 0.1)] * 3)
+    maps = {"chain-64x2": small, "signs-64x2": by_arm(grpo=GRPO, worst=AHEAD, random=AHEAD)}
+    assert [row[:5] for row in overview.forms(maps)[1:]] == [
+        ["worst draft", "2", "-5.0 to +0.3", "1", "0"],
+        ["random draft", "2", "-52.0 to +0.3", "1", "0"],
+        ["best draft (the paper)", "1", "+0.3", "0", "0"],
+    ]
 
 
 def rung(gaps: list[float], **arms: list[tuple[float, float]]):
@@ -167,8 +185,7 @@ def test_sizes_stand_side_by_side(tmp_path: Path) -> None:
     small = rung([-0.10, -0.11, -0.12], worst=AHEAD, none=GRPO)
     large = rung([-0.05, -0.07, -0.06], worst=AHEAD[:2])
     maps = {"chain-128x3": large, "chain-64x2": small, "signs-64x2": small}
-    text = page.build_page(maps)
-    told = text.partition("## Up a ladder")[2].partition("\n## ")[0]
+    told = "\n".join(ladder.tables(maps))
     head, _, *rows = [line.split(" | ") for line in told.splitlines() if line.startswith("|")]
     sizes = [f"{name}, {size}" for name in tables.MEASURES for size in ("64x2", "128x3")]
     assert [cell.strip(" |") for cell in head] == ["arm", *sizes]
@@ -176,11 +193,12 @@ def test_sizes_stand_side_by_side(tmp_path: Path) -> None:
     assert rows[0][1:3] == ["62.0 %", "62.0 %"]
     assert [cell[:5] for cell in rows[1][1:]] == ["-11.0", "-6.0 ", "+11.0", "+6.0 "]
     assert rows[2][2] == "fewer than 3 seeds"
-    assert f"({page.LADDER_PLOT})" not in text
-    assert f"(../images/{page.LADDER_PLOT})" in told
+    text = page.build_page(maps)
+    assert f"](../images/{page.LADDER_PLOT})" in text
     assert "Not measured: 128x3 on signs, packing, thinking; 256x4 on chain" in text
-    missing = len(LADDER) * SEEDS - 8
-    assert f"| chain-128x3 | 20.0 % | {len(LADDER)} | 8 | 0 | 0 | {missing} |" in text
+    missing = str(len(LADDER) * SEEDS - 8)
+    row = ["chain-128x3", "20.0 %", str(len(LADDER)), "8", "0", "0", missing]
+    assert row in basis.counts(maps)
 
 
 def test_what_changes_with_the_size_is_told_from_the_numbers(tmp_path: Path) -> None:
@@ -189,23 +207,15 @@ def test_what_changes_with_the_size_is_told_from_the_numbers(tmp_path: Path) -> 
         "chain-128x3": rung([-0.05, -0.07, -0.06]),
         "signs-64x2": rung([-0.10, -0.11, -0.12]),
     }
-    (_, standing, changes, *_) = ladder.section(maps, "plot.png")
-    label = "*best draft (the paper)*"
-    assert standing == (
-        "Against GRPO of the same size, on 2 models. "
-        f"**Single-shot**: {label} behind on all 2. **Draft-then-refine**: {label} ahead on all 2."
-    )
+    changes = ladder.changes(ladder.rungs_of(maps))
     # 5, 4 and 6 points: std 1, over sqrt 3, times t of 2 degrees of freedom.
-    chain = f"{label} on chain from 64x2 to 128x3, with another warm-up"  # the demo's at 64x2
-    assert f"{chain}, single-shot +5.0 [+2.5, +7.5];" in changes
-    assert changes.startswith("From the smallest size to the largest, 2 of these 2 differences")
+    row = "| best draft (the paper) | chain, 64x2 to 128x3 | single-shot | +5.0 [+2.5, +7.5] |"
+    assert row in changes
+    assert changes.startswith("From the smallest size to the largest, 2 of 2 differences changed")
     page.draw_ladder(ladder.rungs_of(maps), tmp_path / "ladder.png")
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
-
-    maps["chain-128x3"] = rung([0.05, 0.07, 0.06])
-    assert "**Single-shot**: *best draft (the paper)* behind on 1 and ahead on 1 of 2." in (
-        ladder.standing(ladder.rungs_of(maps))
-    )
+    maps["chain-128x3"] = maps["chain-64x2"]
+    assert "none of 2 differences changed" in ladder.changes(ladder.rungs_of(maps))
 
 
 def test_a_change_is_paired_by_seed() -> None:
@@ -223,12 +233,12 @@ def test_every_size_counts_for_the_verdict() -> None:
     small = by_arm(grpo=GRPO, worst=AHEAD, random=AHEAD, best_6_2=AHEAD)
     large = by_arm(grpo=GRPO, worst=[(0.1, 0.1)] * 3, random=GRPO)
     maps = {"chain-64x2": small, "chain-128x3": large}
-    assert page.takeaway(maps) == (
+    assert overview.takeaway(maps) == (
         "**Never behind GRPO on these tasks (1, with 2 models), and ahead somewhere: "
         "*random draft*.**"
     )
     del large["random"]
-    text = page.takeaway(maps)
+    text = overview.takeaway(maps)
     assert text.startswith("**No form of iGRPO was shown to be never behind GRPO on these tasks")
     assert "The only form with 3 seeds on all of them is *worst draft*: behind at" in text
     assert text.endswith(
@@ -237,7 +247,8 @@ def test_every_size_counts_for_the_verdict() -> None:
     )
     large["worst"], small["random"], small["best-6-2"] = small["worst"], {}, large["worst"]
     maps["signs-64x2"] = by_arm(grpo=GRPO, worst=AHEAD[:2])  # no form to be judged there yet
-    assert page.takeaway(maps).endswith("(1, with 2 models), and ahead somewhere: *worst draft*.**")
+    text = overview.takeaway(maps)
+    assert text.endswith("(1, with 2 models), and ahead somewhere: *worst draft*.**")
 
 
 def test_forms_are_compared_at_their_better_use() -> None:
@@ -289,17 +300,17 @@ def test_the_templates_warning_is_told_by_the_uplift() -> None:
 
 def test_no_preset_is_named_where_none_holds() -> None:
     maps = {"chain-64x2": by_arm(grpo=GRPO, worst=[(0.5, 0.6)] * 3, best=[(0.3, 0.3)] * 3)}
-    text = page.takeaway(maps)
+    text = overview.takeaway(maps)
     assert "No form of iGRPO was shown to be never behind GRPO" in text
     assert "is *worst draft*: behind at chain-64x2 single-shot -12.0 [" in text
     assert "; ahead at chain-64x2 draft-then-refine +8.0 [" in text
     assert text.endswith("level or open at 0 of 2 (in points).")
     assert "Of the 2 forms with 3 seeds on all of them, the closest" in text
     maps["chain-64x2"] |= by_arm(best=[(0.3, 0.3)] * 2)
-    assert "The only form with 3 seeds on all of them is *worst draft*" in page.takeaway(maps)
+    assert "The only form with 3 seeds on all of them is *worst draft*" in overview.takeaway(maps)
     few = {"chain-64x2": by_arm(grpo=GRPO, worst=GRPO[:2])}
-    assert page.takeaway(few).startswith("**No form has 3 seeds on every task and size")
-    assert page.takeaway({}) == "**Nothing has been measured yet.**"
+    assert overview.takeaway(few).startswith("**No form has 3 seeds on every task and size")
+    assert overview.takeaway({}) == "**Nothing has been measured yet.**"
 
 
 def test_a_task_on_which_grpo_learns_nothing_decides_nothing() -> None:
@@ -307,7 +318,7 @@ def test_a_task_on_which_grpo_learns_nothing_decides_nothing() -> None:
     assert compare.gain(flat) == pytest.approx(0.04)
     maps = {"chain-64x2": by_arm(grpo=GRPO, worst=AHEAD), "signs-64x2": flat}
     assert list(compare.telling(maps)) == ["chain-64x2"]
-    assert "ahead somewhere: *worst draft*" in page.takeaway(maps)
+    assert "ahead somewhere: *worst draft*" in overview.takeaway(maps)
     assert prose.NOTHING_LEARNED in tables.section("signs-64x2", flat)
     assert prose.NOTHING_LEARNED not in tables.section("chain-64x2", maps["chain-64x2"])
     assert math.isnan(compare.gain({}))
@@ -321,7 +332,8 @@ def test_a_task_that_teaches_nothing_is_marked(base: float) -> None:
     arms = by_arm(grpo=GRPO)
     for each in arms["grpo"].values():
         each["curve"][0]["sampled"] = base
-    assert "(nothing can be learned from this)" in page.basis({"signs-64x2": arms})
+    row = next(row for row in basis.counts({"signs-64x2": arms}) if row[0] == "signs-64x2")
+    assert row[1].endswith("(nothing can be learned from this)")
 
 
 def test_numbers_of_the_paper_are_its_own() -> None:
@@ -335,9 +347,29 @@ def test_numbers_of_the_paper_are_its_own() -> None:
             assert float(ours) - float(grpo) == pytest.approx(float(gap), abs=0.0051)
 
 
-def test_the_page_is_what_the_records_give_and_the_readme_says_the_same() -> None:
+def test_the_pages_are_what_the_records_give_and_the_readme_says_the_same() -> None:
     maps = compare.read_records(page.ROOT / "benchmarks/results/replication")
-    assert page.PAGE.read_text() == page.build_page(maps)
+    assert (page.FOLDER / page.PAGE).read_text() == page.build_page(maps)
+    assert (page.FOLDER / page.TABLES).read_text() == page.build_tables(maps)
     readme = (page.ROOT / "README.md").read_text()
-    none = page.takeaway(maps).startswith("**No form")
+    none = overview.takeaway(maps).startswith("**No form")
     assert ("**No form is recommended as a preset**" in readme) is none
+
+
+def test_fresh_seeds_stand_beside_the_planned_ones_and_change_nothing_else() -> None:
+    """Five planned seeds say ahead at draft-then-refine; three fresh ones say behind."""
+    arms = by_arm(
+        grpo=[(0.6, 0.50 + seed / 100) for seed in range(SEEDS + 3)],
+        worst=[(0.6, 0.60 + seed / 100) for seed in range(SEEDS)] + [(0.6, 0.4)] * 3,
+        random=AHEAD,  # no fresh seed: not tried again
+    )
+    planned = again.planned_seeds({"signs-64x2": arms})
+    before, after = page.build_page(planned), page.build_page({"signs-64x2": arms})
+    assert "Tried again" not in before
+    section = after[after.index("## Tried again") : after.index("## What it rests on")]
+    assert after.replace(section, "") == before
+    assert "| signs-64x2 | worst draft | draft-then-refine | +10.0 [" in section
+    fresh = [line for line in section.splitlines() if "| draft-then-refine |" in line]
+    assert len(fresh) == 1
+    assert fresh[0].endswith("| **behind** | 3 |")
+    assert "Of 1 differences that were clear, 0 came out so again" in section

@@ -355,8 +355,8 @@ def test_thinking_is_stripped_or_shown_and_copies_counted_alike(arm: str, shown:
 
 
 def test_the_main_arms_come_first_and_all_arms_of_a_seed_together() -> None:
-    planned = sweep.plan(ARMS, ["signs", "chain"], seeds=2, size="64x2")
-    assert len(planned) == len(set(planned)) == 2 * 2 * len(ARMS)
+    planned = sweep.plan([*MORE, *MAIN], ["signs", "chain"], seeds=2, size="64x2")
+    assert len(planned) == len(set(planned)) == 2 * 2 * len(MAIN | MORE)
     first = planned[: len(MAIN)]
     assert {(run.task, run.seed) for run in first} == {("signs", 0)}
     assert [run.arm for run in first] == list(MAIN)
@@ -379,6 +379,31 @@ def test_the_command_does_what_is_open_and_says_what_is_missing(
     monkeypatch.setattr(command, "SMOKE", replace(TINY, steps=3))
     assert command.main(arguments) == 2
     assert "made with other settings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "chain", "--size", "smollm2"], "--task chain does not go with --size smollm2"),
+        (["--task", "words-2"], "--task words-2 does not go with --size 64x2"),
+        (["--arm", "thinking-kept"], "--arm thinking-kept is best once more on --task chain"),
+        (
+            ["--arm", "both-worst-thinking-kept", "--task", "words", "--size", "smollm2"],
+            "--arm both-worst-thinking-kept is both-worst once more on --task words",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_runs(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(command, "sweep", lambda *_, **__: pytest.fail("a run began"))
+    assert command.main([*arguments, "--folder", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().out
+
+
+def test_a_task_that_thinks_takes_the_arms_that_show_it() -> None:
+    (run,) = sweep.plan(["thinking-kept"], ["thinking"], seeds=1, size="128x3")
+    assert run == Run("thinking", "128x3", "thinking-kept", 0)
 
 
 @pytest.mark.parametrize("option", ["--seeds", "--workers"])

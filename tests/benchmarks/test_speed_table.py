@@ -32,7 +32,7 @@ def test_the_five_rows_of_readme() -> None:
         "| 52.3 ms, 1,024 MiB | TRL: 41.6 ms | 1.26 |"
     )
     assert all(line.endswith("| not yet measured |") for line in lines[3:])
-    assert "measured at commit abc123" in text
+    assert "Measured at commit abc123" in text
     assert "(benchmarks/results/x.json)" in text
 
 

@@ -12,20 +12,21 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS, ALGO = ROOT / "igrpo_kernels", ROOT / "igrpo_algo"
 UPPER_FLOORS = {"engines", "trainers", "cli"}
 FLOORS: dict[str, set[str]] = {
+    "fields": set(),
     "files": set(),
     "thinking": set(),
     "prompts": {"thinking"},
     "seeds": set(),
-    "layouts": set(),
+    "layouts": {"fields", "prompts"},
     "early_warning": set(),
     "advantages": set(),
     "losses": set(),
-    "drafts": {"thinking", "prompts", "seeds"},
+    "drafts": {"thinking", "prompts", "seeds", "fields"},
     "metrics": {"thinking", "advantages", "drafts"},
-    "rollouts": {"files", "prompts", "seeds", "drafts"},
+    "rollouts": {"files", "prompts", "seeds", "drafts", "fields", "thinking"},
     "rewards": {"thinking"},
     "shared_prompt": {"layouts", "rollouts"},
-    "batch": {"prompts", "layouts", "advantages", "rollouts", "shared_prompt"},
+    "batch": {"fields", "prompts", "layouts", "advantages", "rollouts", "shared_prompt"},
     "engines": {"prompts", "seeds", "drafts", "rollouts"},
     "trainers": {
         *("files", "prompts", "seeds", "advantages", "losses", "metrics", "drafts", "rollouts"),
@@ -102,7 +103,7 @@ LIGHT = [path for path in sources(ALGO) if path.relative_to(ALGO).parts[0] not i
 
 @pytest.mark.parametrize("path", LIGHT, ids=identify)
 def test_algo_is_light_below_its_upper_floors(path: Path) -> None:
-    assert third_party(path) <= {"torch", "einops", "igrpo_kernels"}
+    assert third_party(path) <= {"torch", "igrpo_kernels"}
 
 
 def floor(path: Path) -> str:

@@ -24,6 +24,7 @@ class Page(HTMLParser):
         self.ids: list[str] = []
         self.blocks: list[str] = []
         self.quotations = 0
+        self.text = text
         self._open: list[str] = []
         self.feed(text)
 
@@ -81,6 +82,22 @@ def test_nothing_internal_is_shown(site: dict[str, Page]) -> None:
 def test_examples_are_code(site: dict[str, Page]) -> None:
     assert [name for name, page in reference(site) if page.quotations] == []
     assert sum(">>>" in block for _, page in reference(site) for block in page.blocks) > 50
+
+
+def test_what_is_returned_is_one_row(site: dict[str, Page]) -> None:
+    tables = [
+        table
+        for _, page in reference(site)
+        for table in re.findall(r">Returns:<.*?</table>", page.text, re.DOTALL)
+    ]
+    assert len(tables) > 50
+    assert {table.count("<tr") for table in tables} == {2}  # the head's, and this one
+
+
+def test_what_holds_for_all_names_of_a_module_stands_before_them(site: dict[str, Page]) -> None:
+    text = site["algo/advantages.html"].text
+    convention = text.index("NaN is an unscored reward")
+    assert convention < text.index('id="igrpo_algo.advantages.of_groups.center_by_group"')
 
 
 def test_code_is_no_wider_than_its_column(site: dict[str, Page]) -> None:

@@ -54,13 +54,13 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     assert {Path(package, "py.typed") for package in PACKAGES} <= held
 
 
-def test_wheel_needs_only_torch_triton_einops_and_filelock(wheel: Path) -> None:
+def test_wheel_needs_only_torch_triton_and_filelock(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     lines = archive.read(metadata).decode().splitlines()
     needs = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
     names = sorted(line.split()[1].split(";")[0].split(">")[0] for line in needs)
-    assert names == ["einops", "filelock", "torch", "triton"]  # torch brings filelock along
+    assert names == ["filelock", "torch", "triton"]  # torch brings filelock along
     assert "Requires-Python: >=3.11" in lines
 
 

@@ -35,6 +35,11 @@ def check_advantage(args: "IGRPOConfig", advantage: Advantage | None) -> None:
     idle = args.changed("scale_rewards", "multi_objective_aggregation")
     if advantage is not None and idle:
         raise ValueError(f"{', '.join(idle)} would have no effect beside an advantage")
+    if args.multi_objective_aggregation == "normalize_then_sum" and args.changed("scale_rewards"):
+        raise ValueError(
+            "scale_rewards would have no effect with multi_objective_aggregation="
+            "'normalize_then_sum', which scales each reward by its group and their sum by the batch"
+        )
     for name, known in (("scale_rewards", BY_SCALE), ("multi_objective_aggregation", BY_ORDER)):
         if getattr(args, name) not in known:
             raise ValueError(

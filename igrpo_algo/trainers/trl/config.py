@@ -9,7 +9,7 @@ from trl import GRPOConfig
 from igrpo_kernels.checks import check_count, check_number
 
 from ...drafts.text import PAPER_TEMPLATE, DraftTemplate
-from .draft_options import CHOICES, OF_DRAFTS, template_of
+from .draft_options import CHOICES, OF_DRAFTS, OF_SPLICE, template_of
 
 GROUP = ("num_refinements", "num_generations")
 BATCH = ("steps_per_generation", "generation_batch_size")
@@ -79,7 +79,7 @@ class IGRPOConfig(GRPOConfig):
         skip_zero_advantages: Leave completions of zero advantage out of forward and backward, where
             neither KL, entropy nor a mixture of experts needs them. In place of `entropy` and
             `ratio` the trainer then logs `entropy/nonzero_advantage` and `ratio/nonzero_advantage`,
-            the means over the others.
+            the means over the others of each micro-batch, averaged over micro-batches.
 
     Raises:
         ValueError: A value out of range, or options that exclude each other.
@@ -214,7 +214,7 @@ class IGRPOConfig(GRPOConfig):
             "per_device_train_batch_size": 16,
             "gradient_accumulation_steps": 8,
         }
-        if overrides.get("num_drafts") == 0:
+        if overrides.get("num_drafts") == 0 or overrides.get("draft_choice") == "none":
             del paper["max_spliced_prompt_length"], paper["draft_template"]
         return cls(output_dir, **paper | overrides)
 
@@ -285,8 +285,14 @@ class IGRPOConfig(GRPOConfig):
         if self.draft_choice == "none":
             idle = self.changed("draft_ties", "draft_dropout", "reward_max", "eval_with_draft")
             idle += self.changed("all_drafts_failed", "all_drafts_right", "selection_reward")
+            idle += self.changed(*OF_SPLICE)
             if idle:
                 raise ValueError(f"{', '.join(idle)} would have no effect with draft_choice='none'")
+        if self.num_drafts == self.refinement_rounds == 1:
+            idle = self.changed("draft_ties", "selection_reward", "reward_max")
+            idle += ["draft_choice"] if self.draft_choice in ("random", "worst") else []
+            if idle:
+                raise ValueError(f"{', '.join(idle)} would have no effect with one draft")
         limits = self.changed("max_draft_length", "max_spliced_prompt_length")
         if self.changed("draft_keep") and not limits:
             raise ValueError(
@@ -295,21 +301,24 @@ class IGRPOConfig(GRPOConfig):
             )
         if self.max_tool_calling_iterations is not None:
             raise ValueError("max_tool_calling_iterations would have no effect: tools are refused")
-        if self.draft_choice == "random" and self.draft_ties == "shortest":
-            raise ValueError("draft_ties has no effect with draft_choice='random'")
+        of_rank = self.changed("selection_reward")
+        of_rank += ["draft_ties"] if self.draft_ties == "shortest" else []
+        if self.draft_choice == "random" and of_rank:
+            raise ValueError(f"{', '.join(of_rank)} has no effect with draft_choice='random'")
         if self.draft_loss_coef > 0 and self.num_drafts < 2:
             raise ValueError("draft_loss_coef > 0 needs num_drafts >= 2 for the drafts' advantages")
         if self.draft_loss_coef > 0 and self.use_trl_loss:
             raise ValueError("draft_loss_coef > 0 needs use_trl_loss=False: TRL's has one stage")
         if self.draft_loss_coef > 0 and self.reward_max is not None:
             raise ValueError("draft_loss_coef > 0 needs reward_max=None: it cancels drafts")
-        others = self.changed("draft_choice", "draft_ties", "selection_reward")
+        others = ", ".join(self.changed("draft_choice", "draft_ties", "selection_reward"))
         if self.reward_max is not None and others:
-            raise ValueError(f"reward_max takes the first best draft: leave {', '.join(others)}")
+            raise ValueError(f"reward_max takes the first best draft: leave out {others}")
         if not self.use_trl_loss and self.use_adaptive_entropy:
             raise ValueError("use_adaptive_entropy=True needs use_trl_loss=True")
         self._check_eval()
-        if self.use_vllm and self.num_drafts and self.vllm_max_model_length is not None:
+        shows_drafts = self.num_drafts and self.draft_choice != "none"
+        if self.use_vllm and shows_drafts and self.vllm_max_model_length is not None:
             self._check_model_length(self.vllm_max_model_length)
 
     def _check_draft_share(self) -> None:

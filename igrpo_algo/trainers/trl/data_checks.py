@@ -5,6 +5,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from igrpo_kernels.checks import describe
+
 from ...drafts.markers import marker_tokens
 from ...prompts import Prompt
 
@@ -35,6 +37,11 @@ def _check_prompt(
     row: int, prompt: Prompt, turn: str, controls: tuple[str, ...], bos_token: str | None
 ) -> None:
     if not isinstance(prompt, str):
+        if not all(isinstance(message, Mapping) for message in prompt):
+            raise ValueError(
+                f"row {row} of the data set must be a string or a conversation, got "
+                f"{describe(prompt)}: TRL takes no token ids"
+            )
         if not any(message["role"] == "user" for message in prompt):  # type: ignore[index]
             raise ValueError(
                 f"row {row} of the data set has a conversation without a user's message, which "

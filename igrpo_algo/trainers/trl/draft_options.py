@@ -47,16 +47,19 @@ CHOICES: dict[str, dict[str, Any]] = {
     "draft_keep": {"tail": "tail", "head": "head"},
 }
 
-OF_RULES = (
-    "draft_choice",
-    "draft_ties",
-    "all_drafts_failed",
-    "all_drafts_right",
+OF_SPLICE = (
     "strip_draft_thinking",
     "max_draft_length",
     "max_spliced_prompt_length",
     "draft_keep",
     "draft_template",
+)
+OF_RULES = (
+    "draft_choice",
+    "draft_ties",
+    "all_drafts_failed",
+    "all_drafts_right",
+    *OF_SPLICE,
     "draft_dropout",
 )
 """Options that `rules_of` reads: beside rules of the caller's own they would have no effect."""

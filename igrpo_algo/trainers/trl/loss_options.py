@@ -140,7 +140,9 @@ def check_loss(args: IGRPOConfig, surrogate: Surrogate | None, aggregate: Aggreg
     if surrogate is not None and (idle := args.changed(*SURROGATE_OPTIONS)):
         raise ValueError(f"{', '.join(idle)} would have no effect beside a surrogate")
     if args.changed("loss_type") and (surrogate is None) != (aggregate is None):
-        raise ValueError("loss_type and one of surrogate and aggregate: give both values, or none")
+        raise ValueError(
+            "loss_type and one of surrogate and aggregate are ambiguous: give both values, or none"
+        )
     if args.changed("loss_type") and None not in (surrogate, aggregate):
         raise ValueError("loss_type would have no effect beside a surrogate and an aggregate")
     folds = (surrogate or surrogate_of(args)).folds_importance_weights

@@ -90,17 +90,6 @@ class LossRows:
         return Sequences.of(self.mask, self.mask)
 
 
-@dataclass(frozen=True)
-class GivenWeights:
-    """An aggregate whose weights are known: those of the whole batch, for some of its rows."""
-
-    values: Tensor
-
-    def weights(self, sequences: Sequences, dtype: torch.dtype) -> Tensor:
-        """Return the weights. Shape [B, T]."""
-        return self.values.to(dtype)
-
-
 def join_stages(
     rounds: Sequence[Mapping[str, Any]], drafts: Mapping[str, Any] | None, *, pad_token_id: int
 ) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from igrpo_kernels.loss_from_logprobs import policy_loss
 from igrpo_kernels.sequences import Sequences
 from igrpo_kernels.surrogates import Surrogate
 
+from ..given_weights import GivenWeights
 from .bookkeeping import ExactBookkeeping
 from .config import IGRPOConfig
 from .hidden_states import Head, HeadInput, add_head_argument
 from .loss_metrics import LossMetrics, loss_metrics
 from .loss_options import aggregate_of, check_loss, kl_of, surrogate_of, with_denominator
-from .loss_rows import GivenWeights, LossRows
+from .loss_rows import LossRows
 
 
 class Computed(NamedTuple):

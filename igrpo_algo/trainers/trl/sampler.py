@@ -15,8 +15,7 @@ from .config import IGRPOConfig
 
 logger = logging.getLogger(__name__)
 
-OF_GENERATION = (
-    "use_vllm",
+OF_VLLM = (
     "vllm_mode",
     "vllm_model_impl",
     "vllm_enable_sleep_mode",
@@ -29,6 +28,16 @@ OF_GENERATION = (
     "vllm_gpu_memory_utilization",
     "vllm_max_model_length",
     "vllm_tensor_parallel_size",
+)
+OF_CORRECTION = (
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_cap",
+)
+OF_GENERATION = (
+    "use_vllm",
+    *OF_VLLM,
     "use_transformers_continuous_batching",
     "transformers_continuous_batching_config",
     "ds3_gather_for_generation",
@@ -52,6 +61,8 @@ def check_sampler_options(args: IGRPOConfig, sampler: AnySampler | None) -> None
     if sampler is None:
         if idle := args.changed("reward_max", "sampler_concurrency"):
             raise ValueError(f"{', '.join(idle)} would have no effect without a sampler")
+        if not args.use_vllm and (idle := args.changed(*OF_VLLM, *OF_CORRECTION)):
+            raise ValueError(f"{', '.join(idle)} would have no effect with use_vllm=False")
         cuts = args.changed("top_p", "top_k", "min_p")
         if args.use_vllm and args.vllm_importance_sampling_correction and cuts:
             logger.warning(

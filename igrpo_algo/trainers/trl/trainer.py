@@ -199,6 +199,8 @@ def _check_tokenizer(processing_class: Any) -> None:
             f"processing_class must be a tokenizer, got {type(processing_class).__name__}: drafts "
             "of images are not supported; for text alone pass processing_class=processor.tokenizer"
         )
+    if processing_class is not None and processing_class.eos_token is None:
+        raise ValueError("processing_class must have an eos_token: completions end with it")
 
 
 def _check_draft_values(

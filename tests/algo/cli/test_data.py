@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
 
 from igrpo_algo.cli.data import PAPER_SYSTEM_PROMPT, load_prompts, prepare_prompt
+from igrpo_algo.cli.options import load_rows
 from igrpo_algo.rewards import math_reward
 
 GSM8K_STYLE = [
@@ -82,8 +84,21 @@ def test_parquet_and_saved_folders(tmp_path: Path) -> None:
     assert load_prompts(str(tmp_path / "several"), split="test") == wanted
     with pytest.raises(ValueError, match=r"no split 'train' among \['test'\]"):
         load_prompts(tmp_path / "several")
+    assert load_prompts(tmp_path / "several", default_split="test") == wanted
+    for source in ("one", "train.parquet"):
+        with pytest.raises(ValueError, match=r"split .test. has no effect: .* has no splits"):
+            load_prompts(tmp_path / source, split="test")
     with pytest.raises(ValueError, match="not a folder saved by datasets"):
         load_prompts(tmp_path)
+
+
+def test_chat_template_kwargs_need_a_template(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", GSM8K_STYLE)
+    base = SimpleNamespace(chat_template=None)
+    first, _ = load_rows(source, base, [], system_prompt=None)
+    assert first["prompt"] == GSM8K_STYLE[0]["question"]
+    with pytest.raises(ValueError, match="--chat-template-kwargs has no effect"):
+        load_rows(source, base, [], system_prompt=None, chat_template_kwargs={"think": False})
 
 
 def test_ready_rows_and_own_columns(tmp_path: Path) -> None:

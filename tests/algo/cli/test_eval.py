@@ -19,6 +19,7 @@ from igrpo_algo.engines.base import EngineSampler
 from igrpo_algo.engines.distribution import Distribution
 from igrpo_algo.rollouts.completions import Completion
 
+GREEDY = ("--temperature", "0", "--samples", "1", "--k", "1")
 RANDOM = answers.RefinedDraft.RANDOM
 REWARD = "def vowels(completions, **columns):\n    return [x(c) for c in completions]\n\n\n" + (
     "def x(c):\n    return float(sum(map(c[-1]['content'].count, 'aeiou')) > 0)\n"
@@ -130,8 +131,9 @@ def test_best_draft_is_refined_on_request(tiny_model: str, problems: str) -> Non
 
 
 def test_a_choice_of_draft_needs_drafts() -> None:
-    with pytest.raises(ValueError, match="--draft-choice has no effect without --draft-then"):
-        answers.Protocol(4, 0, 0, answers.RefinedDraft.BEST, 8, 1.0, (1,), 0)
+    for drafts in (0, 1):
+        with pytest.raises(ValueError, match=r"--draft-choice needs .* at least 2 drafts"):
+            answers.Protocol(4, drafts, 4, answers.RefinedDraft.BEST, 8, 1.0, (1,), 0)
 
 
 def test_a_second_writer_is_refused_and_a_dead_one_is_not_waited_for(
@@ -177,14 +179,19 @@ def test_the_chat_template_gets_the_keywords(
         (["--k", "1,x"], "--k wants whole numbers separated by ',', got '1,x'"),
         (["--k", "8"], "--k must be from 1 to --samples = 4, got (8,)"),
         (["--k", "0"], "--k must be from 1 to --samples"),
-        (["--samples", "0"], "--samples must be >= 1"),
-        (["--batch-size", "0"], "--batch-size must be >= 1"),
+        (["--samples", "0"], "--samples must be >= 1, got 0"),
+        (["--batch-size", "0"], "--batch-size must be >= 1, got 0"),
         (["--reward", "no:thing"], "could not be imported"),
         (["--dataset", "no.jsonl"], "no.jsonl does not exist"),
         (["--model", "./no"], "model ./no is not a folder with a config.json"),
         (["--model", "someone/none"], "tokenizer of model 'someone/none' could not be loaded"),
         (["--temperature", "-1"], "temperature must be >= 0, got -1.0"),
-        (["--temperature", "0", "--top-p", "0.9"], "top_p has no effect at temperature 0, got 0.9"),
+        (["--temperature", "0"], "--temperature 0 gives the same answer each time"),
+        (
+            [*GREEDY, "--draft-then-refine", "1:1", "--top-p", "0.9"],
+            "top_p has no effect at temperature 0, got 0.9",
+        ),
+        (["--split", "dev"], "split 'dev' has no effect"),
         (["--reward", "math,math"], "--reward names 'math' twice"),
         (["--success-reward", "nan"], "--success-reward must be finite, got nan"),
         (["--dataset-config", "main"], "config 'main' has no effect"),

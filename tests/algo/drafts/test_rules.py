@@ -196,7 +196,7 @@ def test_where_nothing_of_a_draft_stands_the_prompt_is_plain(left):
     [
         ({"select": "best"}, TypeError, "select must be callable, got str 'best'"),
         ({"splice": "end"}, TypeError, "splice must be callable, got str 'end'"),
-        ({"selection_score": 1}, TypeError, "selection_score must be callable, got int 1"),
+        ({"selection_score": 1}, TypeError, "selection_score must be callable or None, got int 1"),
         ({"ties": "random"}, TypeError, "ties must be a Ties, got str 'random'"),
         ({"when_failed": "skip"}, TypeError, "when_failed must be a Fallback, got str 'skip'"),
         ({"when_unscored": None}, TypeError, "when_unscored must be a Fallback"),

@@ -195,7 +195,7 @@ def test_limits_of_a_token_splice_are_checked_when_it_is_made():
 def test_an_empty_question_of_tokens_is_spliced_and_ids_that_are_none_are_refused():
     draft = Completion([7, 8], "78")
     assert TokenSplice((5,), (6,))([], draft).prompt == [5, 7, 8, 6]
-    with pytest.raises(TypeError, match="special_ids must be a collection of int, got str 'ab'"):
+    with pytest.raises(TypeError, match="special_ids must be a collection, got str 'ab'"):
         TokenSplice(special_ids="ab")
     with pytest.raises(TypeError, match=r"special_ids\[0\] must be an int, got float 1.5"):
         TokenSplice(special_ids=[1.5])

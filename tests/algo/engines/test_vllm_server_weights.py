@@ -7,23 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from fake_vllm_server import make_sampler
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_model import make_model
 
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-def make_model(seed, tie):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tie,
-    )
-    return LlamaForCausalLM(config)
 
 
 @pytest.fixture

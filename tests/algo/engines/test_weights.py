@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_model import make_model
 
 from igrpo_algo.engines.weights import (
     FolderWeights,
@@ -18,23 +18,9 @@ from igrpo_algo.engines.weights import (
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def make_model(tie):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tie,
-    )
-    return LlamaForCausalLM(config)
-
-
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def model(request):
-    return make_model(request.param)
+    return make_model(tie=request.param)
 
 
 def same(found, expected):
@@ -97,7 +83,7 @@ def test_a_model_wants_the_same_by_its_files_its_config_and_its_state(model, tmp
     if load == "files":
         model.save_pretrained(tmp_path)
     else:
-        model.config.architectures = ["LlamaForCausalLM"]
+        model.config.architectures = ["Qwen3ForCausalLM"]
         model.config.save_pretrained(tmp_path)
     wanted = WantedWeights.of_model(str(tmp_path))
     state = WantedWeights.of_state_dict(model.state_dict())
@@ -108,7 +94,7 @@ def test_a_model_wants_the_same_by_its_files_its_config_and_its_state(model, tmp
 
 
 def test_tied_weights_may_come_under_either_name_or_both():
-    weights = make_model(True).state_dict()
+    weights = make_model(tie=True).state_dict()
     wanted = WantedWeights.of_state_dict(weights)
     for lacked in (HEAD, EMBEDDING, None):
         given = {name: tensor for name, tensor in weights.items() if name != lacked}
@@ -126,11 +112,11 @@ def test_tied_weights_may_come_under_either_name_or_both():
     [
         ({HEAD: None}, r"lacks 1 names: \['lm_head.weight'\]"),
         ({"adapter": torch.zeros(2)}, r"1 unknown names: \['adapter'\]"),
-        ({"model.norm.weight": torch.zeros(3)}, r"must have shape \[8\], got \[3\]"),
+        ({"model.norm.weight": torch.zeros(3)}, r"must have shape \[32\], got \[3\]"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, changes, match):
-    weights = make_model(False).state_dict()
+    weights = make_model(tie=False).state_dict()
     wanted = WantedWeights.of_state_dict(weights)
     given = {name: t for name, t in {**weights, **changes}.items() if t is not None}
     with pytest.raises(ValueError, match=match):
@@ -165,7 +151,7 @@ def test_a_folder_is_lent_as_it_is_unless_a_tied_name_lacks(model, tmp_path):
         assert len(links) == (0 if folder == source else len(FolderWeights(source).files))
     assert list(parent.iterdir()) == []
     assert FolderWeights(source).files
-    assert json.loads((source / "config.json").read_text())["vocab_size"] == 20
+    assert json.loads((source / "config.json").read_text())["vocab_size"] == 260
 
 
 def test_the_memory_folder_is_there():

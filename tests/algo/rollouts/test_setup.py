@@ -37,7 +37,7 @@ def test_wrong_options(run, options, error, match):
         ({"reward_max": math.inf}, ValueError, "reward_max must be finite"),
         ({"reward_max": 1, "num_drafts": 0}, ValueError, "reward_max has no effect"),
         *(
-            ({"reward_max": 1, "rules": rules}, ValueError, "reward_max needs the best draft")
+            ({"reward_max": 1, "rules": rules}, ValueError, "reward_max needs rules that take")
             for rules in (
                 DraftRules(ties=Ties.SHORTEST),
                 DraftRules(selection_score=by_text),

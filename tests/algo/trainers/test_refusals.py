@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from igrpo_algo.trainers.refusals import refuse_long, refuse_on, refuse_templated
+from igrpo_algo.trainers.refusals import refuse_long, refuse_media, refuse_on, refuse_templated
 
 TOKENIZER = SimpleNamespace(
     all_special_tokens=["<end>"], added_tokens_decoder={}, chat_template=None, unk_token_id=None
@@ -25,6 +25,12 @@ def test_a_prompt_that_fits_is_left_alone() -> None:
     message = "prompt has 8 tokens, and there is room for 7: raise max_len, since a question"
     with pytest.raises(ValueError, match=message):
         refuse_long(8, 7, "raise max_len")
+
+
+def test_images_are_refused() -> None:
+    refuse_media([])
+    with pytest.raises(ValueError, match="images, videos and audios can't be combined with drafts"):
+        refuse_media(["x.png"])
 
 
 def test_a_string_with_a_template_around_it_is_refused() -> None:

@@ -118,7 +118,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"draft_keep": "head"}, ValueError, "draft_keep would have no effect: it needs max_draft_l"),
     ({"max_tool_calling_iterations": 2}, ValueError, "tools are refused"),
     ({"draft_choice": "random", "draft_ties": "shortest"}, ValueError, "draft_ties has no effect"),
-    ({"reward_max": 1.0, "draft_choice": "worst"}, ValueError, "first best draft: leave draft_ch"),
+    ({"reward_max": 1.0, "draft_choice": "worst"}, ValueError, "first best draft: leave out draft"),
     ({"reward_max": 1.0, "draft_loss_coef": 1.0}, ValueError, "needs reward_max=None"),
     ({"sampler_concurrency": 0}, ValueError, "sampler_concurrency must be >= 1"),
     ({"draft_choice": "first"}, ValueError, "draft_choice must be one of best, random, worst"),
@@ -139,6 +139,10 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"draft_choice": "none", "eval_with_draft": True}, ValueError, "eval_with_draft would have"),
     ({"draft_choice": "none", "draft_dropout": 0.1}, ValueError, "draft_dropout would have no"),
     ({"draft_choice": "none", "all_drafts_failed": "skip"}, ValueError, "all_drafts_failed would"),
+    ({"draft_choice": "none", "max_draft_length": 9}, ValueError, "max_draft_length would have no"),
+    ({"num_drafts": 1, "draft_ties": "random"}, ValueError, "draft_ties would .* with one draft"),
+    ({"num_drafts": 1, "draft_choice": "worst"}, ValueError, "draft_choice would have no effect"),
+    ({"draft_choice": "random", "selection_reward": "r"}, ValueError, "selection_reward has no"),
     (
         {
             "per_device_train_batch_size": 2,
@@ -212,6 +216,11 @@ def test_a_stored_configuration_is_read_back() -> None:
 def test_without_drafts_it_is_plain_grpo() -> None:
     args = IGRPOConfig.paper("out", num_drafts=0, bf16=False, report_to="none")
     assert (args.num_drafts, args.num_refinements) == (0, 4)
+
+
+def test_the_preset_without_a_shown_draft_has_no_options_of_one() -> None:
+    args = IGRPOConfig.paper("out", draft_choice="none", bf16=False, report_to="none")
+    assert (args.draft_template, args.max_spliced_prompt_length) == (None, None)
 
 
 @pytest.mark.parametrize(

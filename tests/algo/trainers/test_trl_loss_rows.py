@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from tiny_qwen import third_party
 
-from igrpo_algo.trainers.trl.loss_rows import GivenWeights, LossRows, join_stages
+from igrpo_algo.trainers.given_weights import GivenWeights
+from igrpo_algo.trainers.trl.loss_rows import LossRows, join_stages
 from igrpo_kernels import SequenceMean
 from igrpo_kernels.sequences import Sequences
 

@@ -11,6 +11,7 @@ from datasets import Dataset
 from tiny_qwen import (
     digit_reward,
     make_dataset,
+    make_tokenizer,
     third_party,
 )
 from transformers import ProcessorMixin
@@ -57,6 +58,18 @@ def test_the_ranking_must_be_one_that_exists(make_trainer: MakeTrainer) -> None:
         make_trainer(
             reward_funcs=digit_reward, selection_reward="digit_reward", selection_func=digit_reward
         )
+
+
+def test_prompts_of_token_ids_are_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match=r"row 0 .* got list \[5, 6\]: TRL takes no token ids"):
+        make_trainer(train_dataset=Dataset.from_dict({"prompt": [[5, 6], [7]]}))
+
+
+def test_a_tokenizer_without_an_end_is_refused(make_trainer: MakeTrainer) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="processing_class must have an eos_token"):
+        IGRPOTrainer("model", digit_reward, make_config(), processing_class=tokenizer)
 
 
 def test_the_configuration_must_be_ours(make_trainer: MakeTrainer) -> None:
@@ -111,6 +124,8 @@ def test_options_beside_values_that_replace_them_are_refused(make_trainer: MakeT
         make_trainer(rules=DraftRules(), draft_dropout=0.5)
     with pytest.raises(ValueError, match="scale_rewards would have no effect beside an advantage"):
         make_trainer(advantage=rloo, scale_rewards="none")
+    with pytest.raises(ValueError, match="scale_rewards would have no effect with multi_obj"):
+        make_trainer(scale_rewards="none", multi_objective_aggregation="normalize_then_sum")
     with pytest.raises(ValueError, match="scale_rewards must be one of group, batch, none"):
         make_trainer(scale_rewards="std")
     with pytest.raises(ValueError, match="multi_objective_aggregation must be one of sum_then"):

@@ -357,6 +357,12 @@ def test_a_sampler_without_log_probs_is_told_what_to_set(make_trainer: MakeTrain
     ("sampler", "options", "message"),
     [
         (None, {"reward_max": 1.0}, "reward_max would have no effect without a sampler"),
+        (None, {"vllm_mode": "server"}, "vllm_mode would have no effect with use_vllm=False"),
+        (
+            None,
+            {"vllm_importance_sampling_clip_max": 2.0},
+            "vllm_importance_sampling_clip_max would have no effect with use_vllm=False",
+        ),
         ("engine", {"top_p": 0.9}, "top_p would have no effect beside a sampler"),
         ("engine", {"vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex would"),
         ("engine", {"sampler_concurrency": 4}, "the sampler has no sample_one"),

@@ -149,7 +149,7 @@ def test_what_can_not_work_is_refused_before_sampling() -> None:
     gconfig = GenerationHyperparameters(max_new_tokens=8)
     with pytest.raises(ValueError, match=r"when_failed must not be Fallback\.SKIP"):
         IGRPOWorkflow(letters, gconfig, make_tokenizer(), rules=rules)
-    with pytest.raises(ValueError, match="images and videos"):
+    with pytest.raises(ValueError, match="images, videos and audios"):
         roll_out(make_workflow(), make_data("1+1", images=["x.png"]))
     templated = {**make_data("1+1"), "messages": "<s>user:1+1?</s>"}
     with pytest.raises(ValueError, match="a chat template was applied"):

@@ -219,7 +219,7 @@ def test_a_run_whose_demo_has_ended_ends_too(tmp_path: Path, monkeypatch) -> Non
     metrics = RUNS[0].metrics(tmp_path)
     callback = DemoCallback(TINY, RUNS[0], metrics, lambda: evaluated.append(1))
     callback.on_step_end(None, TrainerState(global_step=1), None)
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: callback.parent + 1)
     with pytest.raises(SystemExit, match="the demo's process has ended"):
         callback.on_step_end(None, TrainerState(global_step=5), None)
     assert evaluated == []
