@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_check, record
+from benchmarks import gpu_check, record, samplers
 
 NOTHING_ELSE = [
     *("--small", "--device", "cpu", "--no-tests", "--only", "clipped"),
@@ -51,6 +51,13 @@ def test_whole_steps_write_beside_the_record(device: str, count: int, tmp_path: 
     for name, (module, *arguments) in found.items():
         assert importlib.util.find_spec(module)
         assert arguments[-2:] == ["--output", str(tmp_path / f"run-{name}.json")]
+
+
+def test_the_samplers_are_tried_without_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    samplers.main([*gpu_check.TINY_DRAWS.split(), "--output", str(path)])
+    for row in json.loads(path.read_text())["rows"]:
+        assert row["static_over_transformers"]["median"] > 0
 
 
 @pytest.mark.parametrize(
