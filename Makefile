@@ -88,7 +88,7 @@ bench: $(READY)  ## measure every kernel beside its peers; record and draw (six 
 bench-suites: $(READY)  ## time the functions beside their peers with pytest-benchmark
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-enable $(ARGS)
 
-gpu-check: $(READY)  ## kernel tests and benchmarks on the GPU in ten minutes; ARGS=--quick: two
+gpu-check: $(READY)  ## kernel tests and benchmarks on the GPU in ten minutes; ARGS=--quick: three
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 mutants: $(READY)  ## plant every known fault and see a test go red

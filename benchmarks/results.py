@@ -54,13 +54,14 @@ def resumed(record: Record, path: Path) -> Record:
     """The record at `path`, to go on with; or the new one, where there is none.
 
     Raises:
-        ValueError: It was made by other sources, on another machine or with other versions.
+        ValueError: It was made by other sources, or by some that are in no commit; on another
+            machine; or with other versions.
     """
     if not path.exists():
         return record
     old: Record = json.loads(path.read_text())
     for name in ("commit", "device", "hardware", "versions"):
-        if old.get(name) != record[name]:
+        if old.get(name) != record[name] or str(old.get(name)).endswith("+"):
             raise ValueError(
                 f"{path} can't be continued: its {name} is {old.get(name)}, and here it is "
                 f"{record[name]}; give another --output"

@@ -98,6 +98,7 @@ def test_the_same_command_does_what_the_record_lacks(
     monkeypatch.setattr(gpu_check, "run_module", run_module)
     command = [*("--small", "--device", "cpu", "--only", "clipped", "--no-memory", "--no-plots")]
     command += ["--without", "torch.compile", "--output", str(tmp_path / "run.json")]
+    command += ["--commit", "abc123"]
     assert gpu_check.main(command) == 1
     assert len(ran) == 1 + 3
     outcomes.clear()

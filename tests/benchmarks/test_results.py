@@ -78,6 +78,10 @@ def test_a_run_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.Monkey
     assert written["ceilings"] == clock
     with pytest.raises(ValueError, match="its commit is abc123, and here it is def456; give ano"):
         record.main([*arguments, "--commit", "def456"])
+    path.write_text(path.read_text().replace("abc123", "abc123+"))
+    with pytest.raises(ValueError, match="its commit is abc123"):
+        record.main([*arguments, "--commit", "abc123+"])  # which may be other changes
+    path.write_text(path.read_text().replace("abc123+", "abc123"))
     monkeypatch.setattr(results.machine, "versions", lambda device: {"torch": "9.9"})
     with pytest.raises(ValueError, match="its versions is"):
         record.main(arguments)

@@ -29,9 +29,9 @@ def assembly(launch: Variant, name: str = "sm_90") -> dict[str, Any]:
     return compiled(launch, name).asm  # type: ignore[no-any-return]
 
 
-# Bytes at most, which only rows out of range can feel: with Triton 3.9 in fp32 on sm_80, with 3.6
-# elsewhere too. Of other tiles, and ways to step along the operands, none is free of spills in all
-SPILLED = {"row_totals_kernel": 64}
+# Bytes at most, in loops that only rows out of range enter. Of other tiles, and ways to step along
+# the operands, none is free of spills with every Triton
+SPILLED = {"row_totals_kernel": 72}
 
 
 @pytest.mark.parametrize("launch", list(variants()), ids=str)

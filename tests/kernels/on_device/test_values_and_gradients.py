@@ -256,8 +256,11 @@ def test_linear_policy_loss(
         **more,
     )
     count = mask.sum()
-    assert out.loss.dtype == torch.float32  # terms of both signs: measured by their sizes
-    assert (out.loss.double() * count - value).abs() <= 1e-5 * losses[mask].abs().sum()
+    assert out.loss.dtype == torch.float32
+    # terms of both signs are measured by their sizes, by which they move with the log-probs: these
+    # are right to 1e-5 of the largest (on an H100 in fp16 to a tenth of that, all to one side)
+    limit = 1e-5 * logprobs[mask].abs().amax().clamp(min=1.0)
+    assert (out.loss.double() * count - value).abs() <= limit * losses[mask].abs().sum()
     grads = torch.autograd.grad(out.loss * count, [problem[leaf] for leaf in leaves])
     for grad, reference in zip(grads, references, strict=True):
         assert_close(grad, reference, gradient=True)
