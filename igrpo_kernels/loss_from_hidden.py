@@ -84,7 +84,8 @@ def linear_policy_loss(
         kl_coef: Weight of the KL term, beta in the papers.
         kl: The estimator and its weighting, such as `RatioWeighted(K3())`.
         entropy_coef: Weight of the entropy bonus; below zero, of a penalty on entropy.
-        importance_weights: Correction for the sampler, read as `advantages` are. Constants.
+        importance_weights: Correction for the sampler. One per token or per sequence, as for
+            `advantages`. Constants.
         temperature: Divides the logits: a number, or one per token. Treated as a constant.
         bias: The head's bias; with `shard`, this rank's part of it. Shape [V].
         softcap: Bound on the logits before the temperature (Gemma 2).

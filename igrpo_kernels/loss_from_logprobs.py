@@ -74,7 +74,7 @@ def policy_loss(
         kl_coef: Weight of the KL term, beta in the papers.
         kl: The estimator and its weighting, such as `RatioWeighted(K3())`.
         importance_weights: Correction for the sampler, and any mask on the surrogate that leaves
-            the denominators alone. Read as `advantages` are. Treated as constants.
+            the denominators alone. One per token or per sequence, as for `advantages`. Constants.
         entropy: Entropy of each token's distribution, in nats. Shape of `logprobs`. Given with
             `entropy_coef=0` it enters the metrics only.
         entropy_coef: Weight of the entropy bonus; below zero, of a penalty on entropy.
