@@ -33,7 +33,7 @@ def write_pages(records: Path, folder: Path = FOLDER, images: Path = IMAGES) -> 
     if rungs := ladder.rungs_of(maps):
         draw_ladder(rungs, images / LADDER_PLOT)
     write_whole(folder / PAGE, build_page(everything).encode())
-    write_whole(folder / TABLES, build_tables(maps).encode())
+    write_whole(folder / TABLES, build_tables(everything).encode())
 
 
 def build_page(everything: Maps) -> str:
@@ -54,8 +54,9 @@ def build_page(everything: Maps) -> str:
     )
 
 
-def build_tables(maps: Maps) -> str:
+def build_tables(everything: Maps) -> str:
     """Give the page of all tables, by task and size."""
+    maps = again.planned_seeds(everything)
     places = ordered(maps)
     return joined(
         prose.TABLES,

@@ -352,8 +352,11 @@ def test_the_pages_are_what_the_records_give_and_the_readme_says_the_same() -> N
     assert (page.FOLDER / page.PAGE).read_text() == page.build_page(maps)
     assert (page.FOLDER / page.TABLES).read_text() == page.build_tables(maps)
     readme = (page.ROOT / "README.md").read_text()
-    none = overview.takeaway(maps).startswith("**No form")
+    none = overview.takeaway(again.planned_seeds(maps)).startswith("**No form")
     assert ("**No form is recommended as a preset**" in readme) is none
+    _, _, held, _ = again.section(maps)
+    assert "Of 5 differences that were clear, 2 came out so again" in held
+    assert "two of its five clear differences came out so again" in " ".join(readme.split())
 
 
 def test_fresh_seeds_stand_beside_the_planned_ones_and_change_nothing_else() -> None:
