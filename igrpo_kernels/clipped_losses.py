@@ -70,4 +70,4 @@ def clipped_policy_loss(
         losses: Tensor = ClippedLosses.apply(logprobs, inputs, objective)
         return losses
     tokens = inputs.masked().tokens(sequences.select(logprobs.to(dtype)))
-    return sequences.select(objective.surrogate.__call__(tokens).losses)
+    return sequences.select(objective.surrogate(tokens).losses)

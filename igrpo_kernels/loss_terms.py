@@ -110,12 +110,14 @@ class TokenObjective:
         The importance weights w act on the surrogate alone, as in TRL; a surrogate that folds them
         into its own weight is not multiplied again.
         """
-        # By name: before torch 2.13 the compiler hashes what is called, before it has its fields
-        losses, low, high = self.surrogate.__call__(tokens)
+        losses, low, high = self.surrogate(tokens)
         weights = tokens.importance_weights
         if weights is not None and not self.surrogate.folds_importance_weights:
             losses = losses * weights
-        kl = None if ref_logprobs is None else self.kl.__call__(tokens, ref_logprobs)
+        kl = None
+        if ref_logprobs is not None:
+            # by name: before torch 2.13 the compiler hashes what is called, fields or not
+            kl = self.kl.__call__(tokens, ref_logprobs)
         if self.kl_coef != 0 and kl is not None:
             losses = losses + self.kl_coef * kl
         if self.entropy_coef != 0 and entropy is not None:
