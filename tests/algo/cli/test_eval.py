@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import igrpo_algo.cli.eval as eval_command
@@ -147,7 +148,11 @@ def test_another_model_or_other_rows_under_the_same_path_are_refused(
     other_rows = igrpo_eval(str(model), problems, "--limit", "2")
     assert (other_rows.exit_code, "(rows was" in other_rows.stderr) == (2, True)
     Path(problems).write_text(rows)
-    os.utime(model / "model.safetensors", (0, 0))  # trained again
+    weights = model / "model.safetensors"
+    os.utime(weights, (0, 0))  # the same weights, fetched again
+    assert igrpo_eval(str(model), problems, "--limit", "2").exit_code == 0
+    trained = load_file(weights)
+    save_file({name: tensor * 1.01 for name, tensor in trained.items()}, weights, {"format": "pt"})
     again = igrpo_eval(str(model), problems, "--limit", "2")
     assert (again.exit_code, "(weights was" in again.stderr) == (2, True)
 
