@@ -60,6 +60,7 @@ def test_what_was_said_before_more_thinking_does_not_count():
     text = r"\boxed{3} <think>No.</think>\boxed{4}"
     assert text_after_thinking(text) == r"\boxed{4}"
     assert strip_thinking(text) == r"\boxed{3} \boxed{4}"
+    assert text_after_thinking("<think>a</think>b<think>c</think>d") == "d"
     assert text_after_thinking("It is 5.") == "It is 5."
 
 

@@ -117,6 +117,7 @@ def test_an_interrupted_question_is_not_answered_later(judge: MathJudge) -> None
     assert [judge.equal(*pair) for pair in right] == [True] * 3
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_in_the_terminal_leaves_the_child_alone(judge: MathJudge) -> None:
     assert judge.equal("0.5", "1/2") is True
     assert judge._child is not None
