@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from statistics import fmean
 from typing import NamedTuple
 
@@ -61,6 +62,9 @@ class EarlyWarning:
         """
         if not isinstance(metrics, Mapping):
             raise TypeError(f"metrics must be a mapping, got {describe(metrics)}")
+        for name, value in metrics.items():
+            if not isinstance(value, Real):
+                raise TypeError(f"metrics[{name!r}] must be a number, got {describe(value)}")
         equal, of_drafts = (metrics.get(f"{of}_zero_std", math.nan) for of in STAGES)
         known = {**metrics, "equal_gap": equal - of_drafts}
         if math.isnan(metrics.get("copied", 0.0)):

@@ -66,7 +66,8 @@ def weights_of(model: str) -> str | None:
     Training changes nearly every weight, so that 64 places of a file tell. Its time would not:
     weights that are copied or fetched again are the same.
     """
-    files = [path for path in Path(model).glob("*") if path.suffix in (".safetensors", ".bin")]
+    kinds = (".safetensors", ".bin")
+    files = [path for path in Path(model).glob("*") if path.suffix in kinds and path.is_file()]
     seen = hashlib.blake2b(digest_size=8)
     for path in sorted(files):
         size = path.stat().st_size

@@ -113,3 +113,9 @@ def test_batches_without_a_number_are_left_out() -> None:
 def test_a_window_is_a_count(window: float, error: type[Exception]) -> None:
     with pytest.raises(error, match="window must be"):
         EarlyWarning(window=window)
+
+
+@pytest.mark.parametrize("value", ["0.5", None, [0.5]])
+def test_a_metric_that_is_no_number_is_named(value) -> None:
+    with pytest.raises(TypeError, match=r"metrics\['copied'\] must be a number, got"):
+        EarlyWarning().see({"copied": value})

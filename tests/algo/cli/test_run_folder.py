@@ -12,6 +12,7 @@ from igrpo_algo.cli.run_folder import (
     last_checkpoint,
     load_settings,
     save_settings,
+    weights_of,
 )
 
 
@@ -52,3 +53,10 @@ def test_a_state_that_says_no_step_is_named(tmp_path: Path, text: str) -> None:
         ValueError, match=r"checkpoint-5.trainer_state\.json must hold an object with global_step"
     ):
         last_checkpoint(tmp_path)
+
+
+def test_weights_are_files(tmp_path: Path) -> None:
+    (tmp_path / "cache.bin").mkdir()
+    assert weights_of(str(tmp_path)) is None
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert weights_of(str(tmp_path)) is not None
