@@ -12,7 +12,8 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,11 @@ class Variant:
     chosen: tuple[str, ...]
     constants: dict[str, Any]
     options: dict[str, int]
+    aligned: bool = False
 
     def __str__(self) -> str:
-        return " ".join([self.kernel.fn.__name__, self.dtype, *self.chosen])
+        words = [self.kernel.fn.__name__, self.dtype, *self.chosen, *["aligned"] * self.aligned]
+        return " ".join(words)
 
     @property
     def is_product(self) -> bool:
@@ -154,7 +157,10 @@ class Variant:
 
 
 def variants_of(kernel: Any, blocks: Any, options: Any, launches: list[str]) -> Iterator[Variant]:
-    """The launches of a kernel."""
+    """The launches of a kernel, with sizes that 16 divides and with others.
+
+    Triton compiles the former by themselves, but for arguments that a kernel excepts.
+    """
     names = kernel.arg_names
     optional = {word for launch in launches for word in launch.split()}
     for launch in launches:
@@ -165,8 +171,9 @@ def variants_of(kernel: Any, blocks: Any, options: Any, launches: list[str]) -> 
         constants |= {name: 1 if name == "w_step" else None for name in others}
         constants |= {name: size for name, size in blocks.items() if name in names}
         in_both = OF_DTYPE & set(names) and not (kernel is PRODUCT or "NARROWS" in chosen)
-        for dtype in ("bf16", "fp32") if in_both else ("bf16",):
-            yield Variant(kernel, dtype, chosen, constants, {**options, "enable_fp_fusion": True})
+        options = {**options, "enable_fp_fusion": True}
+        for dtype, aligned in product(("bf16", "fp32") if in_both else ("bf16",), (False, True)):
+            yield Variant(kernel, dtype, chosen, constants, options, aligned)
 
 
 def for_target(launch: Variant, target: str) -> Variant:
@@ -177,13 +184,7 @@ def for_target(launch: Variant, target: str) -> Variant:
     rich = {"softcap", "moments_ptr"} & set(launch.chosen)
     blocks = exp_product.blocks(tile, rich=bool(rich)) | {"PROGRAMS": 132}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return Variant(
-        launch.kernel,
-        launch.dtype,
-        launch.chosen,
-        launch.constants | blocks,
-        options | launch.options,
-    )
+    return replace(launch, constants=launch.constants | blocks, options=options | launch.options)
 
 
 def variants() -> Iterator[Variant]:
@@ -225,8 +226,11 @@ def source(launch: Variant) -> ASTSource:
         name: "constexpr" if name in constants else argument_type(name, launch) for name in names
     }
     at = {(names.index(name),): value for name, value in constants.items()}
-    aligned = [name for name in names if name.endswith("_ptr") and name not in constants]
-    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    of_16 = {name for name in names if name.endswith("_ptr") and name not in constants}
+    if launch.aligned:
+        sizes = {name for name, kind in signature.items() if kind == "i32"}
+        of_16 |= sizes - set(launch.kernel.do_not_specialize or ())
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in of_16}
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=at, attrs=attrs)
 
 

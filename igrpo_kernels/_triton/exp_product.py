@@ -74,7 +74,9 @@ def finish_tile(
     return total, moment
 
 
-@triton.jit(do_not_specialize=["rows"])
+# Of a vocabulary that 16 divides, Triton 3.6 packs the epilogue's comparisons into bits: 350 more
+# instructions in 1,400, and 39 more registers
+@triton.jit(do_not_specialize=["rows", "vocabulary"])
 def exp_product_kernel(
     e_desc, sums_ptr, moments_ptr,  # outputs [N, V], [tiles of V, N], again; None if not wanted
     x_desc, w_desc, bias_ptr,  # inputs [N, H], [V, H], [V] or None
