@@ -194,6 +194,8 @@ def test_resume_without_a_checkpoint_starts_afresh_and_adapters_evaluate(
         (["--temperature", "0"], "temperature must be > 0, got 0.0"),
         (["--set", "top_p=2"], "top_p must be <= 1, got 2"),
         (["--max-completion-length", "0"], "max_completion_length must be >= 1, got 0"),
+        (["--max-steps", "0"], "max_steps must be >= 1, got 0"),  # would make an update at rate 0
+        (["--set", "max_steps=-5"], "max_steps must be >= 1, got -5"),
         (["--reward", "nowhere:f"], "reward module 'nowhere' could not be imported"),
         (["--reward-weights", "1"], "must have one number per reward: 1 for 2"),
         (
