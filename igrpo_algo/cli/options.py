@@ -41,10 +41,11 @@ TrustRemoteCode = Annotated[
 ]
 
 MODEL_FILES = ("config.json", "adapter_config.json")
-TAKEN = frozenset(
-    {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-)
-"""Keywords that rewards receive besides the columns of the data set."""
+TAKEN = frozenset({
+    "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra",
+    "log_metric",
+})  # fmt: skip
+"""Columns that TRL leaves out, or gives rewards something else by their name."""
 
 
 def parse_kwargs(text: str | None) -> dict[str, Any] | None:
@@ -88,7 +89,8 @@ def load_rows(
     rows = load_prompts(source, system_prompt=system_prompt, chat=chat, **options)
     if taken := sorted(TAKEN & rows[0].keys()):
         raise ValueError(
-            f"{source} has a column {taken[0]!r}: rewards receive something else under this name"
+            f"{source} has a column {taken[0]!r}, which training can't pass on to rewards: TRL "
+            "uses the name itself; rename the column, or leave it out"
         )
     needs_answer = [r for r in rewards if r in (math_reward, exact_match_reward)]
     if needs_answer and "answer" not in rows[0]:

@@ -98,6 +98,8 @@ def build_config(
         _check_type(name, value, fields[name].default)
     for name in RANGES.keys() & settings.keys():
         check_number(name, settings[name], **RANGES[name])
+    if (steps := settings.get("max_steps", -1)) != -1:  # which leaves it to the epochs
+        check_number("max_steps", steps, at_least=1)
     check_chat_template_kwargs(settings.get("chat_template_kwargs"))
     for name in GIVEN_ELSEWHERE.keys() & settings.keys():
         raise ValueError(f"{name} {GIVEN_ELSEWHERE[name]}, not by --config or --set")

@@ -63,14 +63,19 @@ class Scorer:
 
     def __post_init__(self) -> None:
         check_callable(self.name, self.reward)
+        taken = {"prompts", "completions", *(["completion_ids"] if self._wants_ids else [])}
         for column, values in self.columns.items():
-            if column in ("prompts", "completions"):
+            if column in taken:
                 raise ValueError(f"columns must not be named {column!r}: the name is taken")
             if len(check_list(f"columns[{column!r}]", values)) != len(self.prompts):
                 raise ValueError(
                     f"columns[{column!r}] must hold one value per prompt: {len(values)} values "
                     f"for {len(self.prompts)} prompts"
                 )
+
+    @property
+    def _wants_ids(self) -> bool:
+        return bool(getattr(self.reward, "wants_completion_ids", False))
 
     async def __call__(self, index: int, completions: Sequence[Completion]) -> list[float]:
         """Score completions of one prompt. See `score`."""
@@ -108,7 +113,7 @@ class Scorer:
         flat = [completion for completions in drawn.values() for completion in completions]
         answers = [_as_in_trl(p, c.text) for p, c in zip(prompts, flat, strict=True)]
         columns = {name: [rows[index] for index in owners] for name, rows in self.columns.items()}
-        if getattr(self.reward, "wants_completion_ids", False):
+        if self._wants_ids:
             columns["completion_ids"] = [completion.token_ids for completion in flat]
         where = self._where(*drawn)
         try:

@@ -1,7 +1,8 @@
 """What is logged about the two stages, from rewards and counts of all ranks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -96,3 +97,14 @@ def stage_metrics(
         "draft_tokens_cut": cut / rows,
         "plain_prompts": 1 - shown / rows,
     }
+
+
+def mean_over_rounds(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average the metrics of a batch's rounds, NaN left out; NaN where there is nothing else.
+
+    Examples:
+        >>> mean_over_rounds([{"copied": 0.5, "uplift": 1.0}, {"copied": math.nan, "uplift": 0.0}])
+        {'copied': 0.5, 'uplift': 0.5}
+    """
+    known = {name: [r[name] for r in rounds if not math.isnan(r[name])] for name in rounds[0]}
+    return {name: fmean(values) if values else math.nan for name, values in known.items()}

@@ -165,6 +165,12 @@ class StageTrainer(PolicyLossTrainer):
             rewards = self.accelerator.gather(stage.sampled.rewards_per_func)
             for column, values in stage.sampled.extra.items():
                 self._log_completion_extra(column, values)
+        for name, values in zip(self.reward_func_names, rewards.T, strict=True):
+            if values.isinf().any():
+                raise ValueError(
+                    f"reward function {name!r} must return finite numbers, or None for what cannot "
+                    "be scored, got inf or -inf"
+                )
         if stage is not None:
             stage.rewards_per_func = rewards
             if self.log_completions and stage.drafts is not None:

@@ -28,7 +28,7 @@ from .config import IGRPOConfig
 from .data_checks import check_images, check_prompts
 from .draft_options import OF_RULES, rules_of
 from .loss_rows import join_stages
-from .metrics import count_rows, stage_metrics
+from .metrics import count_rows, mean_over_rounds, stage_metrics
 from .sampled_stages import SampledTrainer
 from .sampler import check_sampler_options
 from .stages import Round, Stage
@@ -161,14 +161,16 @@ class IGRPOTrainer(SampledTrainer):
             return self.run_stage(inputs, self.draw_one_stage(inputs, stage))
         rank = self.accelerator.process_index
         layout = DraftLayout(len(inputs), rank, self.args.num_drafts, group)
-        batches, drafts = [], None
+        batches, seen, drafts = [], [], None
         for each in self.draw_rounds(inputs, layout):
             batch = self.run_stage(inputs, each.stage)
             skipped = each.choices.skipped[layout.row_prompts]
             batch["advantages"] = batch["advantages"].masked_fill(skipped, 0.0)
-            self._log_stages(each)
+            seen.append(self._log_stages(each))
             batches.append(batch)
             drafts = each.drafts.batch
+        if training:
+            self._warn(mean_over_rounds(seen))
         return join_stages(batches, drafts, pad_token_id=self._tokenizer.pad_token_id)
 
     @cached_property
@@ -185,8 +187,8 @@ class IGRPOTrainer(SampledTrainer):
             )
         return watch
 
-    def _log_stages(self, both: Round) -> None:
-        """Log both stages over all ranks, and warn where learning has stopped."""
+    def _log_stages(self, both: Round) -> dict[str, float]:
+        """Log both stages over all ranks, and return what was logged."""
         strip = getattr(self.rules.splice, "strip", None)
         if isinstance(strip, RandomTokens):  # drawn for the draft, not for what may repeat it
             strip = strip.strip
@@ -201,10 +203,13 @@ class IGRPOTrainer(SampledTrainer):
         mode = "train" if self.model.training else "eval"
         for name, value in metrics.items():
             self._metrics[mode][f"igrpo/{name}"].append(value)
-        if mode == "train":
-            for warning in self._watch.see(metrics):
-                if self.accelerator.is_main_process:
-                    logger.warning(warning)
+        return metrics
+
+    def _warn(self, metrics: dict[str, float]) -> None:
+        """Warn if a training batch shows that learning has stopped."""
+        for warning in self._watch.see(metrics):
+            if self.accelerator.is_main_process:
+                logger.warning(warning)
 
 
 def _check_tokenizer(processing_class: Any) -> None:

@@ -194,6 +194,8 @@ def test_resume_without_a_checkpoint_starts_afresh_and_adapters_evaluate(
         (["--temperature", "0"], "temperature must be > 0, got 0.0"),
         (["--set", "top_p=2"], "top_p must be <= 1, got 2"),
         (["--max-completion-length", "0"], "max_completion_length must be >= 1, got 0"),
+        (["--max-steps", "0"], "max_steps must be >= 1, got 0"),  # would make an update at rate 0
+        (["--set", "max_steps=-5"], "max_steps must be >= 1, got -5"),
         (["--reward", "nowhere:f"], "reward module 'nowhere' could not be imported"),
         (["--reward-weights", "1"], "must have one number per reward: 1 for 2"),
         (
@@ -226,7 +228,8 @@ def test_resume_without_a_checkpoint_starts_afresh_and_adapters_evaluate(
         (["--model", "./nothing"], "model ./nothing is not a folder with a config.json"),
         (["--dataset", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--reward", "math", "--dataset", "bare.jsonl"], "no column answer or solution"),
-        (["--dataset", "taken.jsonl"], "taken.jsonl has a column 'completions'"),
+        (["--dataset", "taken.jsonl"], "taken.jsonl has a column 'completions', which training"),
+        (["--dataset", "left-out.jsonl"], "left-out.jsonl has a column 'completion', which"),
         (["--limit", "1", "--set", "steps_per_generation=4"], "takes 4 prompts"),
         (["--question-column", "q"], "question_column 'q' is not among"),
     ],
@@ -243,6 +246,7 @@ def test_refusals_are_one_line_before_any_model_loads(
     Path("torn.yaml").write_text("a: [")
     Path("config.toml").write_text("")
     Path("taken.jsonl").write_text('{"prompt": "a", "completions": "b"}')
+    Path("left-out.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     Path("bare.jsonl").write_text('{"prompt": "a"}')
     monkeypatch.setattr("igrpo_algo.cli.train.run", lambda *_: pytest.fail("a model was loaded"))
     done = igrpo(*arguments(tiny_model, problems, *options))

@@ -124,6 +124,15 @@ def test_wrong_columns(columns, error, match):
         score(lambda **_: [0.0, 0.0], columns=columns)
 
 
+def test_a_column_is_not_lost_to_the_tokens_of_the_same_name():
+    def reward(prompts, completions, completion_ids):
+        return [0.0] * len(completions)
+
+    reward.wants_completion_ids = True
+    with pytest.raises(ValueError, match="must not be named 'completion_ids'"):
+        score(reward, columns={"completion_ids": [[1], [2]]})
+
+
 def test_a_reward_is_called():
     with pytest.raises(TypeError, match=r"selection_score must be callable, got float 1\.0"):
         Scorer(1.0, ["a"], {}, "selection_score")

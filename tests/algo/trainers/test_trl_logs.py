@@ -4,6 +4,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pandas
@@ -187,3 +188,15 @@ def test_a_run_that_collapses_is_warned_of(
     logs = [log for log in trainer.state.log_history if "reward" in log]
     known = [log["igrpo/right_after_right_draft"] for log in logs]
     assert {share for share in known if share is not None} == {1.0}
+
+
+def test_a_batch_of_two_rounds_is_watched_once(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        reward_funcs=digit_reward, draft_template=SHORT_TEMPLATE, refinement_rounds=2
+    )
+    seen: list[dict[str, float]] = []
+    trainer._watch = SimpleNamespace(see=lambda metrics: seen.append(metrics) or [])
+    run_stages(trainer, DRAFTS, REFINED, DRAFTS)
+    rounds = trainer._metrics["train"]["igrpo/uplift"]
+    assert len(rounds) == 2
+    assert [metrics["uplift"] for metrics in seen] == [sum(rounds) / 2]

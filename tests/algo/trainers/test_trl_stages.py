@@ -226,6 +226,16 @@ def test_an_advantage_that_does_not_fit_is_named(make_trainer: MakeTrainer, adva
         run_stages(trainer, REFINED)
 
 
+def test_an_infinite_reward_is_named_in_either_stage(make_trainer: MakeTrainer) -> None:
+    def steep(completions: list[Any], **columns: Any) -> list[float]:
+        return [torch.inf if text_of(each) == "b3" else 0.0 for each in completions]
+
+    trainer = make_trainer(reward_funcs=[digit_reward, steep], reward_weights=[1.0, 0.0])
+    for stages in ([DRAFTS, REFINED], [REFINED, DRAFTS]):
+        with pytest.raises(ValueError, match="reward function 'steep' must return finite numbers"):
+            run_stages(trainer, *stages)
+
+
 def test_prompts_are_encoded_as_samplers_encode_them(make_trainer: MakeTrainer) -> None:
     opened = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "so "}]
     dataset = Dataset.from_list([{"prompt": opened}, {"prompt": opened}])
