@@ -14,6 +14,12 @@ from .draft_options import CHOICES, OF_DRAFTS, OF_SPLICE, template_of
 
 GROUP = ("num_refinements", "num_generations")
 BATCH = ("steps_per_generation", "generation_batch_size")
+COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_iterations",
+)
 
 
 class Derived(int):
@@ -232,6 +238,8 @@ class IGRPOConfig(GRPOConfig):
             self.activation_checkpointing = self.gradient_checkpointing
         check_fields(self, IGRPOConfig.__annotations__)  # TRL's own do not hold what they declare
         check_count("num_drafts", self.num_drafts, at_least=0)
+        for name in COUNTS:
+            check_count(name, getattr(self, name))
         derived = self._work_out_sizes(super().__post_init__)
         for name in derived:
             setattr(self, name, Derived(getattr(self, name)))
@@ -244,8 +252,9 @@ class IGRPOConfig(GRPOConfig):
         given = {name: getattr(self, name) for name in (*GROUP, *BATCH)}
         derived = [n for n, v in given.items() if v is None or isinstance(v, Derived)]
         groups = {name: given[name] for name in GROUP if name not in derived}
-        for name, size in groups.items():
-            check_count(name, size, at_least=2)
+        for name, size in given.items():
+            if name not in derived:
+                check_count(name, size, at_least=2 if name in GROUP else 1)
         if len(set(groups.values())) > 1:
             raise ValueError(f"num_refinements and num_generations are one number, got {groups}")
         # A stored configuration has both sizes of the batch; TRL takes one of them.

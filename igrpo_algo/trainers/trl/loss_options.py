@@ -18,6 +18,7 @@ from igrpo_kernels import (
     TokenMean,
 )
 from igrpo_kernels.aggregates import Aggregate
+from igrpo_kernels.checks import check_number
 from igrpo_kernels.kl import KlEstimator
 from igrpo_kernels.surrogates import Surrogate, Vespo
 
@@ -30,6 +31,8 @@ READ_BY = {
     "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
 }
 """The options of a surrogate, by `loss_type`; all other losses read `CLIP_OPTIONS`."""
+ABOVE_ZERO = (*READ_BY["sapo"], "vespo_lambda_pos", "vespo_lambda_neg")
+AT_LEAST_ZERO = ("epsilon", "epsilon_high", "vespo_k_pos", "vespo_k_neg")
 SURROGATE_OPTIONS = tuple(dict.fromkeys(chain(CLIP_OPTIONS, *READ_BY.values())))
 
 WAY_OUT = "; use_trl_loss=True trains with it as TRL does"
@@ -46,12 +49,19 @@ def surrogate_of(args: IGRPOConfig) -> Surrogate:
         Clip(low=0.2, high=0.28, dual=None)
     """
     low, high = args.epsilon, args.epsilon if args.epsilon_high is None else args.epsilon_high
-    idle = set(args.changed(*SURROGATE_OPTIONS)) - {*READ_BY.get(args.loss_type, CLIP_OPTIONS)}
+    read = READ_BY.get(args.loss_type, CLIP_OPTIONS)
+    idle = set(args.changed(*SURROGATE_OPTIONS)) - {*read}
     if idle:
         raise ValueError(
             f"{', '.join(sorted(idle))} would have no effect with loss_type={args.loss_type!r}"
             f"{WAY_OUT}"
         )
+    for name in read:
+        value = getattr(args, name)
+        if name in ABOVE_ZERO:
+            check_number(name, value, above=0)
+        elif name in AT_LEAST_ZERO and value is not None:
+            check_number(name, value, at_least=0)
     if args.loss_type == "cispo":
         if high < 1:
             raise ValueError(

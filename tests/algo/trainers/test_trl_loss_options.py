@@ -87,6 +87,21 @@ def test_options_without_a_value_are_refused_with_the_way_out(
     assert check_loss(make(use_trl_loss=True, **options), None, None) is None
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epsilon": -1.0}, "epsilon must be >= 0, got -1"),
+        ({"epsilon_high": -0.1}, "epsilon_high must be >= 0, got -0.1"),
+        ({"loss_type": "sapo", "sapo_temperature_neg": 0.0}, "sapo_temperature_neg must be > 0"),
+        ({"loss_type": "vespo", "vespo_k_pos": -1.0}, "vespo_k_pos must be >= 0"),
+        ({"loss_type": "vespo", "vespo_lambda_neg": 0.0}, "vespo_lambda_neg must be > 0"),
+    ],
+)
+def test_a_value_out_of_range_is_named_as_the_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check_loss(make(**options), None, None)
+
+
 def test_an_unknown_loss_or_level_is_refused() -> None:
     with pytest.raises(ValueError, match="must be 'token' or 'sequence', got 'Sequence'"):
         surrogate_of(make(importance_sampling_level="Sequence"))
