@@ -31,7 +31,7 @@ def check_tensor(name: str, value: object) -> Tensor:
     """Return `value` if it is a tensor that holds values; raise TypeError otherwise."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}")
-    if value.device.type == "meta":
+    if value.is_meta:
         raise TypeError(f"{name} must hold values, got {describe(value)} on the meta device")
     if value.layout not in (torch.strided, torch.jagged):
         raise TypeError(f"{name} must be dense, got {describe(value)} that is {value.layout}")

@@ -164,8 +164,8 @@ def _score_rows(
     chunk_bytes: int | None = None,
     slices: list[int] | None = None,
     group: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return log-probs, entropies (or nothing), references and totals of all rows."""
+) -> RowStatistics:
+    """Return what all rows leave."""
     transform, shard = LogitTransform(temperature, softcap, logit_scale), from_schema(slices, group)
     head = LinearHead(weight, bias, transform, shard, chunk_bytes)
     check_rows(targets, mask, temperature, head.whole_vocabulary)
@@ -175,8 +175,8 @@ def _score_rows(
         found = [softmax.statistics for *_, softmax in chunks]
     if not found:
         dtype = working_dtype(hidden.dtype)
-        return RowStatistics.zeros(targets, dtype, entropy=with_entropy).tensors
-    return RowStatistics.join(found).spread(rows, targets.shape[0]).tensors
+        return RowStatistics.zeros(targets, dtype, entropy=with_entropy)
+    return RowStatistics.join(found).spread(rows, targets.shape[0])
 
 
 def _differentiate_rows(
@@ -186,7 +186,7 @@ def _differentiate_rows(
     targets: Tensor,
     mask: Tensor | None,
     temperature: float | Tensor,
-    known: list[Tensor],
+    known: list[Tensor | None],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     needed: list[bool],
@@ -218,7 +218,7 @@ def _add_gradients(gradients: HeadGradients, chunk: SoftmaxChunk, *upstream: Ten
     gradients.add(chunk.rows, chunk.hidden, found)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     *tensors, temperature, ctx.softcap, ctx.logit_scale, ctx.with_entropy = inputs[:9]
     ctx.temperature = None if isinstance(temperature, Tensor) else temperature
     ctx.rest = inputs[9:]
@@ -259,7 +259,7 @@ class _ScoreRows(torch.autograd.Function):
     """The op without a compiler: a `custom_op` costs the host more than a small batch's work."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
         """Score the rows."""
         output = _score_rows(*inputs)
         _save_for_backward(ctx, inputs, output)
@@ -278,7 +278,7 @@ HEAD = (
 REST = "bool skip_zero_rows=True, int? chunk_bytes=None, int[]? slices=None, str group=''"
 _op = torch.library.custom_op(
     f"{NAMESPACE}::linear_token_logprobs",
-    _score_rows,
+    lambda *inputs: _score_rows(*inputs).tensors,
     mutates_args=(),
     schema=f"({HEAD}, float? softcap, float logit_scale, bool with_entropy, {REST}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",

@@ -149,14 +149,14 @@ def _score_rows(
     temperature: float | Tensor,
     with_entropy: bool,
     inplace_backward: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return log-probs, entropies (or nothing), references and totals of all rows."""
+) -> RowStatistics:
+    """Return what all rows leave."""
     check_rows(targets, mask, temperature, logits.shape[-1])
     if logits.is_cuda:
         from ._triton import logit_rows as kernels
 
         temperatures = LogitTransform(temperature).temperature_tensor(logits)
-        return kernels.forward(logits, targets, mask, temperatures, with_entropy).tensors
+        return kernels.forward(logits, targets, mask, temperatures, with_entropy)
     logits, rows = _flat(logits), rows_where(targets.shape[0], mask)
     transform, found = LogitTransform(temperature), []
     for some in row_pieces(rows, logits.shape[-1]):
@@ -165,8 +165,8 @@ def _score_rows(
         found.append(softmax_of_logits(chunk, at, entropy=with_entropy))
     if not found:
         dtype = working_dtype(logits.dtype)
-        return RowStatistics.zeros(targets, dtype, entropy=with_entropy).tensors
-    return RowStatistics.join(found).spread(rows, targets.shape[0]).tensors
+        return RowStatistics.zeros(targets, dtype, entropy=with_entropy)
+    return RowStatistics.join(found).spread(rows, targets.shape[0])
 
 
 def _differentiate_rows(logits: Tensor, *rest: Any) -> Tensor:
@@ -187,7 +187,7 @@ def _write_gradient(
     targets: Tensor,
     mask: Tensor | None,
     temperature: float | Tensor,
-    known: list[Tensor],
+    known: list[Tensor | None],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> None:
@@ -219,7 +219,7 @@ def _write_gradient(
         grad[others.view(grad.shape[:-1])] = 0
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     *tensors, temperature, ctx.with_entropy, ctx.in_place = inputs
     ctx.temperature = None if isinstance(temperature, Tensor) else temperature
     ctx.save_for_backward(*tensors, temperature if ctx.temperature is None else None, *output)
@@ -253,7 +253,7 @@ class _ScoreRows(torch.autograd.Function):
     """The op without a compiler: a `custom_op` costs the host more than a small batch's work."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
         """Score the rows."""
         output = _score_rows(*inputs)
         _save_for_backward(ctx, inputs, output)
@@ -270,7 +270,7 @@ ROWS = "Tensor targets, Tensor? mask, Tensor temperature"
 KNOWN = "Tensor[] known, Tensor? grad_logprobs, Tensor? grad_entropy"
 _op = torch.library.custom_op(
     f"{NAMESPACE}::token_logprobs",
-    _score_rows,
+    lambda *inputs: _score_rows(*inputs).tensors,
     mutates_args=(),
     schema=f"(Tensor logits, {ROWS}, bool with_entropy, bool inplace_backward=False) "
     "-> (Tensor, Tensor, Tensor, Tensor)",

@@ -30,7 +30,7 @@ def take(values: Tensor | None, rows: Rows) -> Tensor | None:
     if values is None:
         return None
     if not isinstance(rows, range):
-        return values[rows]
+        return values.index_select(0, rows)
     return values if holds_all(rows, values.shape[0]) else values[rows.start : rows.stop]
 
 

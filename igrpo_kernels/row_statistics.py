@@ -1,6 +1,7 @@
 """What the softmax leaves of each row: the one home of log-prob and entropy."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,10 +98,11 @@ class RowStatistics(NamedTuple):
         return self.logprobs, entropy, self.reference, self.total
 
     @classmethod
-    def of_tensors(cls, tensors: "list[Tensor]") -> "RowStatistics":
-        """Undo `tensors`."""
+    def of_tensors(cls, tensors: Sequence[Any]) -> "RowStatistics":
+        """Undo `tensors`; no entropy may be None too, as autograd saves it."""
         logprobs, entropy, reference, total = tensors
-        return cls(logprobs, entropy if entropy.numel() else None, reference, total)
+        given = entropy is not None and entropy.numel() > 0
+        return cls(logprobs, entropy if given else None, reference, total)
 
     @classmethod
     def zeros(cls, like: Tensor, dtype: torch.dtype, *, entropy: bool) -> "RowStatistics":

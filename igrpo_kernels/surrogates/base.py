@@ -121,10 +121,9 @@ def clamp_by_advantage(
                                         A * max(x, low)   where A < 0,
     and for A < 0 also at most `cap`, the dual clip (Ye et al. 2020, arXiv:1912.09729).
     """
-    positive = advantages > 0
-    infinity = float("inf")
-    clamped = values.clamp(
-        either(positive, -infinity, low, like=values),
-        either(positive, high, infinity if cap is None else cap, like=values),
-    )
-    return Clamped(clamped, (advantages < 0) & (values < low), positive & (values > high))
+    negative = advantages < 0
+    under, over = negative & (values < low), (advantages > 0) & (values > high)
+    clamped = values.masked_fill(under, low).masked_fill(over, high)
+    if cap is not None:
+        clamped = clamped.masked_fill(negative & (values > cap), cap)
+    return Clamped(clamped, under, over)

@@ -55,13 +55,13 @@ def given(x: dict[str, Tensor], names: str) -> dict[str, Tensor]:
 
 LOSS = {"surrogate": Clip(0.2, 0.28), "aggregate": TokenMean()}
 RUNS: dict[str, tuple[int, Callable[[dict[str, Tensor]], Tensor]]] = {
-    "token_logprobs": (48, lambda x: token_logprobs(**given(x, "logits targets")).sum()),
+    "token_logprobs": (46, lambda x: token_logprobs(**given(x, "logits targets")).sum()),
     "linear_token_logprobs": (
-        59,
+        57,
         lambda x: linear_token_logprobs(**given(x, "hidden weight targets")).sum(),
     ),
     "linear_policy_loss": (
-        114,
+        103,
         lambda x: (
             linear_policy_loss(
                 **given(x, "hidden weight targets advantages mask old_logprobs"), **LOSS
@@ -69,7 +69,7 @@ RUNS: dict[str, tuple[int, Callable[[dict[str, Tensor]], Tensor]]] = {
         ),
     ),
     "policy_loss": (
-        69,
+        61,
         lambda x: policy_loss(**given(x, "logprobs advantages mask old_logprobs"), **LOSS).loss,
     ),
 }
