@@ -53,7 +53,7 @@ class Problem:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         rows, vocabulary, width = shape
-        self.transform = transform.take(slice(rows))
+        self.transform = transform.take(range(rows))
         self.hidden = torch.randn(rows, width).to(dtype)
         self.weight = (torch.randn(vocabulary, width) * 3 / width**0.5).to(dtype)
         self.bias = torch.randn(vocabulary).to(dtype) if bias else None
