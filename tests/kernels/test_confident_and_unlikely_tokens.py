@@ -160,6 +160,17 @@ def test_an_unlikely_token_is_taken_relative_to_the_maximum(op: Op, dtype: torch
     assert_exact(op, logits.to(dtype), torch.zeros(7, dtype=torch.long))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_gradients_of_unlikely_tokens_keep_their_digits(dtype: torch.dtype) -> None:
+    # others = e^87 fits fp32; 1e-6 / others is a dozen of its smallest steps, and keeps no digits
+    logits, targets = torch.tensor([[0.0, 87.0, 85.0]]).to(dtype), torch.tensor([0])
+    hidden, weight = exact_head(logits)
+    logprob = linear_token_logprobs(hidden, weight, targets)
+    grad = 1e6 * torch.autograd.grad(1e-6 * logprob.sum(), weight)[0].float().t()
+    wanted = torch.tensor(exact(logits, targets)[1])
+    torch.testing.assert_close(grad, wanted, rtol=1e-5 + ROUNDING[dtype], atol=0)
+
+
 @each_op
 def test_logits_of_minus_infinity(op: Op) -> None:
     low = -torch.inf

@@ -107,6 +107,20 @@ def test_factors_stay_normal_where_the_others_are_finite() -> None:
     assert_rows_close(found.matrix * found.factors[:, None], problem.gradient(upstream, None))
 
 
+def test_small_gradients_of_unlikely_tokens_keep_their_digits() -> None:
+    # others = e^87 fits fp32; 1e-6 / others is a dozen of its smallest steps, and keeps no digits
+    problem = Problem((20, 70, 4), bias=True)
+    assert problem.bias is not None
+    problem.bias[3], problem.targets[:] = problem.bias[5] + 87.0, 5
+    problem.weight[3] = problem.weight[5]
+    softmax = problem.run()
+    found = softmax.gradient_(torch.full((20,), 1e-6), dtype=torch.float32, scales_hidden=True)
+    wanted = problem.gradient(torch.ones(20), None)
+    assert_rows_close(1e6 * found.factors[:, None] * found.matrix, wanted)
+    by_weight = 1e6 * found.matrix.t() @ found.scaled_hidden
+    assert_rows_close(by_weight, wanted.t() @ problem.hidden.double())
+
+
 def test_rows_in_range_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem((20, 70, 4), bias=True)
     assert problem.bias is not None

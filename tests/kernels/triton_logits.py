@@ -186,14 +186,14 @@ def test_rows_that_are_not_contiguous(view: str) -> None:
 
 def test_rows_left_out_and_rows_of_no_gradient_are_written_prime_rl_1525() -> None:
     logits = torch.randn(4, 131)
-    logits[1] = torch.nan
+    logits[1:3] = torch.nan
     mask = torch.tensor([True, False, True, True])
     targets = torch.tensor([5, -100, 7, 130])
     found = kernels.forward(logits, targets, mask, ONE, True)
     assert found.entropy is not None
     assert found.logprobs[1] == found.entropy[1] == 0
     grad = torch.full_like(logits, torch.nan)
-    upstream = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    upstream = torch.tensor([1.0, torch.nan, 0.0, 1.0])
     kernels.write_gradient(grad, logits, targets, mask, ONE, found, upstream, None)
     assert (grad[1:3] == 0).all()
     kept = torch.tensor([0, 3])
