@@ -89,7 +89,8 @@ def logit_rows_fwd_kernel(
         logprob = tl.where(counts, logprob, 0.0)
         entropy = tl.where(counts, entropy, 0.0)
     tl.store(logprobs_ptr + row, logprob)
-    tl.store(references_ptr + row, reference * LN2)
+    # in the unit of `relative_sums`: the backward takes the same exponentials, to the last bit
+    tl.store(references_ptr + row, reference)
     tl.store(totals_ptr + row, total)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, entropy)
@@ -106,7 +107,8 @@ def logit_rows_bwd_kernel(
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    inverse_temperature = 1.0 / tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
+    temperature = tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
+    inverse_temperature = 1.0 / temperature
     by_logprob, by_entropy, above = 0.0, 0.0, 0.0
     logprob = tl.load(logprobs_ptr + row)
     total = tl.load(totals_ptr + row)
@@ -125,8 +127,8 @@ def logit_rows_bwd_kernel(
     # a row of no upstream gradient is not read, and gets exact zeros
     readable = tl.where(active, vocabulary, 0)
     at_target = tl.where(active, at_target, 0.0)
-    reference = tl.load(references_ptr + row) * LOG2E
-    to_log2 = inverse_temperature * LOG2E
+    reference = tl.load(references_ptr + row)
+    to_log2 = LOG2E / temperature
     inverse_total = 1.0 / total
     target = tl.load(targets_ptr + row)
     logits_ptr += row_start(row, inner_size, outer_stride, inner_stride)
@@ -172,7 +174,7 @@ def with_row_layout(values: Tensor) -> Tensor:
 def forward(
     logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor, with_entropy: bool
 ) -> RowStatistics:
-    """Return log-prob, entropy, reference and total of each row."""
+    """Return log-prob, entropy, reference (over ln 2) and total of each row."""
     if logits.dtype == torch.float64:
         raise TypeError(
             "float64 has no kernel: cast to float32, or move the tensors to the CPU, got "

@@ -23,7 +23,7 @@ def interpret(*arguments: str) -> str:
     # a process of its own: the variable has to be set before triton is first imported
     ignored = [option for warning in HARMLESS for option in ("-W", warning)]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *ignored, *arguments],
+        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *ignored, *arguments],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=HERE.parents[1],
         capture_output=True,

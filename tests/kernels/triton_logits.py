@@ -118,6 +118,15 @@ def test_running_maximum_that_starts_at_zero(level: float) -> None:
     check(torch.as_tensor(found.entropy), uniform)
 
 
+def test_the_backward_takes_the_exponentials_of_the_forward() -> None:
+    # log2(e) / 5, rounded in another way, would be off by a last bit, and z by 2e-4
+    logits, temperature = torch.full((2, 4), 1e4), torch.full((1,), 5.0)
+    targets = torch.tensor([0, 3])
+    known = forward(logits, targets, temperature)
+    kernels.write_gradient(logits, logits, targets, None, temperature, known, torch.ones(2), None)
+    check(logits, (torch.eye(4)[targets] - 1 / 4) / 5)
+
+
 def rows_out_of_range() -> tuple[Tensor, Tensor]:
     """Targets far below the maximum, at -inf and alone; all logits but one, and all of them, -inf.
 
