@@ -47,8 +47,10 @@ def rows_per_chunk(head: LinearHead, count: int, keeps: bool) -> int:
 
     By default all go at once where that takes no more memory: of several chunks the gradient of the
     weight is summed in fp32, which for bf16 is 2 VH bytes more, and 10 VH bytes of traffic a chunk.
+    The ranks of a shard all count fp32 products: where a slice begins in memory, which chooses the
+    product, is each rank's own.
     """
-    tile = tile_for(head.weight)
+    tile = None if head.shard is not None else tile_for(head.weight)
     if tile is None:
         row = 4 * head.widest
     elif keeps:

@@ -369,18 +369,19 @@ def test_the_product_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     assert exp_product.tile_for(weight[:, :8]) is SMALL  # rows 32 bytes apart
 
 
-def test_a_rank_without_columns_cuts_the_chunks_that_the_others_do(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_all_ranks_cut_the_same_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the product of the weight itself
     monkeypatch.setattr(exp_product, "tile_of_device", lambda device: SMALL)
-    most = set()
-    for rank, size in enumerate((40, 0)):
-        shard = VocabularyShard(sizes=(40, 0), rank=rank, group_name="tp")
-        weight = torch.randn(size, 16).bfloat16()
-        head = LinearHead(weight, None, LogitTransform(ONE), shard, chunk_bytes=1000)
-        most.add(head_softmax.rows_per_chunk(head, 20, keeps=True))
-    assert len(most) == 1
+    memory = torch.randn(40 * 16 + 1).bfloat16()
+    slices = [memory[:-1].view(40, 16), memory[1:].view(40, 16), memory[:0].view(0, 16)]
+    assert [exp_product.tile_for(weight) for weight in slices[:2]] == [SMALL, None]
+    for keeps in (True, False):
+        most = set()
+        for rank, weight in enumerate(slices):
+            shard = VocabularyShard(sizes=(40, 40, 0), rank=rank, group_name="tp")
+            head = LinearHead(weight, None, LogitTransform(ONE), shard, chunk_bytes=1000)
+            most.add(head_softmax.rows_per_chunk(head, 20, keeps))
+        assert len(most) == 1
 
 
 def test_every_tile_fits_what_a_block_has() -> None:
