@@ -5,6 +5,7 @@ No GPU is needed: triton ships the assemblers. What the compiler says is read fr
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from benchmarks.triton_resources import (
     RECORDED,
     TARGETS,
     Variant,
+    argument_type,
     compiled,
     for_target,
     launches_of,
@@ -107,3 +109,17 @@ def test_rows_are_addressed_in_64_bits_fla_1082_trl_7266(launch: Variant) -> Non
     # the row is widened before it meets a stride, and no 32-bit product takes part in an address
     assert re.search(rf"arith.extsi {row[1]} : i32 to i64", ttir)
     assert not re.search(r"arith.muli .* : (i32|tensor<[0-9x]+xi32>)", ttir)
+
+
+LAST_OF_EACH = {launch.kernel.fn.__name__: launch for launch in variants()}
+
+
+@pytest.mark.parametrize("name", LAST_OF_EACH)
+def test_sizes_and_strides_of_one_compile(name: str) -> None:
+    # Triton makes constants of them, which lack what its numbers can do; the interpreter does not
+    launch = for_target(LAST_OF_EACH[name], "sm_90")
+    given = {*launch.constants, *(launch.kernel.do_not_specialize or ())}
+    free = [name for name in launch.kernel.arg_names if name not in given]
+    sizes = [name for name in free if argument_type(name, launch) == "i32"]
+    assert sizes
+    compiled(replace(launch, constants=launch.constants | dict.fromkeys(sizes, 1)), "sm_90")
