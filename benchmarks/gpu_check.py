@@ -16,24 +16,28 @@ already, `make` is not wanted.
 import argparse
 import importlib.util
 import math
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import record, results
+from benchmarks import goals, record, results
 from benchmarks.machine import ROOT
+from benchmarks.speed_page import table
 
 # On a GPU, which is lent for minutes; a CPU may have other work, and a right run is never stopped
 TOTAL_SECONDS = {False: 550.0, True: 170.0}  # quick or not
 TEST_SHARE = 0.6  # of the seconds left, that one suite may take
 STEP_SECONDS = 90.0  # that one benchmark of whole steps may take
+PARTING_SECONDS = 5.0  # that one of either may take to end, once it is asked to
 CLOSING_SECONDS = 15.0  # to compare and to draw
 # The project's options without those of plug-ins that may be missing; warnings of another torch
 # do not fail it.
@@ -96,11 +100,15 @@ def run_module(arguments: Sequence[str], seconds: float | None) -> dict[str, Any
     Without `seconds` it may take its time.
     """
     began = time.monotonic()
-    try:
-        command = [sys.executable, "-m", *arguments]
-        code: int | str = subprocess.run(command, cwd=ROOT, timeout=seconds, check=False).returncode
-    except subprocess.TimeoutExpired:
-        code = f"stopped after {seconds} s"
+    with subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT) as process:
+        try:
+            code: int | str = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = f"stopped after {seconds} s"
+            process.send_signal(signal.SIGINT)  # pytest then reports what has failed by now
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(PARTING_SECONDS)
+            process.kill()
     return {"exit_code": code, "seconds": round(time.monotonic() - began, 1)}
 
 
@@ -124,6 +132,14 @@ def read_report(path: Path) -> dict[str, Any]:
             message = problem.get("message", "").partition("\n")[0]
             failed[f"{case.get('classname')}::{case.get('name')}"] = message[:300]
     return {**counts, "failed": failed}
+
+
+def tell(name: str, outcome: dict[str, Any]) -> None:
+    """Print how a part ended, and on a line each what failed in it."""
+    counts = ", ".join(f"{key} {value}" for key, value in outcome.items() if key != "failed")
+    print(f"{'RED' if outcome['exit_code'] else 'green'}: {name}: {counts}")
+    for test, why in outcome.get("failed", {}).items():
+        print(f"    {test}: {why}")
 
 
 def is_done(outcomes: dict[str, Any], name: str) -> bool:
@@ -165,8 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run["steps"][name] = run_module(command, STEP_SECONDS if on_cuda else None)
         results.write(run, path)
     code = record.report(options, run, path)
+    print(table(list(goals.lines(run, path))))
     for name, outcome in (run["tests"] | run["steps"]).items():
-        print(f"{name}: {outcome}")
+        tell(name, outcome)
         code |= int(outcome["exit_code"] != 0)
     if missing:
         print(f"{len(missing)} parts to go; the same command goes on with --output {path}")

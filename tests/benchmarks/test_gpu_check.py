@@ -26,6 +26,19 @@ def test_the_report_of_a_red_test_is_read(tmp_path: Path) -> None:
     assert "assert 1 == 2" in message
 
 
+def test_a_suite_that_is_stopped_names_what_failed_before(tmp_path: Path, capsys) -> None:
+    suite = tmp_path / "test_it.py"
+    suite.write_text(
+        "import time\ndef test_bad(): assert 1 == 2\ndef test_slow(): time.sleep(60)\n"
+    )
+    outcome = gpu_check.run_suite([str(suite)], 8)
+    assert outcome["exit_code"] == "stopped after 8 s"
+    gpu_check.tell("the suite", outcome)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("RED: the suite: exit_code stopped after 8 s")
+    assert "::test_bad: assert 1 == 2" in second
+
+
 def test_a_part_that_takes_too_long_is_stopped() -> None:
     outcome = gpu_check.run_module(["timeit", "-n1", "-r1", "import time; time.sleep(60)"], 1)
     assert outcome["exit_code"] == "stopped after 1 s"
@@ -73,7 +86,10 @@ def test_the_whole_command_is_red_if_a_step_fails(
     assert (written["steps"]["train-step"]["exit_code"] != 0) == code
     assert {"hardware", "versions", "commit", "date"} <= written.keys()
     assert written["finished"]
-    assert f"{'RED' if code else 'green'} after" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert f"{'RED' if code else 'green'} after" in printed
+    assert f"{'RED' if code else 'green'}: train-step: exit_code " in printed
+    assert "| train-step | TRL | 0.98 |" in printed
 
 
 def test_no_clock_stops_a_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
