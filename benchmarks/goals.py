@@ -125,8 +125,10 @@ def lines(record: Record, path: Path) -> Iterator[list[str]]:
         yield line(name, goal.peer or fastest(row), goal.time, goal.peak, shares)
     for name, (peer, time, peak) in STEPS.items():
         beside = path.with_name(f"{path.stem}-{name}.json")
-        step = json.loads(beside.read_text()) if beside.exists() else None
-        yield line(name, peer, time, peak, step and shares_of_step(step, peer))
+        shares = None
+        if record["device"] == "cuda" and beside.exists():  # a CPU rehearses with tiny models
+            shares = shares_of_step(json.loads(beside.read_text()), peer)
+        yield line(name, peer, time, peak, shares)
 
 
 def fastest(row: compare.Row | None) -> str:
