@@ -48,9 +48,9 @@ def clip_terms(
     advantage = tl.load(advantages_ptr + shared(at, advantage_span, WIDE), mask=counts, other=0.0)
     log_ratio = logprob - old_logprob
     ratio = tl.exp(tl.minimum(log_ratio, LARGEST, NAN))
-    pays = advantage > 0
-    least = tl.where(pays, 0.0, low)
-    most = tl.where(pays, high, dual)
+    pays, costs = advantage > 0, advantage < 0
+    least = tl.where(costs, low, 0.0)
+    most = tl.where(pays, high, tl.where(costs, dual, float("inf")))
     clipped = tl.minimum(tl.maximum(ratio, least, NAN), most, NAN)
     moves = (ratio >= least) & (ratio <= most) & (log_ratio <= LARGEST)
     loss = -clipped * advantage
@@ -66,13 +66,14 @@ def clip_terms(
         x = tl.load(ref_ptr + at, mask=counts, other=0.0) - logprob
         grown = expm1(tl.minimum(x, LARGEST, NAN))
         k3 = grown - x
-        loss += kl_coef * k3
+        # 0 * inf, where the reference is for the metrics alone and has no weight on a token
+        loss += tl.where(kl_coef == 0, 0.0, kl_coef * k3)
         slope -= kl_coef * tl.where(x <= LARGEST, grown, -1.0)
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + shared(at, weight_span, WIDE), mask=counts, other=0.0)
         loss *= weight
         slope *= weight
-    is_low, is_high = (advantage < 0) & (ratio < low), pays & (ratio > high)
+    is_low, is_high = costs & (ratio < low), pays & (ratio > high)
     return loss, slope, ratio, is_low.to(tl.float32), is_high.to(tl.float32), k3, importance
 
 

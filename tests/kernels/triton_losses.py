@@ -132,6 +132,28 @@ def test_a_log_prob_that_is_not_a_number_is_not_hidden(on_cuda: Any) -> None:
     assert out.loss.isnan()
 
 
+@pytest.mark.parametrize("log_ratio", [-1.0, 0.0, 2.0])
+def test_an_advantage_that_is_not_a_number_is_not_hidden(log_ratio: float, on_cuda: Any) -> None:
+    given = {"logprobs": torch.tensor([[-2.0]]), "old_logprobs": torch.tensor([[-2.0 - log_ratio]])}
+    given["advantages"] = torch.tensor([torch.nan])
+    on_cuda()
+    loss, grad, *_ = run(given, surrogate=Clip(dual=3.0), aggregate=TokenMean())
+    assert loss.isnan()
+    assert grad.isnan()
+
+
+@pytest.mark.parametrize("ref", [-torch.inf, torch.nan])
+def test_a_reference_for_the_metrics_alone_leaves_the_loss_finite(ref: float, on_cuda: Any) -> None:
+    given = tokens((2, 3), masked=False) | {"advantages": torch.ones(2)}
+    given["ref_logprobs"][1, 1] = ref
+    options = {"surrogate": Clip(), "aggregate": TokenMean()}
+    wanted = run(given, **options)[:2]
+    on_cuda()
+    for value, exact in zip(run(given, **options), wanted, strict=False):
+        assert_same(value, exact)
+        assert value.isfinite().all()
+
+
 def test_a_second_backward_gives_the_same_quack_209(on_cuda: Any) -> None:
     given = tokens((2, 3), masked=False) | {"advantages": torch.ones(2)}
     logprobs = given["logprobs"].requires_grad_()
