@@ -61,7 +61,7 @@ WIDE = "--device cuda --dtype bf16 --width 1024 --layers 8 --vocabulary 32768 --
 def suites(options: argparse.Namespace) -> dict[str, list[str]]:
     """pytest arguments by name: the tests on the device, then the rest of the kernel tests."""
     marker = "gpu" if options.device == "cuda" else "not gpu"
-    chosen = ["-k", "Qwen or machinery or past_two_billion or clipped"] if options.quick else []
+    chosen = ["-k", "Qwen or machinery or past_two_billion or clipped or far_below"] if options.quick else []
     device = [DEVICE_TESTS, "-m", marker, *chosen]
     if options.quick or options.small:
         return {"on the device": device}

@@ -70,6 +70,23 @@ def test_token_logprobs(
     assert_close(grad, reference, gradient=True)
 
 
+def test_targets_far_below_the_maximum(place: Any, dtype: torch.dtype, assert_close: Close) -> None:
+    rows, vocabulary = place.pick(*LOGITS["Qwen"])
+    logits = 3 * place.normal(rows, vocabulary, dtype=dtype)
+    logits[::2, 7], logits[:, 5] = 200.0, -torch.inf  # every other row is done again
+    targets = place.below(vocabulary - 8, rows) + 8
+    got = token_logprobs(logits.requires_grad_(), targets, return_entropy=True)
+    # of logits at -1e4, which have no weight either, torch knows the gradient
+    exact = logits.detach().double().clamp(min=-1e4).requires_grad_()
+    wanted = exact_scores(exact, targets)
+    assert (wanted[0] < -150).sum() == len(logits[::2])
+    for mine, other in zip(got, wanted, strict=True):
+        assert_close(mine, other)
+    (grad,) = torch.autograd.grad(got[0].sum(), logits)
+    (reference,) = torch.autograd.grad(wanted[0].sum(), exact)
+    assert_close(grad, reference, gradient=True)
+
+
 def test_logits_past_two_billion_elements(place: Any, assert_close: Close) -> None:
     rows, vocabulary = place.pick((16_500, 131_073), (8, 131))
     assert not place.real or rows * vocabulary > 2**31
@@ -208,6 +225,31 @@ def test_linear_token_logprobs(
     grads = torch.autograd.grad(got, [problem[leaf] for leaf in leaves], upstream)
     above = [values.double() for values in upstream]
     (of_products,) = torch.autograd.grad(wanted, products, above)
+    for grad, reference in zip(grads, exact.gradients(of_products), strict=True):
+        assert_close(grad, reference, gradient=True)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("name", ["Qwen", "seven"])
+def test_targets_far_below_the_maximum_of_a_head(
+    place: Any, dtype: torch.dtype, assert_close: Close, name: str, entropy: bool
+) -> None:
+    if place.name == "interpreter":  # which takes the bf16 operands of `tl.dot` for integers
+        dtype = torch.float32
+    problem = head_problem(place, name, dtype)
+    with torch.no_grad():
+        problem["bias"][3], problem["bias"][5] = 200.0, -torch.inf
+    problem["targets"] = torch.where(problem["targets"] == 5, 3, problem["targets"])
+    leaves = ["hidden", "weight", "bias"]
+    got = linear_token_logprobs(**problem, return_entropy=True)[: 1 + entropy]
+    grads = torch.autograd.grad(sum(got).sum(), [problem[leaf] for leaf in leaves])
+    exact = ExactHead(**problem | {"bias": problem["bias"].detach().clamp(min=-1e4)})
+    products = exact.products()
+    wanted = exact.scores(products, 1.0, None, 1.0)[: 1 + entropy]
+    assert (wanted[0] < -150).any()
+    for mine, other in zip(got, wanted, strict=True):
+        assert_close(mine, other)
+    (of_products,) = torch.autograd.grad(sum(wanted).sum(), products)
     for grad, reference in zip(grads, exact.gradients(of_products), strict=True):
         assert_close(grad, reference, gradient=True)
 
