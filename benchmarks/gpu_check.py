@@ -61,7 +61,11 @@ WIDE = "--device cuda --dtype bf16 --width 1024 --layers 8 --vocabulary 32768 --
 def suites(options: argparse.Namespace) -> dict[str, list[str]]:
     """pytest arguments by name: the tests on the device, then the rest of the kernel tests."""
     marker = "gpu" if options.device == "cuda" else "not gpu"
-    chosen = ["-k", "Qwen or machinery or past_two_billion or clipped or far_below"] if options.quick else []
+    chosen = (
+        ["-k", "Qwen or machinery or past_two_billion or clipped or far_below"]
+        if options.quick
+        else []
+    )
     device = [DEVICE_TESTS, "-m", marker, *chosen]
     if options.quick or options.small:
         return {"on the device": device}
@@ -166,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     for name, selection in ({} if options.no_tests else suites(options)).items():
         if not is_done(run["tests"], name):
+            print(f"{time.monotonic() - began:4.0f} s  {name}: {' '.join(selection)}", flush=True)
             seconds = round(TEST_SHARE * left(), 1) if on_cuda else None
             run["tests"][name] = run_suite(selection, seconds)
             results.write(run, path)
@@ -178,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if left() < STEP_SECONDS:
             missing.append(name)
             continue
+        print(f"{time.monotonic() - began:4.0f} s  {name}: {' '.join(command)}", flush=True)
         run["steps"][name] = run_module(command, STEP_SECONDS if on_cuda else None)
         results.write(run, path)
     code = record.report(options, run, path)
