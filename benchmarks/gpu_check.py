@@ -51,6 +51,7 @@ PYTEST = (
     "filterwarnings=default",
 )
 DEVICE_TESTS = "tests/kernels/on_device"
+QUICK_TESTS = "Qwen or machinery or past_two_billion or clipped or far_below"
 OTHER_TESTS = ("tests/algo/engines/test_static.py", "tests/algo/shared_prompt")
 TINY = "--width 64 --layers 1 --vocabulary 64 --tokens 16 --rounds 2"
 TINY_DRAWS = "--width 64 --layers 1 --vocabulary 64 --prompts 2 --new-tokens 4 --rounds 2"
@@ -61,11 +62,7 @@ WIDE = "--device cuda --dtype bf16 --width 1024 --layers 8 --vocabulary 32768 --
 def suites(options: argparse.Namespace) -> dict[str, list[str]]:
     """pytest arguments by name: the tests on the device, then the rest of the kernel tests."""
     marker = "gpu" if options.device == "cuda" else "not gpu"
-    chosen = (
-        ["-k", "Qwen or machinery or past_two_billion or clipped or far_below"]
-        if options.quick
-        else []
-    )
+    chosen = ["-k", QUICK_TESTS] if options.quick else []
     device = [DEVICE_TESTS, "-m", marker, *chosen]
     if options.quick or options.small:
         return {"on the device": device}
