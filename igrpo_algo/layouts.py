@@ -6,7 +6,7 @@ the sequences that it holds. A third one, with each prompt once before all of it
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, count
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from igrpo_kernels.checks import check_count, check_list, check_tensor
 
 from .fields import check_fields
+from .flat import flat_tensor
 from .prompts import check_ids
 
 Layout = TypeVar("Layout", bound="PaddedRows | PackedRow")
@@ -79,7 +80,7 @@ class PaddedRows:
 
     def place(self, values: Sequence[Sequence[float]]) -> Tensor:
         """Lay one value per completion token where the mask is True. Shape [B, S - 1], float32."""
-        flat = torch.tensor([value for row in values for value in row], dtype=torch.float32)
+        flat = flat_tensor(values, torch.float32)
         return torch.zeros(self.mask.shape).masked_scatter(self.mask, flat)
 
 
@@ -139,7 +140,7 @@ class PackedRow:
 
     def place(self, values: Sequence[Sequence[float]]) -> Tensor:
         """Lay one value per completion token beside its target. Shape [L], float32."""
-        return torch.tensor([value for row in values for value in row], dtype=torch.float32)
+        return flat_tensor(values, torch.float32)
 
 
 def _sizes(prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[int]:
@@ -183,8 +184,8 @@ def pad_sequences(
     check_count("pad_token_id", pad_token_id, at_least=0)
     sizes = _sizes(prompts, completions)
     layouts = []
-    for batch in fill(sizes, max_tokens, cost=lambda rows: len(rows) * max(rows)):
-        rows = [torch.tensor([*prompts[i], *completions[i]]) for i in batch]
+    for batch in fill(sizes, max_tokens, padded=True):
+        rows = [flat_tensor((prompts[i], completions[i]), torch.int64) for i in batch]
         begin = torch.tensor([[len(prompts[i])] for i in batch])
         end = torch.tensor([[sizes[i]] for i in batch])
         ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
@@ -217,7 +218,7 @@ def pack_sequences(
         >>> row.targets, row.predictors
         (tensor([7, 8, 9]), tensor([1, 2, 4]))
     """
-    rows = fill(_sizes(prompts, completions), max_tokens, cost=sum)
+    rows = fill(_sizes(prompts, completions), max_tokens)
     tails = [Tails(*each) for each in zip(prompts, ([c] for c in completions), count())]
     return [PackedRow(**lay_in_row([tails[i] for i in row])) for row in rows]
 
@@ -240,41 +241,40 @@ def lay_in_row(groups: Sequence[Tails]) -> dict[str, Tensor]:
     Each completion continues at its prompt's position, and its first token is predicted from the
     prompt's last one.
     """
-    ids: list[int] = []
-    positions: list[int] = []
-    targets: list[int] = []
-    predictors: list[int] = []
+    ids: list[Sequence[int]] = []
+    positions: list[Sequence[int]] = []
+    predictors: list[Sequence[int]] = []
+    end = 0
     for group in groups:
-        ids += group.prompt
-        last = len(ids) - 1
-        positions += range(len(group.prompt))
+        ids += [group.prompt, *group.completions]
+        size = len(group.prompt)
+        positions.append(range(size))
+        end += size
+        last = end - 1
         for tail in group.completions:
-            predictors += [last, *range(len(ids), len(ids) + len(tail) - 1)][: len(tail)]
-            positions += range(len(group.prompt), len(group.prompt) + len(tail))
-            targets += tail
-            ids += tail
+            positions.append(range(size, size + len(tail)))
+            predictors += [(last,), range(end, end + len(tail) - 1)] if tail else []
+            end += len(tail)
     tails = [tail for group in groups for tail in group.completions]
     index = [group.first + at for group in groups for at in range(len(group.completions))]
     ends = [0, *accumulate(map(len, tails))]
     return {
-        "input_ids": torch.tensor([ids], dtype=torch.int64),
-        "position_ids": torch.tensor([positions], dtype=torch.int64),
+        "input_ids": flat_tensor(ids, torch.int64)[None],
+        "position_ids": flat_tensor(positions, torch.int64)[None],
         "index": torch.tensor(index, dtype=torch.int64),
         "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
-        "targets": torch.tensor(targets, dtype=torch.int64),
-        "predictors": torch.tensor(predictors, dtype=torch.int64),
+        "targets": flat_tensor(tails, torch.int64),
+        "predictors": flat_tensor(predictors, torch.int64),
     }
 
 
-def fill(
-    sizes: Sequence[int], limit: int | None, *, cost: Callable[[Sequence[int]], int]
-) -> Iterator[list[int]]:
-    """Put items into as few batches as their order allows, each of a cost within the limit.
+def fill(sizes: Sequence[int], limit: int | None, *, padded: bool = False) -> Iterator[list[int]]:
+    """Put items into as few batches as their order allows, each within the limit.
 
     Args:
         sizes: The tokens of each item.
         limit: Maximum tokens of a batch; None: no limit.
-        cost: From the sizes in a batch to its tokens.
+        padded: Whether an item takes as many tokens as the longest of its batch.
 
     Yields:
         The positions of the items in a batch.
@@ -284,12 +284,14 @@ def fill(
     """
     most = math.inf if limit is None else check_count("max_tokens", limit)
     batch: list[int] = []
+    longest = tokens = 0
     for at, size in enumerate(sizes):
         if size > most:
             raise ValueError(f"max_tokens must hold each sequence: one has {size}, got {limit}")
-        if batch and cost([*(sizes[i] for i in batch), size]) > most:
+        longest, tokens = max(longest, size), tokens + size
+        if batch and (longest * (len(batch) + 1) if padded else tokens) > most:
             yield batch
-            batch = []
+            batch, longest, tokens = [], size, size
         batch.append(at)
     if batch:
         yield batch

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from igrpo_kernels.checks import LARGEST_FLOAT32, check_count, describe
 
+from ..flat import flat_tensor
 from ..prompts import check_entries, check_ids, decode_completion
 
 
@@ -149,14 +150,13 @@ def pack_completions(completions: Sequence[Completion]) -> Packed:
         tensor([0, 2, 3], dtype=torch.int32)
     """
     check_entries("completions", completions, (Completion,), "a Completion")
-    ids = [token for completion in completions for token in completion.token_ids]
+    ids = flat_tensor((completion.token_ids for completion in completions), torch.int64)
     ends = accumulate((len(completion.token_ids) for completion in completions), initial=0)
     cu_seqlens = torch.tensor(list(ends), dtype=torch.int32)
     known = [completion.logprobs for completion in completions if completion.logprobs is not None]
     if len(known) < len(completions):
-        return Packed(torch.tensor(ids, dtype=torch.int64), cu_seqlens, None)
-    logprobs = torch.tensor([number for row in known for number in row], dtype=torch.float32)
-    return Packed(torch.tensor(ids, dtype=torch.int64), cu_seqlens, logprobs)
+        return Packed(ids, cu_seqlens, None)
+    return Packed(ids, cu_seqlens, flat_tensor(known, torch.float32))
 
 
 def check_groups(groups: object, count: int, n: int) -> CompletionGroups:

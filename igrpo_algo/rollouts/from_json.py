@@ -6,7 +6,7 @@ Input is not trusted: anything that is not a record raises a ValueError that nam
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -15,9 +15,21 @@ from igrpo_kernels.checks import describe
 Reader = Callable[[Any, str], Any]
 
 
-def to_json(record: Any) -> Any:
-    """Return a dataclass in the types of JSON; NaN becomes null."""
-    return _without_nan(asdict(record))
+def to_json(value: Any) -> Any:
+    """Return a value of dataclasses and plain types in the types of JSON; NaN becomes null.
+
+    Lists of numbers, of which a record has long ones, are not copied.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {key: to_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        kinds = set(map(type, value))
+        if kinds <= {int} or (kinds == {float} and not any(map(math.isnan, value))):
+            return value
+        return [to_json(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def parse(text: str | bytes) -> Any:
@@ -124,14 +136,6 @@ def _read_union(
 
 def _name(kind: Any) -> str:
     return str(kind if get_args(kind) else kind.__name__)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _refuse(name: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from igrpo_kernels.checks import describe
 
 from ..files import check_path, write_whole
+from ..flat import flat_tensor
 from .completions import Completion
 from .from_json import from_json, parse, to_json
 from .records import Rollout, Rollouts, Stage
@@ -38,17 +39,17 @@ def save_rollouts(rollouts: Sequence[Rollout], path: str | os.PathLike[str]) -> 
     from safetensors.torch import save
 
     path = check_path("path", path)
-    numbers: dict[str, list[Any]] = {"prompt_ids": [], "token_ids": [], "logprobs": []}
+    rows: dict[str, list[list[Any]]] = {"prompt_ids": [], "token_ids": [], "logprobs": []}
     records = [to_json(rollout) for rollout in rollouts]
     for stage in (stage for r in records for stage in (r["drafts"], *r["refinements"])):
         if stage["prompt_ids"] is not None:
-            stage["prompt_ids"] = _move(stage["prompt_ids"], numbers["prompt_ids"])
+            stage["prompt_ids"] = _move(stage["prompt_ids"], rows["prompt_ids"])
         for completion in stage["completions"]:
-            completion["token_ids"] = _move(completion["token_ids"], numbers["token_ids"])
+            completion["token_ids"] = _move(completion["token_ids"], rows["token_ids"])
             known = completion["logprobs"] is not None
-            _move(completion["logprobs"] or [], numbers["logprobs"])
+            _move(completion["logprobs"] or [], rows["logprobs"])
             completion["logprobs"] = known
-    tensors = {name: torch.tensor(rows, dtype=DTYPES[name]) for name, rows in numbers.items()}
+    tensors = {name: flat_tensor(each, DTYPES[name]) for name, each in rows.items()}
     text = json.dumps(records, allow_nan=False).encode()
     tensors["json"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     write_whole(path, save(tensors, metadata={"format": FORMAT}))
@@ -78,9 +79,9 @@ def load_rollouts(path: str | os.PathLike[str]) -> Rollouts:
         raise ValueError(f"path: {os.fspath(path)}: {error}") from error
 
 
-def _move(numbers: list[Any], to: list[Any]) -> int:
-    to += numbers
-    return len(numbers)
+def _move(row: list[Any], to: list[list[Any]]) -> int:
+    to.append(row)
+    return len(row)
 
 
 def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

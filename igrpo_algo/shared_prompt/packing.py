@@ -121,7 +121,7 @@ def pack_shared_prompt(
         tails = [_token_ids(f"{name}[{at}]", tail) for at, tail in enumerate(drawn)]
         groups += _split(Tails(ids, tails, index), limit, number)
         index += len(tails)
-    rows = fill([len(group) for group in groups], max_tokens, cost=sum)
+    rows = fill([len(group) for group in groups], max_tokens)
     return [_lay_out([groups[i] for i in row]) for row in rows]
 
 

@@ -56,7 +56,7 @@ def test_a_line_is_on_disk_when_append_returns(tmp_path, monkeypatch):
 
 def changed(*path, to):
     """Give the line of a rollout in which one field holds something else; `...` takes it out."""
-    record = to_json(DROPPED)
+    record = json.loads(json.dumps(to_json(DROPPED)))
     place = record
     for key in path[:-1]:
         place = place[key]
