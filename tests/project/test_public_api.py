@@ -220,6 +220,22 @@ def test_map_names_what_exists_once_and_all_that_most_users_type() -> None:
     assert [file for file in files if not (ROOT / file).exists()] == []
 
 
+def test_map_rows_say_where_their_names_are_imported_from() -> None:
+    text = (ROOT / "docs" / "map.md").read_text()
+    astray, looked_at = [], 0
+    for package in ("igrpo_algo", "igrpo_kernels"):
+        section = text.split(f"## {package}\n")[1].split("\n## ")[0]
+        for step, cells in re.findall(r"^\|([^|]+)\|(.+)\|$", section, re.MULTILINE):
+            places = [*re.findall(r"`([\w.]+)`", step)] or [package]
+            places += re.findall(r"\(`([\w.]+)`\)", cells)  # of the name before it
+            modules = [importlib.import_module(place) for place in places]
+            names = re.findall(r"`(?!igrpo_)(\w+)`", cells)
+            looked_at += len(names)
+            astray += [n for n in names if not any(hasattr(module, n) for module in modules)]
+    assert looked_at > 100
+    assert astray == []
+
+
 def examples() -> list[tuple[str, doctest.Example]]:
     """Every example of the packages, with the file it stands in."""
     found = []
