@@ -13,14 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igrpo_kernels.checks import check_callable, check_count, check_shape, check_tensor, describe
+from igrpo_kernels.checks import (
+    check_callable,
+    check_count,
+    check_flag,
+    check_shape,
+    check_tensor,
+    describe,
+)
 
 from .advantages.of_groups import standardize_by_group
 from .fields import check_fields
 from .layouts import PackedRow, PaddedRows, pack_sequences, pad_sequences
 from .prompts import Prompt, check_ids
 from .rollouts.completions import Completion
-from .rollouts.records import Rollouts, Stage
+from .rollouts.records import Rollout, Rollouts, Stage
 from .shared_prompt.packing import pack_shared_prompt
 
 DRAFTS, REFINEMENTS = 0, -1
@@ -85,8 +92,8 @@ class TrainingBatch:
         prompt_ids: What each completion was drawn from: B lists of token ids.
         completions: B completions, those of a group next to each other.
         advantages: One per completion. Shape [B], float32.
-        groups: Which group each belongs to: the completions of one stage of one prompt.
-            Shape [B], int64.
+        groups: Which group each belongs to: the completions of one stage of one prompt, or of all
+            its stages where they are trained under the question. Shape [B], int64.
         index: Number of each completion in the step, through all groups; `keep` leaves gaps.
             Shape [B], int64.
         step_sequences: Completions of the whole step, those left out by `keep` included. Where
@@ -225,6 +232,7 @@ def training_batch(
     *,
     advantages: Callable[[Tensor], Tensor] = standardize_by_group,
     stages: Sequence[int] = (REFINEMENTS,),
+    under_question: bool = False,
     encode: Callable[[Prompt], list[int]] | None = None,
 ) -> TrainingBatch:
     """Make the batch that a step trains on.
@@ -238,9 +246,12 @@ def training_batch(
         rollouts: What `two_stage_rollout` returned, or `Rollouts.of` a stream.
         advantages: From rewards [P, N] or [P, G], NaN where unscored, to advantages of the same
             shape: `standardize_by_group`, `center_by_group`, `rloo` or your own. It is called once
-            per stage.
+            per stage, or once for all where they are one group.
         stages: Numbers of the stages that are trained: `REFINEMENTS` (the last round of them),
             `DRAFTS`, or the number of a round, from 1.
+        under_question: Train what these stages drew for a prompt as one group under q. Refinements
+            were drawn under q', and their `old_logprobs` are those under q': a surrogate that
+            weighs tokens by their ratio, such as `Cispo(1.0)`, corrects for that.
         encode: From a prompt to its token ids, for rollouts of a sampler that has no `encode`.
 
     Returns:
@@ -270,12 +281,16 @@ def training_batch(
     if not len(rollouts):
         raise ValueError("rollouts must hold at least one prompt, got none")
     check_callable("advantages", advantages)
+    check_flag("under_question", under_question)
     if encode is not None:
         check_callable("encode", encode)
     trained = [
         [rollout.stages[number] for rollout in rollouts]
         for number in _check_stages(stages, rounds=len(rollouts[0].refinements))
     ]
+    if under_question:
+        drawn = zip(*trained, strict=True)
+        trained = [[_as_one_stage(r, stages) for r, stages in zip(rollouts, drawn, strict=True)]]
     values = torch.cat([_stage_advantages(advantages, drawn) for drawn in trained])
     groups = [stage for drawn in trained for stage in drawn]
     completions = [completion for stage in groups for completion in stage.completions]
@@ -307,6 +322,16 @@ def _check_stages(stages: Sequence[int], *, rounds: int) -> list[int]:
             )
         numbers.append(number % (rounds + 1))
     return numbers
+
+
+def _as_one_stage(rollout: Rollout, stages: Sequence[Stage]) -> Stage:
+    """Put what some stages drew for a prompt under the question."""
+    return Stage(
+        rollout.drafts.prompt,
+        [completion for stage in stages for completion in stage.completions],
+        [reward for stage in stages for reward in stage.rewards],
+        rollout.drafts.prompt_ids,
+    )
 
 
 def _stage_advantages(advantages: Callable[[Tensor], Tensor], drawn: Sequence[Stage]) -> Tensor:

@@ -1,4 +1,5 @@
-"""The arms: each is a few options of `IGRPOConfig`, and nothing else decides what a run does.
+"""The arms: each is a few options of `IGRPOConfig`, and nothing else decides what a run does but
+whether refinements are trained under the question too, which that trainer does not do.
 
 Every arm spends eight completions per prompt, but "grpo-half", which spends four. What is not named
 here is the paper's: 4 drafts, 4 refinements, the best draft, the refinements trained alone.
@@ -25,10 +26,13 @@ class Arm:
     Attributes:
         label: What the page calls it.
         options: Of `IGRPOConfig`.
+        question_coef: Weight of a second loss, of drafts and refinements as one group under the
+            question.
     """
 
     label: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    question_coef: float = 0.0
 
     @property
     def num_drafts(self) -> int:
@@ -55,6 +59,12 @@ def _both(choice: str, drafts: int = 4, refinements: int = 4) -> dict[str, Any]:
     }
 
 
+def _under_question(label: str, drafts: int, refinements: int) -> Arm:
+    """All completions trained under the question, refinements under their own prompt too."""
+    options = {"draft_choice": "worst", "num_drafts": drafts, "num_refinements": refinements}
+    return Arm(label, options, question_coef=(drafts + refinements) / refinements)
+
+
 MAIN = {
     "grpo": Arm("GRPO, 8", GRPO),
     "grpo-half": Arm("GRPO, 4: half the completions", GRPO | {"num_refinements": 4}),
@@ -66,6 +76,8 @@ MAIN = {
     "both-worst": Arm("both stages, worst draft", _both("worst")),
     "both-best-wrong": Arm("both stages, best wrong draft", _both("best_wrong")),
     "both-worst-6-2": Arm("both stages, worst draft, 6 : 2", _both("worst", 6, 2)),
+    "question-worst": _under_question("all under the question too, worst draft", 4, 4),
+    "question-worst-6-2": _under_question("all under the question too, worst draft, 6 : 2", 6, 2),
     "random-tokens": Arm("random tokens for a draft", {"draft_choice": "random_tokens"}),
 }
 """What is run first."""

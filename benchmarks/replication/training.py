@@ -17,6 +17,7 @@ from igrpo_algo.trainers.trl.config import IGRPOConfig
 from igrpo_algo.trainers.trl.draft_options import rules_of
 from igrpo_algo.trainers.trl.loss_options import aggregate_of, surrogate_of, with_denominator
 from igrpo_kernels import linear_policy_loss
+from igrpo_kernels.surrogates import Cispo
 
 SAMPLER = StaticSampler
 WARMUP_STEPS = 5
@@ -64,7 +65,7 @@ class Step:
 
 
 def configure(arm: Arm, settings: Settings, task: Task) -> IGRPOConfig:
-    """Give an arm's configuration: the one that would train it with `IGRPOTrainer`."""
+    """Give an arm's configuration: without `question_coef`, what `IGRPOTrainer` would train."""
     shows_drafts = arm.num_drafts and arm.options.get("draft_choice") != "none"
     splice: dict[str, Any] = {"draft_template": task.template} if shows_drafts else {}
     return IGRPOConfig(
@@ -129,7 +130,9 @@ def train(
         )
         tokens, pad = 0, sampler.tokenizer.pad_token_id
         for _ in range(args.num_iterations):
-            tokens += accumulate_gradients(model, rollouts, args, pad=pad)
+            tokens += accumulate_gradients(
+                model, rollouts, args, pad=pad, question_coef=arm.question_coef
+            )
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -137,14 +140,28 @@ def train(
         yield Step(rollouts, tokens)
 
 
-def accumulate_gradients(model: Any, rollouts: Rollouts, args: IGRPOConfig, *, pad: int) -> int:
-    """Add the gradient of refinements + draft_loss_coef * drafts; count the tokens it came from."""
+def accumulate_gradients(
+    model: Any, rollouts: Rollouts, args: IGRPOConfig, *, pad: int, question_coef: float = 0.0
+) -> int:
+    """Add the gradient of refinements + draft_loss_coef * drafts + question_coef * all under q.
+
+    Under the question a token of a refinement weighs as much as its probability there over that
+    under the spliced prompt, where it was drawn, and no more than 1.
+
+    Returns:
+        The tokens that the gradient came from.
+    """
     rounds = tuple(range(1, 1 + args.refinement_rounds))
     tokens = 0
-    for stages, weight in ((rounds, 1.0), ((DRAFTS,), args.draft_loss_coef)):
+    for stages, weight, surrogate in (
+        (rounds, 1.0, surrogate_of(args)),
+        ((DRAFTS,), args.draft_loss_coef, surrogate_of(args)),
+        ((DRAFTS, *rounds), question_coef, Cispo(1.0)),
+    ):
         if not weight:
             continue
-        batch = training_batch(rollouts, stages=stages)
+        under_question = stages == (DRAFTS, *rounds)
+        batch = training_batch(rollouts, stages=stages, under_question=under_question)
         batch = batch.keep(batch.advantages != 0)
         tokens += sum(len(completion.token_ids) for completion in batch.completions)
         for micro in batch.padded(pad, max_tokens=MICRO_TOKENS):
@@ -153,7 +170,7 @@ def accumulate_gradients(model: Any, rollouts: Rollouts, args: IGRPOConfig, *, p
             loss = linear_policy_loss(
                 **micro.loss_inputs(hidden),
                 weight=model.get_output_embeddings().weight,
-                surrogate=surrogate_of(args),
+                surrogate=surrogate,
                 aggregate=with_denominator(
                     aggregate_of(args),
                     sequences=micro.step_sequences,

@@ -227,6 +227,46 @@ def test_the_gradient_is_that_of_refinements_and_of_weighted_drafts(world) -> No
     model.zero_grad()
 
 
+def test_under_the_question_a_refinement_weighs_what_it_is_likely_there(world) -> None:
+    """Against the formula: all completions one group, min(p(token | q) / p(token | q'), 1) A."""
+    model, tokenizer, task, _, rollouts = world
+    arm = ARMS["question-worst-6-2"]
+    args = configure(arm, TINY, task)
+    assert (arm.question_coef, args.draft_loss_coef) == (4.0, 0.0)
+
+    def gradients() -> torch.Tensor:
+        found = torch.cat([weight.grad.flatten() for weight in model.parameters()])
+        model.zero_grad(set_to_none=False)
+        return found
+
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    training.accumulate_gradients(model, rollouts, args, pad=tokenizer.pad_token_id)
+    refinements = gradients()
+    training.accumulate_gradients(
+        model, rollouts, args, pad=tokenizer.pad_token_id, question_coef=arm.question_coef
+    )
+    ours = gradients() - refinements
+    rewards = torch.cat([rollouts.draft_rewards, rollouts.refinement_rewards], 1)
+    below = 0
+    for row, rollout in zip(standardize_by_group(rewards), rollouts, strict=True):
+        drawn = [completion for stage in rollout.stages for completion in stage.completions]
+        for advantage, completion in zip(row, drawn, strict=True):
+            ids = torch.tensor([rollout.drafts.prompt_ids + completion.token_ids])
+            logprobs = model(ids, use_cache=False).logits[0].log_softmax(-1)
+            count = len(completion.token_ids)
+            logprobs = logprobs[-count - 1 : -1].gather(-1, ids[0, -count:, None])[:, 0]
+            ratio = (logprobs.detach() - torch.tensor(completion.logprobs)).exp()
+            below += int((ratio < 0.9).sum())
+            mean = (ratio.clamp(max=1.0) * logprobs).mean()
+            (-4.0 * advantage * mean / rewards.numel()).backward()
+    wanted = gradients()
+    assert below > 10
+    assert wanted.norm() > 1e-3
+    # fp32 sums in another order: errors are of the rounding of the whole gradient.
+    torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-5 * float(wanted.norm()))
+
+
 def test_training_moves_all_weights_and_none_without_a_gradient(world) -> None:
     model, tokenizer, task, problems, _ = world
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
