@@ -10,7 +10,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn import functional as F  # noqa: N812
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from igrpo_algo.advantages.baselines import rloo
 from igrpo_algo.advantages.of_groups import center_by_group, standardize_by_group
@@ -28,6 +30,7 @@ from igrpo_kernels import (
     token_logprobs,
 )
 from igrpo_kernels.loss_from_logprobs import policy_loss
+from igrpo_kernels.surrogates import Cispo
 
 NAN = math.nan
 VOCABULARY = 20
@@ -68,6 +71,7 @@ ROLLOUTS = Rollouts(
     ]
 )
 BOTH = (DRAFTS, REFINEMENTS)
+CLIP = Clip()
 
 
 def test_the_refinements_are_trained_under_the_prompt_that_drew_them():
@@ -93,6 +97,21 @@ def test_both_stages_are_groups_of_one_step():
     wanted = torch.cat([drafts, refinements])[batch.index]
     torch.testing.assert_close(batch.advantages, wanted, rtol=0, atol=0)
     assert (batch.step_sequences, batch.step_tokens) == (15, 18)
+
+
+def test_under_the_question_all_completions_of_a_prompt_are_one_group():
+    batch = training_batch(ROLLOUTS, stages=BOTH, advantages=center_by_group, under_question=True)
+    assert batch.prompt_ids == [[5, 6]] * 5 + [[4]] * 5 + [[8, 8, 8]]
+    assert [len(c.token_ids) for c in batch.completions] == [2, 1, 1, 3, 2, 3, 1, 1, 2, 1, 1]
+    assert batch.groups.tolist() == [0] * 5 + [1] * 5 + [2]
+    assert batch.index.tolist() == [*range(10), 11]  # the one without tokens is 10
+    rewards = torch.cat([ROLLOUTS.draft_rewards, ROLLOUTS.refinement_rewards], 1)
+    wanted = center_by_group(rewards).flatten()[batch.index]
+    torch.testing.assert_close(batch.advantages, wanted, rtol=0, atol=0)
+    assert (batch.step_sequences, batch.step_tokens) == (15, 18)
+    alone = training_batch(ROLLOUTS, under_question=True)
+    assert alone.prompt_ids == [[5, 6]] * 3 + [[4]] * 3
+    assert torch.equal(alone.advantages, training_batch(ROLLOUTS).advantages)
 
 
 def test_any_advantage_function_is_called_once_per_stage():
@@ -259,6 +278,14 @@ def model():
         initializer_range=0.5,
     )
     model = Qwen3ForCausalLM(config).double()
+    for module in model.modules():
+        if isinstance(module, Qwen3RMSNorm):  # whose own goes by float32, backward too
+            module.forward = partial(
+                F.rms_norm,
+                normalized_shape=module.weight.shape,
+                weight=module.weight,
+                eps=module.variance_epsilon,
+            )
     enable_shared_prompt(model)
     return model
 
@@ -269,7 +296,7 @@ def gradients(model):
     return found
 
 
-def run(model, parts, aggregate):
+def run(model, parts, aggregate, surrogate=CLIP):
     """Give the sum of the losses of micro-batches, and the gradients that they add up to."""
     total = 0.0
     for micro in parts:
@@ -277,7 +304,7 @@ def run(model, parts, aggregate):
         loss = linear_policy_loss(
             **micro.loss_inputs(hidden),
             weight=model.lm_head.weight,
-            surrogate=Clip(),
+            surrogate=surrogate,
             aggregate=aggregate(micro),
         ).loss
         loss.backward()
@@ -285,7 +312,7 @@ def run(model, parts, aggregate):
     return total, gradients(model)
 
 
-def by_sequence(model, batch, aggregate):
+def by_sequence(model, batch, aggregate, surrogate=CLIP):
     """The same from each sequence by itself, with whole logits."""
     total = 0.0
     for ids, drawn, advantage in zip(
@@ -295,7 +322,7 @@ def by_sequence(model, batch, aggregate):
         loss = policy_loss(
             token_logprobs(logits, torch.tensor([drawn.token_ids])),
             advantage[None],
-            surrogate=Clip(),
+            surrogate=surrogate,
             aggregate=aggregate(batch),
             old_logprobs=torch.tensor([drawn.logprobs]),
         ).loss
@@ -336,6 +363,16 @@ def test_every_layout_and_split_gives_the_loss_and_gradient_of_the_sequences(
 
 @every_aggregate
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_under_the_question_too(model, layout, aggregate):
+    batch = training_batch(ROLLOUTS, stages=BOTH, under_question=True)
+    parts = micros(batch, layout, max_tokens=16)
+    assert len(parts) > 1
+    found = run(model, parts, aggregate, Cispo(1.0))
+    assert_same(found, by_sequence(model, batch, aggregate, Cispo(1.0)))
+
+
+@every_aggregate
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_leaving_out_what_has_no_advantage_changes_nothing(model, layout, aggregate):
     batch = training_batch(ROLLOUTS, stages=BOTH)
     kept = batch.keep(batch.advantages != 0)
@@ -356,6 +393,7 @@ def test_leaving_out_what_has_no_advantage_changes_nothing(model, layout, aggreg
         ({"stages": ["drafts"]}, TypeError, "each of stages must be an int, got str 'drafts'"),
         ({"stages": [2]}, ValueError, r"stages 0 \(drafts\) to 1 at most once, got \[2\]"),
         ({"stages": [-2]}, ValueError, "each of stages must be >= -1, got -2"),
+        ({"under_question": 1}, TypeError, "under_question must be True or False, got int 1"),
         ({"stages": [0, 0]}, ValueError, r"at most once, got \[0, 0\]"),
         (
             {"advantages": lambda rewards: rewards[0]},
