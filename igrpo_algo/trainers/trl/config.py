@@ -11,6 +11,7 @@ from igrpo_kernels.checks import check_count, check_number
 from ...drafts.text import PAPER_TEMPLATE, DraftTemplate
 from ...fields import check_fields
 from .draft_options import CHOICES, OF_DRAFTS, OF_SPLICE, template_of
+from .trl_options import check_trl_options
 
 GROUP = ("num_refinements", "num_generations")
 BATCH = ("steps_per_generation", "generation_batch_size")
@@ -245,6 +246,7 @@ class IGRPOConfig(GRPOConfig):
             setattr(self, name, Derived(getattr(self, name)))
         template_of(self.draft_template)
         self._check_values()
+        check_trl_options(self)
         self._check_combinations()
 
     def _work_out_sizes(self, by_trl: Callable[[], None]) -> list[str]:
@@ -310,8 +312,6 @@ class IGRPOConfig(GRPOConfig):
                 "draft_keep would have no effect: it needs max_draft_length or "
                 "max_spliced_prompt_length"
             )
-        if self.max_tool_calling_iterations is not None:
-            raise ValueError("max_tool_calling_iterations would have no effect: tools are refused")
         of_rank = self.changed("selection_reward")
         of_rank += ["draft_ties"] if self.draft_ties == "shortest" else []
         if self.draft_choice == "random" and of_rank:

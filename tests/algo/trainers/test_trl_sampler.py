@@ -101,6 +101,10 @@ def test_what_the_sampler_drew_is_what_is_trained_on(make_trainer: MakeTrainer) 
     assert metrics["igrpo/best_draft_right"] == [0.5]
     assert metrics["igrpo/uplift"] == [pytest.approx(((10 - 7) / 4 + 0.5) / 2)]
     assert metrics["reward"] == [pytest.approx(12 / 8)]
+    read = [*[chat("0+0?"), chat("1+1?")] * 4, *[chat("0+0?[b3]"), chat("1+1?[e0]")] * 4]
+    drawn = [f"{text}</s>" for text in [*DRAFTS, *REFINED]]
+    tokens = sum(len(TOKENIZER(text)["input_ids"]) for text in [*read, *drawn])
+    assert metrics["num_tokens"] == [tokens]
 
 
 def test_no_prompt_waits_for_anothers_drafts(make_trainer: MakeTrainer) -> None:
@@ -368,6 +372,19 @@ def test_a_sampler_without_log_probs_is_told_what_to_set(make_trainer: MakeTrain
         ("engine", {"sampler_concurrency": 4}, "the sampler has no sample_one"),
         ("engine", {"max_completion_length": 7}, r"max_new_tokens = 6 and args\.max_comp.* = 7"),
         ("engine", {"temperature": 0.7}, r"temperature = 1\.0 and args\.temperature = 0\.7"),
+        (
+            "engine",
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            r"chat_template_kwargs = {} and args\.chat_template_kwargs = {'enable_thinking': Fals",
+        ),
+        (
+            "engine",
+            {
+                "vllm_importance_sampling_correction": False,
+                "vllm_importance_sampling_mode": "token_mask",
+            },
+            "sampling_mode would have no effect with vllm_importance_sampling_correction=False",
+        ),
     ],
 )
 def test_options_that_the_sampler_decides_are_refused(
