@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from .config import IGRPOConfig
 
 RANGES: dict[str, dict[str, float]] = {
+    "learning_rate": {"at_least": 0},
+    "weight_decay": {"at_least": 0},
+    "max_grad_norm": {"at_least": 0},
+    "num_train_epochs": {"above": 0},
+    "max_completion_length": {"at_least": 1},
     "temperature": {"above": 0},
     "top_p": {"above": 0, "at_most": 1},
     "min_p": {"at_least": 0, "at_most": 1},

@@ -20,6 +20,8 @@ def make(**options: Any) -> IGRPOConfig:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"learning_rate": NAN}, "learning_rate must be >= 0, got nan"),
+        ({"max_completion_length": 0}, "max_completion_length must be >= 1"),
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"top_p": 2.0}, "top_p must be <= 1"),
         ({"min_p": -0.1}, "min_p must be >= 0"),
