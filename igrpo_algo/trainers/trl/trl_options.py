@@ -54,7 +54,7 @@ def check_trl_options(args: "IGRPOConfig") -> None:
     """Refuse values out of range, and options that TRL would ignore in silence.
 
     Raises:
-        TypeError: An option that is no number.
+        TypeError: An option is not a number.
         ValueError: The option, and why it is refused.
     """
     for name, bounds in RANGES.items():
