@@ -60,7 +60,8 @@ class IGRPOConfig(GRPOConfig):
             tokens, then lowest index).
         all_drafts_failed: What a prompt without a right draft does: "condition" on the best of the
             wrong ones (the paper's literal reading), "plain_prompt", or "skip" (plain prompt and
-            zero advantages). A prompt none of whose drafts could be scored stays plain in any case.
+            zero advantages; a trainer's `sampler` draws no refinements then). A prompt none of
+            whose drafts could be scored stays plain in any case.
         all_drafts_right: The same for a prompt whose drafts are all right: with "plain_prompt"
             it sees drafts only where they differ or have all failed.
         success_reward: The training reward from which a draft or a refinement counts as right.

@@ -241,6 +241,28 @@ def test_a_skipped_prompt_keeps_its_rows(make_trainer: MakeTrainer) -> None:
     assert not batch["advantages"][4:].any()
 
 
+@pytest.mark.parametrize("eval_with_draft", [False, True])
+def test_an_evaluation_is_the_mean_over_its_completions(
+    make_trainer: MakeTrainer, eval_with_draft: bool
+) -> None:
+    scores: list[float] = []
+
+    def noted(completions: list[Any], **columns: Any) -> list[float]:
+        scores.append(early_letters(completions))
+        return scores[-1]
+
+    trainer = make_trainer(
+        sampler=TransformersSampler(make_model(), make_tokenizer(), max_new_tokens=6),
+        reward_funcs=noted,
+        eval_dataset=make_dataset(3),  # batches of two prompts and of one
+        eval_with_draft=eval_with_draft,
+    )
+    metrics = trainer.evaluate()
+    refined = scores[1::2] if eval_with_draft else scores
+    assert metrics["eval_reward"] == pytest.approx(sum(map(sum, refined)) / 12, rel=1e-6)
+    assert metrics["eval_rewards/noted/mean"] == pytest.approx(metrics["eval_reward"])
+
+
 def test_evaluation_is_single_shot_and_so_is_grpo(make_trainer: MakeTrainer) -> None:
     for options, mode in (({}, "eval"), ({"num_drafts": 0}, "train")):
         engine = scripted()
