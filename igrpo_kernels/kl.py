@@ -65,8 +65,8 @@ class K2:
 class K3:
     """The low-variance estimate: k3 = e^x - x - 1, x = log pi_ref - log pi. Never negative.
 
-    GRPO (arXiv:2402.03300, eq. 4) and iGRPO (arXiv:2602.09000, eq. 5) use it as it is. x is clamped
-    to at most 20 in the exponential, so that it stays finite.
+    GRPO (arXiv:2402.03300, eq. 4) and iGRPO (arXiv:2602.09000, eq. 5) use it as it is. x stops at
+    20, as the ratios do: the estimate stays finite, and has no gradient beyond.
 
     Examples:
         >>> import torch
@@ -79,8 +79,8 @@ class K3:
 
     def __call__(self, tokens: Tokens, ref_logprobs: Tensor) -> Tensor:
         """Return the estimate of each token."""
-        x = ref_logprobs - tokens.logprobs
-        return x.clamp(max=MAX_LOG_RATIO).expm1() - x
+        x = (ref_logprobs - tokens.logprobs).clamp(max=MAX_LOG_RATIO)
+        return x.expm1() - x
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class Protocol:
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size"):
             check_count(f"--{name.replace('_', '-')}", getattr(self, name))
+        check_count("--seed", self.seed, at_least=0)
         if not all(1 <= k <= self.samples for k in self.ks):
             raise ValueError(f"--k must be from 1 to --samples = {self.samples}, got {self.ks}")
         check_number("--success-reward", self.success_reward)

@@ -245,7 +245,7 @@ def _read(
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if path.exists() and config is not None:
-        raise ValueError(f"config {config!r} has no effect: {path} is not a set on the hub")
+        raise ValueError(f"--dataset-config {config} has no effect: {path} is not a set on the hub")
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     if path.is_file():
         if suffix not in readers:

@@ -32,6 +32,8 @@ FREE_ON_RESUME = frozenset({
     "report_to", "run_name", "disable_tqdm",
 })  # fmt: skip
 
+SUMMARY = "summary.json"
+
 # What the table at the end shows besides `igrpo/...`; a run logs one of the two entropies.
 IN_SUMMARY = frozenset({
     "reward", "entropy", "entropy/nonzero_advantage", "frac_reward_zero_std",
@@ -113,9 +115,10 @@ def train(
 
     Settings come from the paper's preset (with --paper), then --config, then the options here, then
     --set; later ones win. --resume continues a run that was killed from its last checkpoint, or
-    starts one if there is none. Without --resume a folder that holds a checkpoint is refused, and
-    so is --resume with other settings; only these may change: max_steps, num_train_epochs,
-    save_steps, save_total_limit, logging_steps, report_to, run_name and disable_tqdm.
+    starts one if there is none. Nothing is written over: without --resume a folder that holds a
+    checkpoint is refused, and a finished run that kept none in any case. So is --resume with other
+    settings; only these may change: max_steps, num_train_epochs, save_steps, save_total_limit,
+    logging_steps, report_to, run_name and disable_tqdm.
     """
     flags: Settings = {
         "num_drafts": num_drafts,
@@ -194,7 +197,7 @@ def run(job: Job, output_dir: Path) -> None:
         if is_first:
             seconds = time.monotonic() - began
             summary = summarize(metrics.read(), trainer.state.global_step, seconds)
-            write_json(output_dir / "summary.json", summary)
+            write_json(output_dir / SUMMARY, summary)
             print_summary(summary, output_dir)
 
 
@@ -228,6 +231,11 @@ def _checkpoint_to_resume(
 ) -> Checkpoint | None:
     checkpoint = last_checkpoint(output_dir)
     if checkpoint is None:
+        if (output_dir / SUMMARY).exists():
+            raise ValueError(
+                f"{output_dir} holds a finished run without a checkpoint to continue: choose "
+                "another --output-dir"
+            )
         return None
     if not resume:
         raise ValueError(

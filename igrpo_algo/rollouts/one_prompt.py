@@ -5,6 +5,7 @@ and hand back its completions.
 """
 
 import math
+from copy import deepcopy
 
 import torch
 
@@ -49,7 +50,7 @@ class OnePrompt:
             self.choices.append(self._choose())
         if n and not (self.choices and self.choices[-1].skipped):
             prompt, ids = self._drawn_from
-            return prompt if ids is None else ids
+            return deepcopy(prompt if ids is None else ids)  # samplers may change what they get
         now = self.setup.clock()
         self.finish_stage([SKIPPED] * n, [math.nan] * n, [math.nan] * n, now, now)
         return None

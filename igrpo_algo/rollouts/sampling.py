@@ -25,6 +25,7 @@ import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
@@ -167,7 +168,8 @@ def sample_group(
     seeds = prompt_seeds(seed, len(checked))
     prompt_ids = [encode(sampler, prompt) for prompt in checked]
     asked = [
-        prompt if ids is None else ids for prompt, ids in zip(checked, prompt_ids, strict=True)
+        deepcopy(prompt if ids is None else ids)  # samplers may change what they get
+        for prompt, ids in zip(checked, prompt_ids, strict=True)
     ]
     drawn = run_blocking(sample_batch(sampler, asked, n, seeds)) if asked else []
     return Samples(checked, drawn, prompt_ids)

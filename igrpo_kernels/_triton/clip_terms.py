@@ -64,11 +64,12 @@ def clip_terms(
     k3 = tl.zeros_like(loss)
     if ref_ptr is not None:
         x = tl.load(ref_ptr + at, mask=counts, other=0.0) - logprob
-        grown = expm1(tl.minimum(x, LARGEST, NAN))
-        k3 = grown - x
+        stopped = tl.minimum(x, LARGEST, NAN)
+        grown = expm1(stopped)
+        k3 = grown - stopped
         # 0 * inf, where the reference is for the metrics alone and has no weight on a token
         loss += tl.where(kl_coef == 0, 0.0, kl_coef * k3)
-        slope -= kl_coef * tl.where(x <= LARGEST, grown, -1.0)
+        slope -= kl_coef * tl.where(x <= LARGEST, grown, 0.0)
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + shared(at, weight_span, WIDE), mask=counts, other=0.0)
         loss *= weight

@@ -180,6 +180,15 @@ def test_k3_of_close_policies_is_not_rounding(spread):
     assert (K3()(tokens, ref_logprobs) >= 0).all()
 
 
+def test_k3_of_far_policies_stops_and_leads_no_further_away():
+    logprobs = torch.tensor([[-3.0, -25.0]], requires_grad=True)
+    tokens = TokenInputs(Sequences.of(logprobs), torch.ones(1, 1)).tokens(logprobs)
+    kl = K3()(tokens, torch.tensor([[-1.0, -1.0]]))
+    kl.sum().backward()
+    assert kl.tolist() == [pytest.approx([math.expm1(2) - 2, math.expm1(20) - 20])]
+    assert logprobs.grad.tolist() == [pytest.approx([-math.expm1(2), 0.0])]
+
+
 def kl_oracle(estimate):
     """Value and derivative of each estimator at x = log pi, given log pi_old and log pi_ref."""
     return {

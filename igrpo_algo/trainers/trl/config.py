@@ -11,6 +11,7 @@ from igrpo_kernels.checks import check_count, check_number
 from ...drafts.text import PAPER_TEMPLATE, DraftTemplate
 from ...fields import check_fields
 from .draft_options import CHOICES, OF_DRAFTS, OF_SPLICE, template_of
+from .trl_options import check_trl_options
 
 GROUP = ("num_refinements", "num_generations")
 BATCH = ("steps_per_generation", "generation_batch_size")
@@ -59,7 +60,8 @@ class IGRPOConfig(GRPOConfig):
             tokens, then lowest index).
         all_drafts_failed: What a prompt without a right draft does: "condition" on the best of the
             wrong ones (the paper's literal reading), "plain_prompt", or "skip" (plain prompt and
-            zero advantages). A prompt none of whose drafts could be scored stays plain in any case.
+            zero advantages; a trainer's `sampler` draws no refinements then). A prompt none of
+            whose drafts could be scored stays plain in any case.
         all_drafts_right: The same for a prompt whose drafts are all right: with "plain_prompt"
             it sees drafts only where they differ or have all failed.
         success_reward: The training reward from which a draft or a refinement counts as right.
@@ -245,6 +247,7 @@ class IGRPOConfig(GRPOConfig):
             setattr(self, name, Derived(getattr(self, name)))
         template_of(self.draft_template)
         self._check_values()
+        check_trl_options(self)
         self._check_combinations()
 
     def _work_out_sizes(self, by_trl: Callable[[], None]) -> list[str]:
@@ -310,8 +313,6 @@ class IGRPOConfig(GRPOConfig):
                 "draft_keep would have no effect: it needs max_draft_length or "
                 "max_spliced_prompt_length"
             )
-        if self.max_tool_calling_iterations is not None:
-            raise ValueError("max_tool_calling_iterations would have no effect: tools are refused")
         of_rank = self.changed("selection_reward")
         of_rank += ["draft_ties"] if self.draft_ties == "shortest" else []
         if self.draft_choice == "random" and of_rank:

@@ -163,6 +163,7 @@ class StageTrainer(PolicyLossTrainer):
             rewards = super()._calculate_rewards(*args, **kwargs)
         else:
             rewards = self.accelerator.gather(stage.sampled.rewards_per_func)
+            self._scored = ~rewards.isnan()
             for column, values in stage.sampled.extra.items():
                 self._log_completion_extra(column, values)
         for name, values in zip(self.reward_func_names, rewards.T, strict=True):

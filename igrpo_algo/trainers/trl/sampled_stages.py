@@ -53,11 +53,14 @@ class SampledTrainer(TwoStageTrainer):
             yield from super().draw_rounds(inputs, layout)
             return
         device, drawn = self.accelerator.device, self._draw(inputs, layout)
+        rows = [inputs[row] for row in layout.draft_rows]
+        stage = Stage(layout.num_drafts, sampled=self._sampled(drawn, layout, number=0))
         batch = None
-        if self.trains_drafts:
-            stage = Stage(layout.num_drafts, sampled=self._sampled(drawn, layout, number=0))
-            with self.drafting():
-                batch = self.run_stage([inputs[row] for row in layout.draft_rows], stage)
+        with self.drafting():
+            if self.trains_drafts:
+                batch = self.run_stage(rows, stage)
+            else:
+                self.draw_and_score(rows, stage)  # all is drawn: TRL counts its tokens
         rewards = torch.tensor([each.rollout.drafts.rewards for each in drawn], device=device)
         for number in range(1, self.rounds + 1):
             refined = [

@@ -58,6 +58,10 @@ def check_sampler_options(args: IGRPOConfig, sampler: AnySampler | None) -> None
         TypeError: `sampler` is not a sampler.
         ValueError: An option has no effect, or differs from the sampler's own.
     """
+    if not args.vllm_importance_sampling_correction and (idle := args.changed(*OF_CORRECTION)):
+        raise ValueError(
+            f"{', '.join(idle)} would have no effect with vllm_importance_sampling_correction=False"
+        )
     if sampler is None:
         if idle := args.changed("reward_max", "sampler_concurrency"):
             raise ValueError(f"{', '.join(idle)} would have no effect without a sampler")
@@ -78,12 +82,15 @@ def check_sampler_options(args: IGRPOConfig, sampler: AnySampler | None) -> None
         raise ValueError("sampler_concurrency would have no effect: the sampler has no sample_one")
     if idle := args.changed(*OF_GENERATION):
         raise ValueError(f"{', '.join(idle)} would have no effect beside a sampler: it draws")
-    temperature = getattr(getattr(sampler, "distribution", None), "temperature", None)
-    for of_sampler, own, of_args in (
-        ("temperature", temperature, "temperature"),
-        ("max_new_tokens", getattr(sampler, "max_new_tokens", None), "max_completion_length"),
+    owner = {"temperature": getattr(sampler, "distribution", None)}
+    for of_sampler, of_args in (
+        ("temperature", "temperature"),
+        ("max_new_tokens", "max_completion_length"),
+        ("chat_template_kwargs", "chat_template_kwargs"),
     ):
-        if own not in (None, wanted := getattr(args, of_args)):
+        own = getattr(owner.get(of_sampler, sampler), of_sampler, None)
+        wanted = getattr(args, of_args)
+        if own is not None and own != wanted and (own or wanted):
             raise ValueError(
                 f"the sampler's {of_sampler} = {own} and args.{of_args} = {wanted} must be equal"
             )

@@ -202,6 +202,7 @@ def test_the_chat_template_gets_the_keywords(
         (["--k", "0"], "--k must be from 1 to --samples"),
         (["--samples", "0"], "--samples must be >= 1, got 0"),
         (["--batch-size", "0"], "--batch-size must be >= 1, got 0"),
+        (["--seed", "-1"], "--seed must be >= 0, got -1"),
         (["--reward", "no:thing"], "could not be imported"),
         (["--dataset", "no.jsonl"], "no.jsonl does not exist"),
         (["--model", "./no"], "model ./no is not a folder with a config.json"),
@@ -215,7 +216,7 @@ def test_the_chat_template_gets_the_keywords(
         (["--split", "dev"], "split 'dev' has no effect"),
         (["--reward", "math,math"], "--reward names 'math' twice"),
         (["--success-reward", "nan"], "--success-reward must be finite, got nan"),
-        (["--dataset-config", "main"], "config 'main' has no effect"),
+        (["--dataset-config", "main"], "--dataset-config main has no effect"),
     ],
 )
 def test_refusals_are_one_line(

@@ -111,6 +111,20 @@ def test_train_writes_metrics_summary_and_a_model(tiny_model: str, problems: str
     assert {"reward", "entropy/nonzero_advantage", "igrpo/copied"} <= set(done.output.split())
 
 
+def test_a_finished_run_without_checkpoints_is_not_written_over(
+    tiny_model: str, problems: str
+) -> None:
+    finished = arguments(tiny_model, problems, "--set", "save_strategy=no", steps=1)
+    done = igrpo(*finished)
+    assert done.exit_code == 0, done.output
+    files = {path: path.read_bytes() for path in Path("out").iterdir() if path.is_file()}
+    for again in (["--seed", "7"], ["--resume"]):
+        refused = igrpo(*finished, *again)
+        assert refused.exit_code == 2, refused.output
+        assert "out holds a finished run without a checkpoint to continue" in refused.stderr
+    assert {path: path.read_bytes() for path in files} == files
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 

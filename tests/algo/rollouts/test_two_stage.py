@@ -9,6 +9,7 @@ from igrpo_algo.drafts.rules import DraftRules, Fallback
 from igrpo_algo.drafts.splice import TokenSplice
 from igrpo_algo.rollouts.completions import Completion
 from igrpo_algo.rollouts.records import Rollouts
+from igrpo_algo.rollouts.sampling import sample_group
 from igrpo_algo.rollouts.scoring import RewardError
 from igrpo_algo.rollouts.two_stage import two_stage_rollout
 
@@ -197,6 +198,32 @@ def test_what_is_sampled_from_is_what_the_record_holds(run):
     assert [stage.prompt for stage in rollouts[0].stages] == ["q", "q -> 2", "q -> 2"]
     assert rollouts.drafts.prompt_ids == [first]
     assert rollouts.refinements.prompt_ids == [second]
+
+
+class Appending:
+    """A sampler that changes the prompts it is given."""
+
+    def __init__(self, ids=None):
+        if ids is not None:
+            self.encode = lambda prompt: ids
+
+    def sample(self, prompts, n, *, seed=None):
+        for prompt in prompts:
+            prompt.append(
+                {"role": "assistant", "content": "x"} if isinstance(prompt[0], dict) else 9
+            )
+        return [[Completion([1], str(i)) for i in range(n)] for _ in prompts]
+
+
+@pytest.mark.parametrize("run", [two_stage_rollout, streamed])
+def test_a_sampler_that_changes_its_prompts_changes_nothing_else(run):
+    chat = [{"role": "user", "content": "q"}]
+    rollouts = run([chat], Appending(), graded)
+    assert chat == [{"role": "user", "content": "q"}] == rollouts.drafts.prompts[0]
+    assert len(rollouts.refinements.prompts[0]) == 1
+    assert run(["q"], Appending([5]), graded)[0].drafts.prompt_ids == [5]
+    drawn = sample_group([chat, [7]], Appending(), 1)
+    assert drawn.prompts == [[{"role": "user", "content": "q"}], [7]]
 
 
 def test_a_sampler_without_encode_leaves_no_prompt_ids():

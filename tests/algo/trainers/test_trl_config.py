@@ -116,7 +116,6 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_drafts": 0, "eval_with_draft": True}, ValueError, "eval_with_draft would have no"),
     ({"num_drafts": 0, "success_reward": 0.5}, ValueError, "success_reward would have no"),
     ({"draft_keep": "head"}, ValueError, "draft_keep would have no effect: it needs max_draft_l"),
-    ({"max_tool_calling_iterations": 2}, ValueError, "tools are refused"),
     ({"draft_choice": "random", "draft_ties": "shortest"}, ValueError, "draft_ties has no effect"),
     ({"reward_max": 1.0, "draft_choice": "worst"}, ValueError, "first best draft: leave out draft"),
     ({"reward_max": 1.0, "draft_loss_coef": 1.0}, ValueError, "needs reward_max=None"),

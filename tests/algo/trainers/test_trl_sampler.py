@@ -101,6 +101,10 @@ def test_what_the_sampler_drew_is_what_is_trained_on(make_trainer: MakeTrainer) 
     assert metrics["igrpo/best_draft_right"] == [0.5]
     assert metrics["igrpo/uplift"] == [pytest.approx(((10 - 7) / 4 + 0.5) / 2)]
     assert metrics["reward"] == [pytest.approx(12 / 8)]
+    read = [*[chat("0+0?"), chat("1+1?")] * 4, *[chat("0+0?[b3]"), chat("1+1?[e0]")] * 4]
+    drawn = [f"{text}</s>" for text in [*DRAFTS, *REFINED]]
+    tokens = sum(len(TOKENIZER(text)["input_ids"]) for text in [*read, *drawn])
+    assert metrics["num_tokens"] == [tokens]
 
 
 def test_no_prompt_waits_for_anothers_drafts(make_trainer: MakeTrainer) -> None:
@@ -237,6 +241,28 @@ def test_a_skipped_prompt_keeps_its_rows(make_trainer: MakeTrainer) -> None:
     assert not batch["advantages"][4:].any()
 
 
+@pytest.mark.parametrize("eval_with_draft", [False, True])
+def test_an_evaluation_is_the_mean_over_its_completions(
+    make_trainer: MakeTrainer, eval_with_draft: bool
+) -> None:
+    scores: list[float] = []
+
+    def noted(completions: list[Any], **columns: Any) -> list[float]:
+        scores.append(early_letters(completions))
+        return scores[-1]
+
+    trainer = make_trainer(
+        sampler=TransformersSampler(make_model(), make_tokenizer(), max_new_tokens=6),
+        reward_funcs=noted,
+        eval_dataset=make_dataset(3),  # batches of two prompts and of one
+        eval_with_draft=eval_with_draft,
+    )
+    metrics = trainer.evaluate()
+    refined = scores[1::2] if eval_with_draft else scores
+    assert metrics["eval_reward"] == pytest.approx(sum(map(sum, refined)) / 12, rel=1e-6)
+    assert metrics["eval_rewards/noted/mean"] == pytest.approx(metrics["eval_reward"])
+
+
 def test_evaluation_is_single_shot_and_so_is_grpo(make_trainer: MakeTrainer) -> None:
     for options, mode in (({}, "eval"), ({"num_drafts": 0}, "train")):
         engine = scripted()
@@ -368,6 +394,19 @@ def test_a_sampler_without_log_probs_is_told_what_to_set(make_trainer: MakeTrain
         ("engine", {"sampler_concurrency": 4}, "the sampler has no sample_one"),
         ("engine", {"max_completion_length": 7}, r"max_new_tokens = 6 and args\.max_comp.* = 7"),
         ("engine", {"temperature": 0.7}, r"temperature = 1\.0 and args\.temperature = 0\.7"),
+        (
+            "engine",
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            r"chat_template_kwargs = {} and args\.chat_template_kwargs = {'enable_thinking': Fals",
+        ),
+        (
+            "engine",
+            {
+                "vllm_importance_sampling_correction": False,
+                "vllm_importance_sampling_mode": "token_mask",
+            },
+            "sampling_mode would have no effect with vllm_importance_sampling_correction=False",
+        ),
     ],
 )
 def test_options_that_the_sampler_decides_are_refused(
