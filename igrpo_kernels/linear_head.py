@@ -181,7 +181,7 @@ class HeadGradients:
         return torch.addmm(total, matrix, hidden, out_dtype=dtype, out=total)
 
     def finish(self) -> list[Tensor]:
-        """Return those that were needed, in `gradient_dtype`."""
+        """Return those that were needed, in `gradient_dtype`; contiguous, also where W is not."""
         dtype = gradient_dtype(self.head.weight.dtype)
         gradients = []
         for needed, total, like in (
@@ -190,7 +190,7 @@ class HeadGradients:
             (self.needs_bias, self.bias, self.head.bias),
         ):
             if needed and like is not None:
-                gradients.append(torch.zeros_like(like) if total is None else total)
+                gradients.append(like.new_zeros(like.shape) if total is None else total)
         return [gradient.to(dtype) for gradient in gradients]
 
 

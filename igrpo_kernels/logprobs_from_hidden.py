@@ -302,4 +302,4 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @_backward_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> list[Tensor]:
     inputs = zip((hidden, weight, bias), rest[6], strict=True)
-    return [torch.empty_like(x) for x, need in inputs if need and x is not None]
+    return [x.new_empty(x.shape) for x, need in inputs if need and x is not None]

@@ -54,13 +54,14 @@ def clip_terms(
     clipped = tl.minimum(tl.maximum(ratio, least, NAN), most, NAN)
     moves = (ratio >= least) & (ratio <= most) & (log_ratio <= LARGEST)
     loss = -clipped * advantage
-    slope = tl.where(moves, -ratio * advantage, 0.0)
+    slope = -ratio * advantage
     importance = tl.zeros_like(loss)
     if importance_ptr is not None:
         index = shared(at, importance_span, WIDE)
         importance = tl.load(importance_ptr + index, mask=counts, other=0.0)
         loss *= importance
         slope *= importance
+    slope = tl.where(moves, slope, 0.0)  # at last: 0 * inf, where a weight is infinite
     k3 = tl.zeros_like(loss)
     if ref_ptr is not None:
         x = tl.load(ref_ptr + at, mask=counts, other=0.0) - logprob

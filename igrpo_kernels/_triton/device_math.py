@@ -12,8 +12,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 LEAST = tl.constexpr(LOG_FLOOR)
 # What exponentials relative to the target may add up to; other rows go relative to their maximum
 RANGE = tl.constexpr(LARGEST)
-# About the least finite float32: a row whose logits are all -inf gives NaN, as in torch
-FLOOR = tl.constexpr(-3e38)
 
 
 @triton.jit

@@ -154,17 +154,18 @@ def tile_for(weight: Tensor) -> Tile | None:
     """Choose between the fused product and the library's (None), here and nowhere else.
 
     Fused for bf16, whose range holds the exponentials, on devices that have a tile. The copy engine
-    wants rows that begin at multiples of 16 bytes: H divisible by 8. fp16 and fp32 take the
-    library's product in fp32, and exponentials in fp32.
+    wants rows that begin at multiples of 16 bytes, those of the hidden states too: H divisible by
+    8. fp16 and fp32 take the library's product in fp32, and exponentials in fp32.
     """
-    fits = weight.dtype == torch.bfloat16 and can_describe(weight)
+    fits = weight.dtype == torch.bfloat16 and weight.shape[1] % 8 == 0 and can_describe(weight)
     return tile_of_device(weight.device) if fits else None
 
 
 def can_describe(values: Tensor) -> bool:
-    """Whether the copy engine can walk a matrix."""
+    """Whether the copy engine can walk a matrix, whose rows must not overlap."""
     steps = (values.data_ptr(), values.stride(0) * values.element_size())
-    return values.stride(1) == 1 and all(step % 16 == 0 for step in steps)
+    apart = values.stride(1) == 1 and values.stride(0) >= values.shape[1]
+    return apart and all(step % 16 == 0 for step in steps)
 
 
 def blocks(tile: Tile, *, rich: bool) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..row_statistics import RowStatistics
 from .chunk import Chunk, rows_of
-from .device_math import FLOOR, LEAST, LN2, LOG2E, RANGE, exponents, of_sums
+from .device_math import LEAST, LN2, LOG2E, RANGE, exponents, of_sums
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def exp_rows_kernel(
     In half the width (NARROWS) they take the first half of the row.
     """
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
+    target = tl.load(targets_ptr + row).to(tl.int32)
     reference = tl.load(references_ptr + row) * LOG2E
     to_log2 = LOG2E / tl.load(temperature_ptr + row * temperature_stride)
     sums = tl.zeros((BLOCK_V,), tl.float32)
@@ -142,14 +142,14 @@ def row_totals_kernel(
         target = tl.load(targets_ptr + row, mask=inside, other=-1)
         temperature = tl.load(temperature_ptr + row * temperature_stride, mask=inside, other=1.0)
         to_log2 = LOG2E / temperature
-        highest = tl.full((BLOCK_N,), FLOOR, tl.float32)
+        highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
         for column in range(0, vocabulary, BLOCK_V):
             products, columns = products_tile(
                 w_ptr, w_stride, w_step, bias_ptr, x_ptr, x_stride, row, column, rows, vocabulary,
                 width, BLOCK_N, BLOCK_V, BLOCK_H,
             )  # fmt: skip
             logits, _ = exponents(products, scale, softcap, to_log2[:, None], 0.0)
-            logits = tl.where((columns < vocabulary)[None, :], logits, FLOOR)
+            logits = tl.where((columns < vocabulary)[None, :], logits, -float("inf"))
             highest = tl.maximum(highest, tl.max(logits, 1))
         again = tl.zeros((BLOCK_N,), tl.float32)
         moment_again = tl.zeros((BLOCK_N,), tl.float32)

@@ -140,7 +140,7 @@ def weigh_rows_kernel(
     E_j (by_logprob + by_entropy (log p_j + entropy)) slope_j,  log p_j = log E_j - log total
     """
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
+    target = tl.load(targets_ptr + row).to(tl.int32)
     logprob = tl.load(logprobs_ptr + row)
     total = tl.load(totals_ptr + row)
     log_total = tl.log(total)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checks import describe
 from ..row_statistics import RowStatistics
 from .chunk import contiguous
-from .device_math import FLOOR, LEAST, LN2, LOG2E, RANGE, expm1, of_sums, surprise
+from .device_math import LEAST, LN2, LOG2E, RANGE, expm1, of_sums, surprise
 
 BLOCK_V = 4096
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
@@ -31,17 +31,30 @@ def row_start(row, inner_size, outer_stride, inner_stride):
 
 
 @triton.jit
+def above_reference(logits, reference, to_log2):
+    """The exponent, in base 2, of exp((logits - reference) / temperature).
+
+    The difference first: that of logits close to each other is exact, and a common offset drops
+    out. Of a product minus a product the compiler fuses one, and leaves the rounding of the other.
+    """
+    return (logits.to(tl.float32) - reference) * to_log2
+
+
+@triton.jit
 def relative_sums(
     logits_ptr, readable, target, to_log2, reference,
     HAS_ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Sum of exp(z - reference) over a row but its target, and of that times (z - reference)."""
+    """Sum of exp(z - reference) over a row but its target, and of that times (z - reference).
+
+    The reference is a logit as it was given.
+    """
     sums = tl.zeros((BLOCK_V,), tl.float32)
     moments = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, readable, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
         logits = tl.load(logits_ptr + columns, mask=columns < readable, other=-float("inf"))
-        shifted = logits.to(tl.float32) * to_log2 - reference
+        shifted = above_reference(logits, reference, to_log2)
         exponentials = tl.where(columns == target, 0.0, tl.exp2(shifted))
         sums += exponentials
         if HAS_ENTROPY:
@@ -58,8 +71,9 @@ def logit_rows_fwd_kernel(
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    to_log2 = LOG2E / tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
-    target = tl.load(targets_ptr + row)
+    temperature = tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
+    to_log2 = LOG2E / temperature
+    target = tl.load(targets_ptr + row).to(tl.int32)
     readable = vocabulary
     if mask_ptr is not None:  # a row left out is not read; its target may be anything
         counts = tl.load(mask_ptr + row) != 0
@@ -67,29 +81,28 @@ def logit_rows_fwd_kernel(
         readable = tl.where(counts, vocabulary, 0)
     logits_ptr += row_start(row, inner_size, outer_stride, inner_stride)
     inside = (target >= 0) & (target < readable)
-    at_target = tl.load(logits_ptr + target, mask=inside, other=0.0).to(tl.float32) * to_log2
+    at_target = tl.load(logits_ptr + target, mask=inside, other=0.0).to(tl.float32)
     reference = at_target
     others, moment = relative_sums(
         logits_ptr, readable, target, to_log2, reference, entropy_ptr is not None, BLOCK_V
     )
     if (others < RANGE) == 0:  # inf and NaN too
-        highest = tl.full((BLOCK_V,), FLOOR, tl.float32)
+        highest = tl.full((BLOCK_V,), -float("inf"), tl.float32)
         for start in range(0, readable, BLOCK_V):
             columns = start + tl.arange(0, BLOCK_V)
             logits = tl.load(logits_ptr + columns, mask=columns < readable, other=-float("inf"))
-            highest = tl.maximum(highest, logits.to(tl.float32) * to_log2)
+            highest = tl.maximum(highest, logits.to(tl.float32))
         reference = tl.max(highest, 0)
         others, moment = relative_sums(
             logits_ptr, readable, target, to_log2, reference, entropy_ptr is not None, BLOCK_V
         )
 
-    gap = tl.where(reference == at_target, 0.0, (at_target - reference) * LN2)
+    gap = tl.where(reference == at_target, 0.0, (at_target - reference) / temperature)
     logprob, entropy, total = of_sums(others, moment, gap)
     if mask_ptr is not None:
         logprob = tl.where(counts, logprob, 0.0)
         entropy = tl.where(counts, entropy, 0.0)
     tl.store(logprobs_ptr + row, logprob)
-    # in the unit of `relative_sums`: the backward takes the same exponentials, to the last bit
     tl.store(references_ptr + row, reference)
     tl.store(totals_ptr + row, total)
     if entropy_ptr is not None:
@@ -130,13 +143,13 @@ def logit_rows_bwd_kernel(
     reference = tl.load(references_ptr + row)
     to_log2 = LOG2E / temperature
     inverse_total = 1.0 / total
-    target = tl.load(targets_ptr + row)
+    target = tl.load(targets_ptr + row).to(tl.int32)
     logits_ptr += row_start(row, inner_size, outer_stride, inner_stride)
     grad_ptr += row_start(row, inner_size, grad_outer_stride, grad_inner_stride)
     for start in range(0, vocabulary, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
         logits = tl.load(logits_ptr + columns, mask=columns < readable, other=-float("inf"))
-        shifted = logits.to(tl.float32) * to_log2 - reference
+        shifted = above_reference(logits, reference, to_log2)
         probs = tl.exp2(shifted) * inverse_total
         factor = by_logprob
         if by_entropy_ptr is not None:
@@ -174,7 +187,7 @@ def with_row_layout(values: Tensor) -> Tensor:
 def forward(
     logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: Tensor, with_entropy: bool
 ) -> RowStatistics:
-    """Return log-prob, entropy, reference (over ln 2) and total of each row."""
+    """Return log-prob, entropy, reference (not over temperature) and total of each row."""
     if logits.dtype == torch.float64:
         raise TypeError(
             "float64 has no kernel: cast to float32, or move the tensors to the CPU, got "

@@ -299,3 +299,22 @@ def test_opcheck() -> None:
             op,
             (hidden, weight, bias, targets, mask, None, *rest, words, numbers, 2, metrics, *flags),
         )
+        transposed = weight.detach().t().contiguous().t().requires_grad_()  # its gradient is not
+        no_row = torch.zeros_like(mask)
+        torch.library.opcheck(
+            op,
+            (
+                hidden,
+                transposed,
+                bias,
+                targets,
+                no_row,
+                None,
+                *rest,
+                words,
+                numbers,
+                2,
+                metrics,
+                *flags,
+            ),
+        )

@@ -31,16 +31,17 @@ def assembly(launch: Variant, name: str = "sm_90") -> dict[str, Any]:
     return compiled(launch, name).asm  # type: ignore[no-any-return]
 
 
-# Bytes at most. The first in loops that only rows out of range enter: of other tiles, and ways to
-# step along the operands, none is free of spills with every Triton. The others are one or two
-# constants of the row, which ptxas keeps in local memory at 40 registers, with 215 to spare
-SPILLED = {"row_totals_kernel": 72, "exp_rows_kernel": 8, "logit_rows_fwd_kernel": 8}
+# Bytes at most, in loops that only rows out of range enter: of other tiles, and ways to step along
+# the operands, none is free of spills with every Triton
+SPILLED = {"row_totals_kernel": 72}
 
 
 @pytest.mark.parametrize("launch", list(variants()), ids=str)
-def test_no_kernel_spills(launch: Variant) -> None:
+def test_no_kernel_spills_or_asks_for_memory(launch: Variant) -> None:
     name = launch.kernel.fn.__name__
     for target in launch.targets:
+        # Triton takes it from an allocator of the launching thread: autograd's threads have none
+        assert compiled(launch, target).metadata.global_scratch_size == 0
         registers, spilled = resources(launch, target)
         assert spilled <= SPILLED.get(name, 0), target
         warps = for_target(launch, target).options.get("num_warps", 4)

@@ -354,6 +354,8 @@ def test_the_product_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
         weight[:, 1:9],  # begins off a boundary
         weight.t(),
         torch.randn(40, 1).bfloat16(),
+        weight[:, :12],  # 32 bytes apart, but rows of hidden states are 24
+        weight[:1].expand(40, 16),
     ):
         assert exp_product.tile_for(other) is None
     assert exp_product.tile_for(weight[:, :8]) is SMALL  # rows 32 bytes apart

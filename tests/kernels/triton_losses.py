@@ -154,6 +154,45 @@ def test_a_reference_for_the_metrics_alone_leaves_the_loss_finite(ref: float, on
         assert value.isfinite().all()
 
 
+NUMBERS = [0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, 1e30, -1e30, 1e-40]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter's sums
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+@pytest.mark.parametrize("clip", [Clip(0.2, 0.28), Clip(0.2, 0.2, dual=3.0), Clip(1.5, 0.0)])
+def test_what_is_not_finite_leaves_what_float64_leaves(
+    clip: Clip, kl_coef: float, masked: bool, on_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "BLOCK", 2**14)
+    axes = {
+        "logprobs": [0.0, -1.0, -torch.inf, torch.nan, -1e30],
+        "old_logprobs": NUMBERS,
+        "ref_logprobs": NUMBERS,
+        "advantages": NUMBERS,
+        "importance_weights": [0.0, 1.0, torch.inf, torch.nan],
+    }
+    columns = torch.cartesian_prod(*map(torch.tensor, axes.values())).t()
+    given = {name: values[None] for name, values in zip(axes, columns, strict=True)}
+    mask = torch.arange(columns.shape[1])[None] % 3 > 0 if masked else None
+
+    def run_in(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        inputs = {name: values.to(dtype) for name, values in given.items()}
+        logprobs = inputs["logprobs"].requires_grad_()
+        options: dict[str, Any] = {"surrogate": clip, "aggregate": Sum(), "kl_coef": kl_coef}
+        (grad,) = torch.autograd.grad(policy_loss(**inputs, mask=mask, **options).loss, logprobs)
+        bounds = {"clip_low": clip.low, "clip_high": clip.high, "dual_clip": clip.dual}
+        losses = clipped_policy_loss(
+            logprobs, inputs["advantages"], mask, old_logprobs=inputs["old_logprobs"], **bounds
+        )
+        return grad.float(), losses.detach().float()
+
+    wanted = run_in(torch.float64)
+    on_cuda()
+    for value, exact in zip(run_in(torch.float32), wanted, strict=True):
+        torch.testing.assert_close(value, exact, rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
 def test_a_second_backward_gives_the_same_quack_209(on_cuda: Any) -> None:
     given = tokens((2, 3), masked=False) | {"advantages": torch.ones(2)}
     logprobs = given["logprobs"].requires_grad_()

@@ -195,9 +195,12 @@ def test_opcheck_of_token_logprobs(place: Any, with_entropy: bool) -> None:
     check_op(place, logprobs_from_logits._backward_op_, arguments)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_opcheck_of_linear_token_logprobs(place: Any, with_entropy: bool) -> None:
+def test_opcheck_of_linear_token_logprobs(place: Any, with_entropy: bool, transposed: bool) -> None:
     inputs = head_inputs(place, 0)
+    if transposed:  # its gradient is not
+        inputs["weight"] = inputs["weight"].t().contiguous().t()
     hidden, temperatures = (
         inputs["hidden"].flatten(0, 1).detach(),
         torch.ones(1, device=place.device),
