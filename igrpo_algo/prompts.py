@@ -7,6 +7,7 @@ counting all use `encode_prompt`, so that they see the same ids; rewards and dra
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from igrpo_kernels.checks import check_callable, check_list, describe
@@ -67,6 +68,12 @@ def encode_prompt(
         **kwargs,
     )
     return list(ids)
+
+
+def copy_prompt(prompt: Prompt) -> Prompt:
+    """Copy a prompt, for a sampler that may change what it gets. Ids are copied as one list."""
+    is_ids = isinstance(prompt, list) and set(map(type, prompt)) <= {int}
+    return list(prompt) if is_ids else deepcopy(prompt)  # type: ignore[return-value]
 
 
 def decode_completion(ids: Sequence[int], tokenizer: Any) -> str:

@@ -5,11 +5,10 @@ and hand back its completions.
 """
 
 import math
-from copy import deepcopy
 
 import torch
 
-from ..prompts import Prompt
+from ..prompts import Prompt, copy_prompt
 from .completions import Completion
 from .progress import StageFinished
 from .records import DraftChoice, Rollout, Stage
@@ -50,7 +49,7 @@ class OnePrompt:
             self.choices.append(self._choose())
         if n and not (self.choices and self.choices[-1].skipped):
             prompt, ids = self._drawn_from
-            return deepcopy(prompt if ids is None else ids)  # samplers may change what they get
+            return copy_prompt(prompt if ids is None else ids)
         now = self.setup.clock()
         self.finish_stage([SKIPPED] * n, [math.nan] * n, [math.nan] * n, now, now)
         return None

@@ -25,7 +25,6 @@ import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
@@ -35,7 +34,7 @@ from torch import Tensor
 from igrpo_kernels.checks import check_count, describe
 
 from ..fields import check_fields
-from ..prompts import Prompt, check_ids, check_prompts
+from ..prompts import Prompt, check_ids, check_prompts, copy_prompt
 from ..seeds import prompt_seeds
 from .completions import (
     Completion,
@@ -168,7 +167,7 @@ def sample_group(
     seeds = prompt_seeds(seed, len(checked))
     prompt_ids = [encode(sampler, prompt) for prompt in checked]
     asked = [
-        deepcopy(prompt if ids is None else ids)  # samplers may change what they get
+        copy_prompt(prompt if ids is None else ids)
         for prompt, ids in zip(checked, prompt_ids, strict=True)
     ]
     drawn = run_blocking(sample_batch(sampler, asked, n, seeds)) if asked else []

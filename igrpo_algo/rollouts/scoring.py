@@ -11,13 +11,12 @@ true attribute `wants_completion_ids`, it gets the tokens too, as `completion_id
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from igrpo_kernels.checks import LARGEST_FLOAT32, check_callable, check_list, describe
 
-from ..prompts import Prompt
+from ..prompts import Prompt, copy_prompt
 from .completions import Completion
 
 Reward = Callable[..., Any]
@@ -109,7 +108,7 @@ class Scorer:
         if not drawn:
             return {}
         owners = [index for index, completions in drawn.items() for _ in completions]
-        prompts = [deepcopy(self.prompts[index]) for index in owners]
+        prompts = [copy_prompt(self.prompts[index]) for index in owners]
         flat = [completion for completions in drawn.values() for completion in completions]
         answers = [_as_in_trl(p, c.text) for p, c in zip(prompts, flat, strict=True)]
         columns = {name: [rows[index] for index in owners] for name, rows in self.columns.items()}
