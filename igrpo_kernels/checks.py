@@ -125,7 +125,7 @@ def check_number(
     at_most: float | None = None,
 ) -> float:
     """Return `value` as a float if it is a number within the bounds that float32 can hold."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
     bounds = [
         (">=", at_least, at_least is None or value >= at_least),
@@ -162,7 +162,7 @@ def check_callable(name: str, value: Any) -> Any:
 
 def check_list(name: str, value: Any) -> Any:
     """Return `value` if it is a sequence, and not text; raise TypeError otherwise."""
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a list, got {describe(value)}")
     return value
 

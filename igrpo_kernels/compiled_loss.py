@@ -49,7 +49,7 @@ def take_apart(part: Any) -> tuple[str, list[float]]:
     """Write a value as names and numbers: Clip(0.2, 0.28) as "Clip _ _ None" and [0.2, 0.28]."""
     if part is None:
         return "None", []
-    if isinstance(part, (int, float)):
+    if isinstance(part, int | float):
         return "_", [part]
     found = [take_apart(getattr(part, field.name)) for field in fields(part)]
     words = " ".join([type(part).__name__, *(words for words, _ in found)])
