@@ -217,7 +217,7 @@ class FusedLoss:
             hidden,
             self.targets.flatten(),
             rows,
-            owner=self.losses.owner if rows is self.rows else None,
+            owner=self.losses.owner,
             entropy=self.with_entropy,
             keeps=keeps,
         )
