@@ -16,7 +16,9 @@ At as many completions (4 drafts and 4 refinements, or N : G), with the same los
 updates, over all models that the form was run on: its mean differences in points, from the worst
 model to the best, and on how many models it is behind GRPO or ahead of it. For both, two 95 %
 intervals over seeds leave zero out: Student's and the bootstrap's. *No draft shown* is GRPO with
-half of the completions."""
+half of the completions. *All under the question too*: besides the refinements under their prompt,
+drafts and refinements are trained as one group under the plain question
+(`training_batch(under_question=True)`); `IGRPOTrainer` does not do that yet."""
 
 ADVICE = """## Advice in five lines
 
