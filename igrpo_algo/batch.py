@@ -246,20 +246,21 @@ def training_batch(
         rollouts: What `two_stage_rollout` returned, or `Rollouts.of` a stream.
         advantages: From rewards [P, N] or [P, G], NaN where unscored, to advantages of the same
             shape: `standardize_by_group`, `center_by_group`, `rloo` or your own. It is called once
-            per stage, or once for all where they are one group.
+            per stage, or once for all, as [P, N + G], where they are one group.
         stages: Numbers of the stages that are trained: `REFINEMENTS` (the last round of them),
             `DRAFTS`, or the number of a round, from 1.
         under_question: Train what these stages drew for a prompt as one group under q. Refinements
             were drawn under q', and their `old_logprobs` are those under q': a surrogate that
-            weighs tokens by their ratio, such as `Cispo(1.0)`, corrects for that.
+            weighs tokens by their ratio, such as `Cispo(1.0)`, corrects for that. Of a sampler
+            without log-probs there are none, and nothing is corrected.
         encode: From a prompt to its token ids, for rollouts of a sampler that has no `encode`.
 
     Returns:
         The batch, on the CPU.
 
     Raises:
-        TypeError: `rollouts` are not Rollouts, a number in `stages` is not an int, or what `encode`
-            or `advantages` returned is of another type.
+        TypeError: `rollouts` are not Rollouts, a number in `stages` is not an int, `under_question`
+            not a bool, or what `encode` or `advantages` returned is of another type.
         ValueError: There are no prompts, a stage does not exist, draws nothing or is named twice,
             there are no prompt ids and no `encode`, a prompt has no tokens, or what `advantages`
             returned has another shape or is not finite.

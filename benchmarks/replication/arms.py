@@ -132,7 +132,7 @@ LADDER = {
     name: ARMS[name]
     for name in (
         *("grpo", "grpo-half", "best", "worst", "random", "both-best", "both-worst"),
-        *("both-best-wrong", "both-worst-6-2", "both-worst-dropout"),
+        *("both-best-wrong", "both-worst-6-2", "both-worst-dropout", "question-worst-6-2"),
         *("grpo-twice", "best-twice", "both-worst-twice"),
     )
 }
