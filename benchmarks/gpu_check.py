@@ -37,7 +37,7 @@ from benchmarks.speed_page import table
 TOTAL_SECONDS = {False: 550.0, True: 170.0}  # quick or not
 TEST_SHARE = 0.6  # of the seconds left, that one suite may take
 STEP_SECONDS = 90.0  # that one benchmark of whole steps may take
-PARTING_SECONDS = 5.0  # that one of either may take to end, once it is asked to
+PARTING_SECONDS = 15.0  # that one of either may take to end, once it is asked to
 CLOSING_SECONDS = 15.0  # to compare and to draw
 # The project's options without those of plug-ins that may be missing; warnings of another torch
 # do not fail it.

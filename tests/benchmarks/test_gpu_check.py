@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,33 @@ def test_the_report_of_a_red_test_is_read(tmp_path: Path) -> None:
     assert "assert 1 == 2" in message
 
 
-def test_a_suite_that_is_stopped_names_what_failed_before(tmp_path: Path, capsys) -> None:
+def test_a_suite_that_is_stopped_names_what_failed_before(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    reached, limit = tmp_path / "reached", 240.0
     suite = tmp_path / "test_it.py"
     suite.write_text(
-        "import time\ndef test_bad(): assert 1 == 2\ndef test_slow(): time.sleep(60)\n"
+        "import pathlib, time\ndef test_bad(): assert 1 == 2\n"
+        f"def test_slow(): pathlib.Path({str(reached)!r}).touch(); time.sleep(600)\n"
     )
-    outcome = gpu_check.run_suite([str(suite)], 8)
-    assert outcome["exit_code"] == "stopped after 8 s"
+
+    class OutOfTime(subprocess.Popen):
+        """Its time is over once the slow test has begun."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout != limit:
+                return super().wait(timeout)
+            while self.poll() is None and not reached.exists():
+                time.sleep(0.1)
+            raise subprocess.TimeoutExpired("pytest", limit)
+
+    monkeypatch.setattr(subprocess, "Popen", OutOfTime)
+    monkeypatch.setattr(gpu_check, "PARTING_SECONDS", 120.0)
+    outcome = gpu_check.run_suite([str(suite)], limit)
+    assert outcome["exit_code"] == "stopped after 240.0 s"
     gpu_check.tell("the suite", outcome)
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("RED: the suite: exit_code stopped after 8 s")
+    assert first.startswith("RED: the suite: exit_code stopped after 240.0 s")
     assert "::test_bad: assert 1 == 2" in second
 
 
