@@ -24,6 +24,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,10 @@ def run_module(arguments: Sequence[str], seconds: float | None) -> dict[str, Any
     Without `seconds` it may take its time.
     """
     began = time.monotonic()
-    with subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT) as process:
+    # a shell's background jobs ignore Ctrl-C, and so would what they start
+    heeds_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-m", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heeds_sigint) as process:
         try:
             code: int | str = process.wait(seconds)
         except subprocess.TimeoutExpired:
