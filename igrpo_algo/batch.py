@@ -289,6 +289,8 @@ def training_batch(
         [rollout.stages[number] for rollout in rollouts]
         for number in _check_stages(stages, rounds=len(rollouts[0].refinements))
     ]
+    if any(not drawn[0].completions for drawn in trained):
+        raise ValueError("stages must have completions, got a stage without any")
     if under_question:
         drawn = zip(*trained, strict=True)
         trained = [[_as_one_stage(r, stages) for r, stages in zip(rollouts, drawn, strict=True)]]
@@ -337,8 +339,6 @@ def _as_one_stage(rollout: Rollout, stages: Sequence[Stage]) -> Stage:
 
 def _stage_advantages(advantages: Callable[[Tensor], Tensor], drawn: Sequence[Stage]) -> Tensor:
     rewards = torch.tensor([stage.rewards for stage in drawn])
-    if not rewards.numel():
-        raise ValueError("stages must have completions, got a stage without any")
     values = check_tensor("the result of advantages", advantages(rewards))
     check_shape("the result of advantages", values, rewards.shape, "of the rewards")
     if not values.isfinite().all():

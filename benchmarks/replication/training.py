@@ -153,14 +153,13 @@ def accumulate_gradients(
     """
     rounds = tuple(range(1, 1 + args.refinement_rounds))
     tokens = 0
-    for stages, weight, surrogate in (
-        (rounds, 1.0, surrogate_of(args)),
-        ((DRAFTS,), args.draft_loss_coef, surrogate_of(args)),
-        ((DRAFTS, *rounds), question_coef, Cispo(1.0)),
+    for weight, surrogate, stages, under_question in (
+        (1.0, surrogate_of(args), rounds, False),
+        (args.draft_loss_coef, surrogate_of(args), (DRAFTS,), False),
+        (question_coef, Cispo(1.0), (DRAFTS, *rounds), True),
     ):
         if not weight:
             continue
-        under_question = stages == (DRAFTS, *rounds)
         batch = training_batch(rollouts, stages=stages, under_question=under_question)
         batch = batch.keep(batch.advantages != 0)
         tokens += sum(len(completion.token_ids) for completion in batch.completions)

@@ -437,6 +437,8 @@ def test_a_stage_that_drew_nothing_is_refused():
     empty = replace(ROLLOUTS[0], drafts=Stage("q", [], [], [5]))
     with pytest.raises(ValueError, match="stages must have completions"):
         training_batch(Rollouts([empty]), stages=[DRAFTS])
+    with pytest.raises(ValueError, match="stages must have completions"):
+        training_batch(Rollouts([empty]), stages=BOTH, under_question=True)
 
 
 @pytest.mark.parametrize(

@@ -356,7 +356,36 @@ def test_the_pages_are_what_the_records_give_and_the_readme_says_the_same() -> N
     assert ("**No form is recommended as a preset**" in readme) is none
     _, _, held, _ = again.section(maps)
     assert "Of 5 differences that were clear, 2 came out so again" in held
-    assert "two of its five clear differences came out so again" in " ".join(readme.split())
+    said = " ".join(readme.split())
+    assert "two of its five clear differences came out so again" in said
+    row = (
+        "all under the question too, worst draft, 6 : 2 | 7 | -2.6 to +1.0 | 1 | 1 | -0.4 to +6.2 |"
+    )
+    assert f"{row} 0 | 2 |" in page.build_page(maps)
+    closest = (
+        "6 drafts to 2 refinements: behind on one, by 2.6 points, and ahead at draft-then-refine"
+    )
+    assert f"{closest} on two" in said
+
+
+def test_which_draft_tables_what_the_question_adds_as_recorded() -> None:
+    maps = compare.read_records(page.ROOT / "benchmarks/results/replication")
+    text = (page.ROOT / "docs/method/which_draft.md").read_text()
+    for drawn, trained, arm in (
+        ("4 : 4", "each under its own prompt", "both-worst"),
+        ("4 : 4", "all under the question too", "question-worst"),
+        ("6 : 2", "each under its own prompt", "both-worst-6-2"),
+        ("6 : 2", "all under the question too", "question-worst-6-2"),
+    ):
+        cells = []
+        for task in ("chain", "signs", "packing", "thinking"):
+            arms = maps[f"{task}-64x2"]
+            single, both = (
+                100 * compare.difference(arms, arm, "grpo", value).mean
+                for value in (compare.single_shot, compare.refined)
+            )
+            cells.append(f"{single:+.1f} / {both:+.1f}")
+        assert f"| {drawn} | {trained} | {' | '.join(cells)} |" in text
 
 
 def test_fresh_seeds_stand_beside_the_planned_ones_and_change_nothing_else() -> None:

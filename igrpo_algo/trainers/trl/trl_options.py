@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from transformers import GenerationConfig
 
-from igrpo_kernels.checks import check_number
+from igrpo_kernels.checks import check_number, describe
 
 if TYPE_CHECKING:
     from .config import IGRPOConfig
@@ -77,6 +77,8 @@ def check_trl_options(args: "IGRPOConfig") -> None:
 
 def _check_generation(args: "IGRPOConfig") -> None:
     given = args.generation_kwargs or {}
+    if not isinstance(given, dict):
+        raise TypeError(f"generation_kwargs must be a dict, got {describe(given)}")
     if given.get("temperature", args.temperature) != args.temperature:
         raise ValueError(
             f"generation_kwargs has temperature = {given['temperature']} where the loss takes "
@@ -85,7 +87,8 @@ def _check_generation(args: "IGRPOConfig") -> None:
     for name in ("num_return_sequences", "n"):
         if given.get(name, 1) != 1:
             raise ValueError(f"generation_kwargs must not have {name}: num_refinements says it")
-    unknown = [name for name in given if not hasattr(GenerationConfig(), name)]
+    known = GenerationConfig()
+    unknown = [name for name in given if not hasattr(known, name)]
     if unknown and not args.use_vllm:
         raise ValueError(
             f"generation_kwargs would have no effect with {', '.join(unknown)}, which "

@@ -103,3 +103,8 @@ def test_what_says_the_same_twice_is_taken() -> None:
     given = {"temperature": 0.7, "suppress_tokens": [3], "num_return_sequences": 1}
     args = make(temperature=0.7, data_seed=5, seed=5, generation_kwargs=given, entropy_coef=-0.1)
     assert (args.generation_kwargs, args.entropy_coef) == (given, -0.1)
+
+
+def test_generation_kwargs_must_be_a_dict(tmp_path) -> None:
+    with pytest.raises(TypeError, match="generation_kwargs must be a dict, got list"):
+        IGRPOConfig(str(tmp_path), bf16=False, generation_kwargs=["temperature"])
